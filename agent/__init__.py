@@ -1,0 +1,3 @@
+"""HematoVision agent: finds, names and counts the cells of a blood smear beside the microscope. Research use only."""
+
+__version__ = "0.1.0"

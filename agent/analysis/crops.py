@@ -1,0 +1,32 @@
+"""Crops for the classifier, cut as its training cut them."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from agent.domain import Box, Pixels
+
+
+def cut_crop(pixels_bgr: Pixels, box: Box, margin: float) -> Pixels:
+    """A square around the box, `margin` of its longer side wider on the whole; the colour order stays.
+
+    Where the square reaches over the frame, the frame's edge is repeated. Returns (side, side, 3), a view of the frame
+    where it lies inside, else a new array.
+    """
+    height, width = pixels_bgr.shape[:2]
+    side = max(2, round(max(box.width_px, box.height_px) * (1 + margin)))
+    x, y = box.centre_px
+    left, top = round(x - side / 2), round(y - side / 2)
+    before_x, before_y = max(0, -left), max(0, -top)
+    after_x, after_y = max(0, left + side - width), max(0, top + side - height)
+    part = pixels_bgr[top + before_y : top + side - after_y, left + before_x : left + side - after_x]
+    if not (before_x or before_y or after_x or after_y):
+        return part
+    return np.asarray(cv2.copyMakeBorder(part, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE), np.uint8)
+
+
+def whole_crop(pixels_bgr: Pixels) -> Pixels:
+    """A picture that is itself the crop of one cell, as the square that the classifier expects."""
+    height, width = pixels_bgr.shape[:2]
+    return cut_crop(pixels_bgr, Box(0, 0, width, height), 0.0)

@@ -1,0 +1,210 @@
+"""The nouns of the agent: frozen values that walk from the camera to the broker.
+
+Coordinates are frame pixels, x to the right, y downwards, the origin at the outer corner of the upper left pixel.
+Times are UTC datetimes (`_at`) or monotonic readings (`_monotonic_ns`). Class names come from the model manifest;
+no name of a cell class stands in this package's code.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""uint8, shape (height, width, 3), colour order B G R, C-contiguous, read-only once it stands in a `Frame`."""
+
+NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-parallel rectangle in frame pixels; `x_min < x_max`, `y_min < y_max`."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+
+    @property
+    def width_px(self) -> float:
+        return self.x_max - self.x_min
+
+    @property
+    def height_px(self) -> float:
+        return self.y_max - self.y_min
+
+    @property
+    def centre_px(self) -> tuple[float, float]:
+        return (self.x_min + self.x_max) / 2, (self.y_min + self.y_max) / 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One picture from a camera, decoded.
+
+    number: from 1, without gaps, within one opening of the camera.
+    sha256_16: first 16 hex digits of the SHA-256 of the pixel bytes and the shape.
+    source: where it came from, for people: a path, an address, `simulated`.
+    origin_key: names a stored frame across restarts (a file's path, size and time; a position in a video); None when
+        the frame can never be read again.
+    stage_um: place of the frame's upper left corner on the slide (x, y), where the stage tells.
+    repeats_last: byte for byte the same picture as the one before it from this camera.
+    """
+
+    number: int
+    pixels_bgr: Pixels
+    captured_at: datetime
+    captured_monotonic_ns: int
+    sha256_16: str
+    source: str
+    origin_key: str | None = None
+    um_per_px: float | None = None
+    stage_um: tuple[float, float] | None = None
+    repeats_last: bool = False
+
+    @property
+    def width_px(self) -> int:
+        return int(self.pixels_bgr.shape[1])
+
+    @property
+    def height_px(self) -> int:
+        return int(self.pixels_bgr.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class FrameQuality:
+    """The gate's verdict on a frame. focus: variance of the Laplacian in grey levels squared; clipped_pct: 0 to 100."""
+
+    is_accepted: bool
+    reasons: tuple[str, ...]
+    focus: float
+    clipped_pct: float
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """One box of the detector. score: 0 to 1."""
+
+    box: Box
+    class_name: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """The classifier's answer for one crop. probabilities: by class name, in the manifest's order, sum 1."""
+
+    class_name: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+    @property
+    def margin(self) -> float:
+        """Distance of the first from the second probability, 0 to 1."""
+        first, second, *_ = sorted((*self.probabilities.values(), 0.0, 0.0), reverse=True)
+        return first - second
+
+
+class CellStatus(str, enum.Enum):
+    """What a cell's line counts for. Only `ACCEPTED` and `EDGE` carry a class that is counted."""
+
+    ACCEPTED = "accepted"
+    UNIDENTIFIED = "unidentified"
+    EDGE = "edge"
+    DUPLICATE = "duplicate"
+    ARTEFACT = "artefact"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell of a field. classification is None where the detector alone names the cell (mature red cells)."""
+
+    cell_id: str
+    detection: Detection
+    class_name: str
+    probability: float
+    classification: Classification | None
+    status: CellStatus
+    slide_um: tuple[float, float] | None = None
+    duplicate_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model answered. sha256: 64 hex digits of the file."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """All that is needed to get the same answer again from the same frame."""
+
+    agent_version: str
+    detector: ModelIdentity
+    classifier: ModelIdentity
+    runtime: str
+    delegate: str
+    config_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClockReading:
+    """Whether the system clock follows a reference. offset_ms is None where the system does not say."""
+
+    is_synchronised: bool
+    offset_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FieldResult:
+    """All that one accepted frame gave. timing_ms: by stage name (capture, quality, detect, crop, classify, total).
+
+    counts: counted cells of this field by class, with the key `unidentified` for cells without a trusted class.
+    unique_counts: the same without cells seen before on the slide; empty while the field's place is unknown.
+    """
+
+    frame: Frame
+    quality: FrameQuality
+    cells: tuple[Cell, ...]
+    counts: Mapping[str, int]
+    unique_counts: Mapping[str, int]
+    duplicates: int
+    timing_ms: Mapping[str, float]
+    provenance: Provenance
+    clock: ClockReading
+
+
+@dataclass(frozen=True, slots=True)
+class SampleState:
+    """Where the counting of one sample stands; stored in the same transaction as the field that changed it.
+
+    sid: the sample's id in topics. next_cell_number: the number of the next cell's id.
+    last_sha256_16: hash of the last frame taken in, so that a repeat is known after a restart too.
+    """
+
+    sid: str
+    next_cell_number: int = 1
+    fields: int = 0
+    counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    last_sha256_16: str | None = None
+
+
+class AgentState(str, enum.Enum):
+    """The words of the `state` topic. `LOST` is only ever said by the broker, from the Will."""
+
+    INIT = "init"
+    READY = "ready"
+    DEGRADED = "degraded"
+    SLEEPING = "sleeping"
+    STOPPING = "stopping"
+    DISCONNECTED = "disconnected"
+    LOST = "lost"

@@ -1,0 +1,144 @@
+"""The detector: YOLOv10n's six raw maps to boxes of cells.
+
+Thresholds are applied on the stored numbers; box distances are decoded only for the survivors, in float. Source: Wang
+et al. 2024 (arXiv 2405.14458) for the one-to-one head, Li et al. 2020 (arXiv 2006.04388) for the distance
+distributions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.domain import Box, Detection, ModelIdentity, Pixels
+from agent.errors import ModelError
+from agent.inference.interpreter import Interpreter, Runtime
+from agent.inference.letterbox import Placement, letterbox
+from agent.inference.manifest import DetectorEntry, OutputTensor
+from agent.inference.quantization import PixelTable, dequantize, quantize
+
+Floats = NDArray[np.float32]
+
+
+class Detector:
+    """Finds the cells of a frame. Owned by one thread."""
+
+    def __init__(self, runtime: Runtime, content: bytes, entry: DetectorEntry, threads: int) -> None:
+        self.entry = entry
+        self._interpreter = Interpreter(runtime, content, entry, threads)
+        self._to_input = PixelTable(entry.input)
+        self._maps = _pair_maps(entry)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self.entry.identity
+
+    @property
+    def delegate(self) -> str:
+        return self._interpreter.delegate
+
+    def detect(self, pixels_bgr: Pixels, min_score: float | None = None) -> tuple[Detection, ...]:
+        """The cells of a frame, best score first; boxes in frame pixels, cut at the frame's edge.
+
+        pixels_bgr: uint8, (height, width, 3), B G R; not modified. min_score: 0 to 1; None = the manifest's.
+        """
+        least = self.entry.thresholds.min_score if min_score is None else min_score
+        placement = self._invoke(pixels_bgr)
+        boxes, scores, classes = self._decode(least)
+        height, width = pixels_bgr.shape[:2]
+        boxes = _to_frame(boxes, placement, width, height)
+        order = np.argsort(-scores, kind="stable")
+        order = order[(boxes[order, 2:] - boxes[order, :2] > 0).all(1)]
+        if self.entry.thresholds.same_cell_iou is not None:
+            order = _best_of_each(boxes, order, self.entry.thresholds.same_cell_iou)
+        return tuple(
+            Detection(Box(*(float(v) for v in boxes[k])), self.entry.classes[classes[k]], float(scores[k]))
+            for k in order[: self.entry.thresholds.max_cells]
+        )
+
+    def _invoke(self, pixels_bgr: Pixels) -> Placement:
+        rule = self.entry.input.letterbox
+        assert rule is not None  # _pair_maps has refused a detector without it
+        square, placement = letterbox(pixels_bgr, self.entry.input.shape[1], rule.fill)
+        if self.entry.input.colour_order == "RGB":
+            square = square[..., ::-1]
+        self._interpreter.run(self._to_input(square)[None])
+        return placement
+
+    def _decode(self, min_score: float) -> tuple[Floats, Floats, NDArray[np.intp]]:
+        """Boxes in input pixels (cells, 4), scores (cells,) and class indices (cells,) above min_score."""
+        logit = math.log(max(min_score, 1e-9) / max(1 - min_score, 1e-9))
+        found = []
+        for box_map, score_map in self._maps:
+            stored = self._interpreter.output(score_map.name)[0]  # (rows, columns, classes)
+            best = stored.max(-1)
+            rows, columns = np.nonzero(best >= quantize(logit, score_map))
+            if len(rows):
+                distances = self._interpreter.output(box_map.name)[0][rows, columns]  # (cells, 4 * bins)
+                centres = np.stack((columns, rows), 1) + np.float32(0.5)
+                boxes = _boxes(dequantize(distances, box_map), centres) * np.float32(score_map.stride_px or 0)
+                scores = _sigmoid(dequantize(best[rows, columns], score_map))
+                found.append((boxes, scores, stored[rows, columns].argmax(-1)))
+        if not found:
+            return np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.intp)
+        boxes, scores, classes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return boxes, scores, classes
+
+
+def _pair_maps(entry: DetectorEntry) -> tuple[tuple[OutputTensor, OutputTensor], ...]:
+    """Box and score map of each stride. Errors: `ModelError` where one of a pair is missing."""
+    by_kind = {
+        kind: {output.stride_px: output for output in entry.outputs if output.kind == kind}
+        for kind in ("box_distances", "class_scores")
+    }
+    strides = set(by_kind["box_distances"]) | set(by_kind["class_scores"])
+    if (
+        entry.input.letterbox is None
+        or not strides
+        or None in strides
+        or any(set(m) != strides for m in by_kind.values())
+    ):
+        raise ModelError(
+            f"{entry.file}: the manifest must give a detector `letterbox` and, for each stride_px, one output of"
+            " kind box_distances and one of kind class_scores"
+        )
+    return tuple(
+        (by_kind["box_distances"][s], by_kind["class_scores"][s]) for s in sorted(strides, key=lambda s: s or 0)
+    )
+
+
+def _boxes(distances: Floats, centres: NDArray[np.float32]) -> Floats:
+    """Boxes in strides, (cells, 4): each side's distance is the mean of its distribution over the bins."""
+    bins = distances.reshape(len(distances), 4, -1)
+    weights = np.exp(bins - bins.max(-1, keepdims=True))
+    sides = (weights @ np.arange(bins.shape[-1], dtype=np.float32)) / weights.sum(-1)  # left, top, right, bottom
+    boxes: Floats = np.concatenate((centres - sides[:, :2], centres + sides[:, 2:]), 1, dtype=np.float32)
+    return boxes
+
+
+def _to_frame(boxes: Floats, placement: Placement, width_px: int, height_px: int) -> Floats:
+    offset = np.array([placement.offset_x_px, placement.offset_y_px] * 2, np.float32)
+    scale = np.array([placement.scale_x, placement.scale_y] * 2, np.float32)
+    limit = np.array([width_px, height_px] * 2, np.float32)
+    inside: Floats = np.clip((boxes - offset) / scale, 0, limit).astype(np.float32)
+    return inside
+
+
+def _sigmoid(values: Floats) -> Floats:
+    shares: Floats = (1 / (1 + np.exp(-values))).astype(np.float32)
+    return shares
+
+
+def _best_of_each(boxes: Floats, order: NDArray[np.intp], most_overlap: float) -> NDArray[np.intp]:
+    """Of boxes that overlap more than `most_overlap` (IoU) the first in `order` stands."""
+    kept: list[int] = []
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    for index in order:
+        others = boxes[kept]
+        low, high = np.maximum(others[:, :2], boxes[index, :2]), np.minimum(others[:, 2:], boxes[index, 2:])
+        shared = np.clip(high - low, 0, None).prod(1)
+        if not (shared > most_overlap * (areas[kept] + areas[index] - shared)).any():
+            kept.append(int(index))
+    return np.array(kept, np.intp)

@@ -1,0 +1,173 @@
+"""The models' manifest: which files there are, what goes in, what comes out, and what made them.
+
+A model file is used only if its SHA-256 is the one in the manifest: a swapped, truncated or edited file is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agent.domain import ModelIdentity
+from agent.errors import ModelError
+
+MANIFEST_NAME = "manifest.json"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ManifestPart(BaseModel):
+    """A part of the manifest: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Tensor(ManifestPart):
+    """An input or output: name in the file, shape and quantisation, real = scale * (stored - zero_point)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["int8", "uint8", "float32"]
+    scale: float
+    zero_point: int
+    meaning: str
+
+
+class Letterbox(ManifestPart):
+    """How a frame of any shape fits the square input: scaled with its proportions kept, the rest filled."""
+
+    align: Literal["centre"]
+    fill: Annotated[int, Field(ge=0, le=255)]
+
+
+class InputTensor(Tensor):
+    """The picture that goes in: (1, height, width, 3), real values 0 to 1."""
+
+    colour_order: Literal["RGB", "BGR"]
+    letterbox: Letterbox | None = None
+    """None = a square crop is resized to the input."""
+
+
+class OutputTensor(Tensor):
+    """A map of the detector or the logits of the classifier."""
+
+    kind: Literal["box_distances", "class_scores", "class_logits"]
+    stride_px: int | None = None
+    """px of the input from one place of the map to the next; detector only."""
+
+
+class DetectorThresholds(ManifestPart):
+    """Chosen on `val`."""
+
+    min_score: Share
+    same_cell_iou: Share | None = None
+    """Of two boxes that overlap more than this the better stands. None = off: the one-to-one head answers once."""
+    max_cells: Annotated[int, Field(ge=1)] = 1000
+
+
+class ClassifierThresholds(ManifestPart):
+    """Chosen on `val`; a cell named with less probability is `unidentified`."""
+
+    min_probability: Share
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by this before the softmax (Guo et al. 2017, arXiv 1706.04599)."""
+
+
+class Crop(ManifestPart):
+    """How the classifier's crop is cut from a frame: a square around the box, wider by `margin` of its longer side."""
+
+    margin: Annotated[float, Field(ge=0, le=4)]
+
+
+class ModelEntry(ManifestPart):
+    """What both kinds of model tell of themselves."""
+
+    name: str
+    version: str
+    file: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    input: InputTensor
+    outputs: tuple[OutputTensor, ...]
+    classes: tuple[str, ...]
+    class_titles: dict[str, str] = {}
+    """Names for people, by class."""
+    data: str
+    command: str
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return ModelIdentity(self.name, self.version, self.sha256)
+
+
+class DetectorEntry(ModelEntry):
+    """Finds cells. `classified`: those of its classes that go on to the classifier; the others it names alone.
+
+    agreeing: for each classified class the classifier's classes that do not contradict it.
+    """
+
+    role: Literal["detector"]
+    thresholds: DetectorThresholds
+    classified: tuple[str, ...]
+    agreeing: dict[str, tuple[str, ...]] = {}
+
+
+class ClassifierEntry(ModelEntry):
+    """Names cells."""
+
+    role: Literal["classifier"]
+    thresholds: ClassifierThresholds
+    crop: Crop
+
+
+class Manifest(ManifestPart):
+    """The whole file."""
+
+    manifest: Literal[1]
+    detector: DetectorEntry
+    classifier: ClassifierEntry
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of models. Errors: `ModelError` where it is missing or has faults."""
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: there is no model manifest here; set models.folder to a folder that has one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as cause:
+        raise ModelError(f"{path}: cannot be read ({cause})") from cause
+    try:
+        return Manifest.model_validate(json.loads(text))
+    except json.JSONDecodeError as cause:
+        raise ModelError(f"{path}: not valid JSON, line {cause.lineno}: {cause.msg}") from cause
+    except ValidationError as cause:
+        faults = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in cause.errors())
+        raise ModelError(f"{path}: {faults}") from cause
+
+
+def read_model_file(folder: Path, entry: ModelEntry) -> bytes:
+    """The bytes of a model file, exactly those whose digest was checked.
+
+    Errors: `ModelError` where the file is missing or its SHA-256 differs from the manifest's.
+    """
+    path = folder / entry.file
+    try:
+        content = path.read_bytes()
+    except OSError as cause:
+        raise ModelError(
+            f"{path}: the {entry.name} model cannot be read ({cause.strerror}); install the package again"
+            " or set models.folder"
+        ) from cause
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry.sha256:
+        raise ModelError(
+            f"{path}: refused, its SHA-256 is {digest[:16]}..., the manifest says {entry.sha256[:16]}..."
+            f" ({len(content)} bytes). The file was altered, truncated or swapped: install the package again"
+        )
+    return content

@@ -1,0 +1,233 @@
+"""Training pictures: cut, placed, augmented and batched. Nothing here ever touches the split `test`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from models.common.augment import vary_look
+from models.common.labels import CellImage, FieldImage, Rgb, read_boxes, read_rgb
+
+
+def central_box(pixels: Rgb) -> tuple[float, float, float, float]:
+    """The stained body nearest to the centre of a single-cell image: centre x, y, width, height in pixels.
+
+    Nuclei and platelets absorb red light, red cells hardly do: Otsu's threshold on the red channel, then the largest
+    component of those that come near the centre. A nucleus is smaller than its cell: the box is widened by 1.35.
+    """
+    red = cv2.GaussianBlur(pixels[..., 0], (0, 0), 1.5)
+    height, width = red.shape
+    level, _ = cv2.threshold(red, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    mask = cv2.morphologyEx((red < level).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+    count, _, stats, _ = cv2.connectedComponentsWithStats(mask)
+    best, best_score = None, 0.0
+    for x, y, w, h, area in stats[1:count]:
+        gap_x = max(x - width / 2, width / 2 - (x + w), 0)
+        gap_y = max(y - height / 2, height / 2 - (y + h), 0)
+        score = area / (1 + (np.hypot(gap_x, gap_y) / 6) ** 2)
+        if area >= 40 and score > best_score:
+            best, best_score = (x + w / 2, y + h / 2, 1.35 * w, 1.35 * h), score
+    if best is None or max(best[2:]) > 0.95 * max(width, height):
+        return width / 2, height / 2, 0.45 * width, 0.45 * height
+    return best
+
+
+class CellCrops(Dataset[tuple[torch.Tensor, int]]):
+    """Crops of single cells as the agent might cut them: off centre, tight or wide, turned, from any laboratory.
+
+    Items: float-ready uint8 RGB tensor (3, size, size) and class index. The pictures stay decoded in memory (2 GB for
+    `train`). simulated: extra (pixels, class) pairs from the simulated slide.
+    """
+
+    def __init__(
+        self, cells: list[CellImage], classes: tuple[str, ...], size_px: int, simulated: list[tuple[Rgb, str]]
+    ):
+        self.size_px = size_px
+        self.pictures = [read_rgb(cell.path) for cell in cells] + [pixels for pixels, _ in simulated]
+        self.boxes = [central_box(picture) for picture in self.pictures[: len(cells)]]
+        self.boxes += [(p.shape[1] / 2, p.shape[0] / 2, 0.5 * p.shape[1], 0.5 * p.shape[0]) for p, _ in simulated]
+        self.labels = [classes.index(cell.class_name) for cell in cells] + [
+            classes.index(name) for _, name in simulated
+        ]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        rng = np.random.default_rng(torch.randint(2**62, ()).item())
+        crop = vary_look(random_crop(self.pictures[index], self.boxes[index], self.size_px, rng), rng)
+        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), self.labels[index]
+
+
+def random_crop(pixels: Rgb, box: tuple[float, float, float, float], size_px: int, rng: Generator) -> Rgb:
+    """A square around the box, between tight and the whole picture, turned and mirrored, size_px wide."""
+    height, width = pixels.shape[:2]
+    x, y, box_width, box_height = box
+    tight, whole = max(box_width, box_height, 12.0), float(max(width, height))
+    # One crop in four is (nearly) the whole picture, for users who hand over single-cell images as they are.
+    side = whole * rng.uniform(0.9, 1.0) if rng.random() < 0.25 else tight * (whole / tight) ** (rng.random() ** 1.5)
+    side = side * rng.uniform(0.95, 1.1)
+    if rng.random() < 0.5:
+        x, y = x + rng.normal(0, 0.05) * side, y + rng.normal(0, 0.05) * side
+    else:
+        x, y = (x + width / 2) / 2 + rng.normal(0, 0.03) * side, (y + height / 2) / 2 + rng.normal(0, 0.03) * side
+    angle = rng.uniform(0, 2 * np.pi) if rng.random() < 0.5 else rng.integers(4) * np.pi / 2
+    scale = size_px / side
+    stretch = np.exp(rng.normal(0, 0.05))
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    turn = np.array([[cos * stretch, -sin], [sin, cos / stretch]]) @ np.diag([rng.choice((-1, 1)), 1])
+    shift = np.array([size_px / 2, size_px / 2]) - turn @ np.array([x, y])
+    if scale < 0.6:  # warpAffine does not average: avoid aliasing
+        pixels = cv2.GaussianBlur(pixels, (0, 0), 0.35 / scale)
+    matrix = np.concatenate((turn, shift[:, None]), 1)
+    return cv2.warpAffine(pixels, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledField:
+    """Decoded pixels and boxes of a field, (boxes, 5): class, x_min, y_min, x_max, y_max in pixels."""
+
+    pixels: Rgb
+    boxes: NDArray[np.float32]
+
+
+def load_fields(fields: list[FieldImage]) -> list[LabelledField]:
+    """Decode fields into memory."""
+    loaded = []
+    for field in fields:
+        pixels = read_rgb(field.path)
+        loaded.append(LabelledField(pixels, read_boxes(field, pixels.shape[1], pixels.shape[0])))
+    return loaded
+
+
+class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """An endless stream of training fields: single or mosaic of four, any scale, turned, mirrored, any laboratory.
+
+    Items: uint8 RGB (3, size, size) and boxes (boxes, 5) in its pixels. size_px may be changed between epochs through
+    a new dataset object. simulated_share: probability that a picture comes from `simulated`.
+    """
+
+    def __init__(
+        self,
+        fields: list[LabelledField],
+        simulated: list[LabelledField],
+        size_px: int,
+        seed: int,
+        simulated_share: float,
+        mosaic_share: float = 0.5,
+    ):
+        self.fields, self.simulated = fields, simulated
+        self.size_px, self.seed = size_px, seed
+        self.simulated_share = simulated_share if simulated else 0.0
+        self.mosaic_share = mosaic_share
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        worker = get_worker_info()
+        rng = np.random.default_rng((self.seed, worker.id if worker else 0))
+        while True:
+            pixels, boxes = self._mosaic(rng) if rng.random() < self.mosaic_share else self._single(rng)
+            pixels = vary_look(pixels, rng, 0.8)
+            yield torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(boxes)
+
+    def _pick(self, rng: Generator) -> LabelledField:
+        pool = self.simulated if rng.random() < self.simulated_share else self.fields
+        return pool[rng.integers(len(pool))]
+
+    def _single(self, rng: Generator) -> tuple[Rgb, NDArray[np.float32]]:
+        field = self._pick(rng)
+        height, width = field.pixels.shape[:2]
+        fit = self.size_px / max(height, width)
+        return place(field, self.size_px, fit * float(np.exp(rng.uniform(np.log(0.5), np.log(1.5)))), rng)
+
+    def _mosaic(self, rng: Generator) -> tuple[Rgb, NDArray[np.float32]]:
+        """Four fields in the quarters around a random point; each keeps its own scale."""
+        size = self.size_px
+        canvas = np.empty((size, size, 3), np.uint8)
+        split_x, split_y = (int(size * rng.uniform(0.3, 0.7)) for _ in range(2))
+        found = []
+        for left, top, right, bottom in (
+            (0, 0, split_x, split_y),
+            (split_x, 0, size, split_y),
+            (0, split_y, split_x, size),
+            (split_x, split_y, size, size),
+        ):
+            field = self._pick(rng)
+            fit = size / max(field.pixels.shape[:2]) * float(np.exp(rng.uniform(np.log(0.35), np.log(1.1))))
+            pixels, boxes = place(field, size, fit, rng, fill=(right - left, bottom - top))
+            canvas[top:bottom, left:right] = pixels[: bottom - top, : right - left]
+            boxes = clip_boxes(boxes, right - left, bottom - top)
+            boxes[:, 1:] += np.array([left, top, left, top], np.float32)
+            found.append(boxes)
+        return canvas, np.concatenate(found)
+
+
+def place(
+    field: LabelledField, size_px: int, scale: float, rng: Generator, fill: tuple[int, int] | None = None
+) -> tuple[Rgb, NDArray[np.float32]]:
+    """The field scaled, turned by quarters, mirrored and shifted on a grey square; boxes follow and are clipped.
+
+    fill: place it so that it covers this width and height from the upper left corner as far as it reaches.
+    """
+    pixels, boxes = field.pixels, field.boxes
+    stretch = float(np.exp(rng.normal(0, 0.06)))
+    height, width = pixels.shape[:2]
+    new_width, new_height = max(8, round(width * scale * stretch)), max(8, round(height * scale / stretch))
+    shrink = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    pixels = cv2.resize(pixels, (new_width, new_height), interpolation=shrink)
+    ratio = np.array([new_width / width, new_height / height] * 2, np.float32)
+    boxes = np.concatenate((boxes[:, :1], boxes[:, 1:] * ratio), 1)
+    pixels, boxes = turn(pixels, boxes, int(rng.integers(4)), bool(rng.integers(2)))
+    height, width = pixels.shape[:2]
+    room_x, room_y = (fill[0] - width, fill[1] - height) if fill else (size_px - width, size_px - height)
+    shift_x, shift_y = (int(rng.integers(min(room, 0), max(room, 0) + 1)) for room in (room_x, room_y))
+    canvas = np.full((size_px, size_px, 3), 114, np.uint8)
+    left, top = max(shift_x, 0), max(shift_y, 0)
+    part = pixels[
+        max(-shift_y, 0) : max(-shift_y, 0) + size_px - top, max(-shift_x, 0) : max(-shift_x, 0) + size_px - left
+    ]
+    canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
+    boxes[:, 1:] += np.array([shift_x, shift_y, shift_x, shift_y], np.float32)
+    return canvas, clip_boxes(boxes, size_px, size_px)
+
+
+def turn(pixels: Rgb, boxes: NDArray[np.float32], quarters: int, mirror: bool) -> tuple[Rgb, NDArray[np.float32]]:
+    """Quarter turns against the clock, then mirrored left to right; boxes follow."""
+    boxes = boxes.copy()
+    for _ in range(quarters):
+        width = pixels.shape[1]
+        pixels = np.rot90(pixels)
+        x_min, y_min, x_max, y_max = boxes[:, 1:].T.copy()
+        boxes[:, 1:] = np.stack((y_min, width - x_max, y_max, width - x_min), 1)
+    if mirror:
+        pixels = pixels[:, ::-1]
+        boxes[:, [1, 3]] = pixels.shape[1] - boxes[:, [3, 1]]
+    return pixels, boxes
+
+
+def clip_boxes(boxes: NDArray[np.float32], width_px: int, height_px: int) -> NDArray[np.float32]:
+    """Boxes cut to the picture; what keeps less than 15 % of its area or less than 3 px a side is dropped."""
+    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
+    clipped = boxes.copy()
+    clipped[:, [1, 3]] = boxes[:, [1, 3]].clip(0, width_px)
+    clipped[:, [2, 4]] = boxes[:, [2, 4]].clip(0, height_px)
+    sides = clipped[:, 3:] - clipped[:, 1:3]
+    keep = (sides.prod(1) >= 0.15 * area) & (sides.min(1, initial=1e9) >= 3)
+    return clipped[keep]
+
+
+def collate_fields(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (batch, 3, size, size) uint8; boxes (batch, most, 5), padded; which of them are real (batch, most)."""
+    most = max(1, max(len(boxes) for _, boxes in batch))
+    padded = torch.zeros(len(batch), most, 5)
+    real = torch.zeros(len(batch), most, dtype=torch.bool)
+    for index, (_, boxes) in enumerate(batch):
+        padded[index, : len(boxes)] = boxes
+        real[index, : len(boxes)] = True
+    return torch.stack([pixels for pixels, _ in batch]), padded, real

@@ -1,0 +1,119 @@
+"""Average precision of boxes, and how often a named class is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+OVERLAPS = np.arange(0.5, 0.96, 0.05)
+RECALLS = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FieldBoxes:
+    """What was found, (found, 6) class, score, x_min..y_max, and what is there, (true, 5) class, x_min..y_max."""
+
+    found: NDArray[np.float32]
+    true: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassFigures:
+    """Detection figures of one class; precision and recall at the score of the best F1 and overlap 0.5."""
+
+    cells: int
+    precision: float
+    recall: float
+    map50: float
+    map50_95: float
+
+
+def box_overlaps(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    """IoU of all pairs, (len(first), len(second))."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(2)
+    area_1 = (first[:, 2:] - first[:, :2]).prod(1)
+    area_2 = (second[:, 2:] - second[:, :2]).prod(1)
+    return shared / (area_1[:, None] + area_2[None] - shared + 1e-9)
+
+
+def detection_figures(fields: Sequence[FieldBoxes], classes: Sequence[str]) -> dict[str, ClassFigures]:
+    """Figures for each class that occurs, and their mean as `all`; AP over 101 recall points as COCO defines it."""
+    figures = {}
+    for index, name in enumerate(classes):
+        cells = sum(int((field.true[:, 0] == index).sum()) for field in fields)
+        if cells:
+            figures[name] = _class_figures(fields, index, cells)
+    values = list(figures.values())
+    mean = [float(np.mean([getattr(v, key) for v in values])) for key in ("precision", "recall", "map50", "map50_95")]
+    figures["all"] = ClassFigures(sum(v.cells for v in values), *mean)
+    return figures
+
+
+def _class_figures(fields: Sequence[FieldBoxes], index: int, cells: int) -> ClassFigures:
+    scores, hits = [], []
+    for field in fields:
+        found = field.found[field.found[:, 0] == index]
+        found = found[np.argsort(-found[:, 1], kind="stable")]
+        true = field.true[field.true[:, 0] == index, 1:]
+        scores.append(found[:, 1])
+        hits.append(_matches(box_overlaps(found[:, 2:], true)))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    hit = np.concatenate(hits)[order]  # (found, overlaps)
+    right = hit.cumsum(0)
+    recall = right / cells
+    precision = right / np.arange(1, len(hit) + 1)[:, None]
+    averages = [_average_precision(recall[:, k], precision[:, k]) for k in range(len(OVERLAPS))]
+    f1 = 2 * precision[:, 0] * recall[:, 0] / (precision[:, 0] + recall[:, 0] + 1e-9)
+    best = int(f1.argmax()) if len(f1) else None
+    return ClassFigures(
+        cells,
+        float(precision[best, 0]) if best is not None else 0.0,
+        float(recall[best, 0]) if best is not None else 0.0,
+        averages[0],
+        float(np.mean(averages)),
+    )
+
+
+def _matches(overlaps: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which found boxes (best score first) take a true box that none before took, at each overlap of OVERLAPS."""
+    hits = np.zeros((len(overlaps), len(OVERLAPS)), bool)
+    for k, least in enumerate(OVERLAPS):
+        free = np.ones(overlaps.shape[1], bool)
+        for row in range(len(overlaps)):
+            candidates = np.where(free, overlaps[row], 0)
+            if candidates.size and candidates.max() >= least:
+                free[candidates.argmax()] = False
+                hits[row, k] = True
+    return hits
+
+
+def _average_precision(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    positions = np.searchsorted(recall, RECALLS, side="left")
+    return float(np.mean([envelope[p] if p < len(envelope) else 0.0 for p in positions]))
+
+
+def class_figures_by_name(answers: Sequence[tuple[str, str]], classes: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, macro-F1 and precision / recall / F1 of each class from pairs of (true, answered) names."""
+    figures = {}
+    for name in classes:
+        right = sum(true == answer == name for true, answer in answers)
+        true_count = sum(true == name for true, _ in answers)
+        answered = sum(answer == name for _, answer in answers)
+        precision = right / answered if answered else 0.0
+        recall = right / true_count if true_count else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+        figures[name] = {"n": true_count, "precision": precision, "recall": recall, "f1": f1}
+    return {
+        "n": len(answers),
+        "accuracy": sum(true == answer for true, answer in answers) / max(1, len(answers)),
+        "macro_f1": float(np.mean([f["f1"] for f in figures.values()])),
+        "classes": figures,
+        "confusion": [[sum(a == (t, n) for a in answers) for n in classes] for t in classes],
+    }

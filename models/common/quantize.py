@@ -1,0 +1,78 @@
+"""A trained net to a full-int8 TFLite file, with the facts about it that the manifest needs.
+
+Static quantisation, per-channel weights, calibrated by plain minimum and maximum: the quantiser's own default is a
+moving average, which clips a detector's rare strong logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ai_edge_litert.interpreter import Interpreter
+from numpy.typing import NDArray
+from torch import nn
+
+Tensors = list[dict[str, Any]]
+
+
+def export_float(net: nn.Module, side_px: int, path: Path) -> None:
+    """Write the float TFLite file of a net that takes (1, side, side, 3) in [0, 1]."""
+    import litert_torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    litert_torch.convert(net.eval(), (torch.rand(1, side_px, side_px, 3),)).export(str(path))
+
+
+def quantize_file(source: Path, target: Path, pictures: Iterable[NDArray[np.float32]]) -> None:
+    """Quantise a float file to int8. pictures: calibration inputs (1, side, side, 3) in [0, 1], from `train` only."""
+    from ai_edge_quantizer import calibrator, quantizer, recipe
+    from ai_edge_quantizer.utils import qsv_utils
+
+    interpreter = calibrator.CalibrationInterpreter(
+        str(source), calibrator.CalibrationMode.CALIBRATION_PRESERVE_ALL_TENSORS, qsv_utils.min_max_update
+    )
+    runner = interpreter.get_signature_runner("serving_default")
+    (argument,) = runner.get_input_details()
+    for picture in list(pictures):
+        runner(**{argument: picture})
+    ranges = interpreter.get_calibration_results()
+    # Exactly [0, 1]: then a stored pixel is its grey level with the top bit flipped, and no look-up is needed.
+    input_name = Interpreter(str(source)).get_input_details()[0]["name"]
+    ranges[input_name]["min"] = np.zeros_like(ranges[input_name]["min"])
+    ranges[input_name]["max"] = np.ones_like(ranges[input_name]["max"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    quantizer.Quantizer(str(source), recipe.static_wi8_ai8()).quantize(ranges).export_model(str(target))
+
+
+def describe_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Input and outputs of a file as the manifest writes them: name, shape, dtype, scale, zero_point."""
+    interpreter = Interpreter(str(path))
+    (found_input,) = interpreter.get_input_details()
+    return _describe(found_input), [_describe(details) for details in interpreter.get_output_details()]
+
+
+def _describe(details: dict[str, Any]) -> dict[str, Any]:
+    scale, zero_point = details["quantization"]
+    return {
+        "name": details["name"],
+        "shape": [int(n) for n in details["shape"]],
+        "dtype": np.dtype(details["dtype"]).name,
+        "scale": float(scale),
+        "zero_point": int(zero_point),
+    }
+
+
+def update_manifest(folder: Path, role: str, **facts: Any) -> None:
+    """Replace one model's entry in the manifest of a models folder; the digest is taken from the file itself."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else {"manifest": 1}
+    digest = hashlib.sha256((folder / facts["file"]).read_bytes()).hexdigest()
+    manifest[role] = {"role": role, **facts, "sha256": digest}
+    path.write_text(json.dumps(manifest, indent=2) + "\n")

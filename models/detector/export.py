@@ -1,0 +1,119 @@
+"""The trained detector as the int8 file that is shipped, and its entry in the manifest.
+
+python -m models.detector.export --checkpoint runs/detector/best.pt --data ../shared/data
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agent.inference.letterbox import letterbox
+from models.common.datasets import AugmentedFields, load_fields
+from models.common.labels import DETECTOR_CLASSES, cell_classes, read_fields, read_rgb
+from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
+from models.detector.train import SIZE_PX
+from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
+
+FILL = 114
+KINDS = ("box_distances", "class_scores")
+MEANINGS = {
+    "box_distances": "distances to left, top, right and bottom side in strides, each a raw distribution over 16 bins",
+    "class_scores": "logit of each class",
+}
+
+
+class RawMaps(nn.Module):
+    """NHWC in, six raw NHWC maps out.
+
+    Boxes and scores stay apart and undecoded, so that each map keeps a scale of its own: one shared scale for pixels
+    and probabilities would leave the scores two steps.
+    """
+
+    def __init__(self, net: YoloV10n):
+        super().__init__()
+        self.net = fold_batch_norm(net)
+        del self.net.one_to_many
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        maps = self.net(x.permute(0, 3, 1, 2))
+        return tuple(part.permute(0, 2, 3, 1) for pair in maps for part in pair)
+
+
+def main() -> None:
+    args = parse()
+    net = YoloV10n(len(DETECTOR_CLASSES))
+    net.load_state_dict(torch.load(args.checkpoint, weights_only=True)["average"])
+    work = args.checkpoint.parent / "detector-float.tflite"
+    target = args.models / "detector" / "yolov10n.tflite"
+    export_float(RawMaps(net.eval()), SIZE_PX, work)
+    quantize_file(work, target, calibration(args.data, args.pictures))
+    entry, outputs = describe_tensors(target)
+    update_manifest(
+        args.models,
+        "detector",
+        name="yolov10n",
+        version=args.version,
+        file="detector/yolov10n.tflite",
+        input={
+            **entry,
+            "meaning": "a frame in a square, real values 0 to 1",
+            "colour_order": "RGB",
+            "letterbox": {"align": "centre", "fill": FILL},
+        },
+        outputs=[{**output, **role(output["shape"])} for output in outputs],
+        classes=DETECTOR_CLASSES,
+        class_titles={"WBC": "nucleated cell", "RBC": "red cell", "platelet": "platelet"},
+        classified=["WBC", "platelet"],
+        agreeing={
+            "WBC": [name for name in cell_classes(args.data) if name != "platelet"],
+            "platelet": ["platelet"],
+        },
+        thresholds={"min_score": args.min_score, "same_cell_iou": args.same_cell_iou, "max_cells": 1000},
+        data="TXL-PBC fields (BCCD, PBC, Raabin; complete labels, split train) and the simulated slide",
+        command=args.command,
+    )
+
+
+def role(shape: list[int]) -> dict[str, object]:
+    """Which map an output is: known by its shape, since the classes are fewer than the bins."""
+    stride = SIZE_PX // shape[1]
+    kind = KINDS[shape[3] == len(DETECTOR_CLASSES)]
+    if stride not in STRIDES:
+        raise SystemExit(f"output of shape {shape} is none of the detector's maps")
+    return {"kind": kind, "stride_px": stride, "meaning": MEANINGS[kind]}
+
+
+def calibration(data: Path, count: int) -> Iterator[NDArray[np.float32]]:
+    """Training fields: half as they are, half as augmentation changes them, so that foreign looks are not clipped."""
+    fields = [field for field in read_fields(data, "train") if field.is_complete]
+    rng = np.random.default_rng(3)
+    chosen = [fields[k] for k in rng.permutation(len(fields))[: count // 2]]
+    for field in chosen:
+        yield letterbox(read_rgb(field.path), SIZE_PX, FILL)[0][None].astype(np.float32) / 255
+    augmented = iter(AugmentedFields(load_fields(chosen), [], SIZE_PX, 3, 0.0))
+    for _ in range(count - count // 2):
+        yield next(augmented)[0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/detector/best.pt"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--version", default="0.1.0")
+    parser.add_argument("--pictures", type=int, default=60, help="calibration pictures")
+    parser.add_argument("--min-score", type=float, default=0.35, help="threshold, chosen on val")
+    parser.add_argument("--same-cell-iou", type=float, default=None, help="overlap of two boxes of one cell")
+    parser.add_argument("--command", default="", help="the training command, for the manifest")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Crops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agent.analysis.crops import cut_crop, whole_crop
+from agent.domain import Box
+
+
+def frame(width: int = 60, height: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_a_crop_is_square_around_its_box_with_the_margin() -> None:
+    pixels = frame()
+    crop = cut_crop(pixels, Box(20, 10, 40, 20), 0.2)
+    assert crop.shape == (24, 24, 3)
+    assert np.array_equal(crop, pixels[3:27, 18:42])
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 10, 10), Box(50, 30, 60, 40), Box(0, 0, 60, 40), Box(59, 39, 60, 40)])
+def test_outside_the_frame_its_edge_is_repeated(box: Box) -> None:
+    pixels = frame()
+    crop = cut_crop(pixels, box, 0.5)
+    assert crop.shape[0] == crop.shape[1] == max(2, round(max(box.width_px, box.height_px) * 1.5))
+    known = {tuple(p) for p in pixels.reshape(-1, 3)}
+    assert {tuple(p) for p in crop.reshape(-1, 3)} <= known
+
+
+def test_a_whole_picture_becomes_a_square_that_holds_it() -> None:
+    pixels = frame(30, 50)
+    crop = whole_crop(pixels)
+    assert crop.shape == (50, 50, 3)
+    assert np.array_equal(crop[:, 10:40], pixels)

@@ -1,0 +1,47 @@
+"""The shipped classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from agent.analysis.crops import whole_crop
+from agent.config import ModelsSection
+from agent.inference.models import Models, open_models
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return open_models(ModelsSection())
+
+
+def test_probabilities_are_shares_in_the_manifests_order(models: Models) -> None:
+    answer = models.classifier.classify(np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8))
+    assert tuple(answer.probabilities) == models.manifest.classifier.classes
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    assert answer.probability == max(answer.probabilities.values()) == answer.probabilities[answer.class_name]
+    assert 0 <= answer.margin <= 1
+
+
+def test_colour_order_matters_and_is_the_manifests(models: Models) -> None:
+    crop = np.zeros((128, 128, 3), np.uint8)
+    crop[..., 0] = 255
+    blue, red = models.classifier.classify(crop), models.classifier.classify(crop[..., ::-1].copy())
+    assert blue.probabilities != red.probabilities
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the labelled images of ../shared/data are not on this machine")
+def test_nine_in_ten_real_test_cells_are_named_rightly(models: Models) -> None:
+    from models.common.labels import read_cells
+
+    cells = read_cells(DATA, "test")[::40]
+    right = sum(
+        models.classifier.classify(whole_crop(cv2.imread(str(cell.path)))).class_name == cell.class_name
+        for cell in cells
+    )
+    assert right / len(cells) > 0.9

@@ -1,0 +1,122 @@
+"""What the manifest promises is checked before a model runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent.config import ModelsSection, models_folder
+from agent.errors import ModelError
+from agent.inference.manifest import load_manifest, read_model_file
+from agent.inference.models import open_models
+
+SHIPPED = models_folder(ModelsSection())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the shipped models that a test may spoil."""
+    manifest = load_manifest(SHIPPED)
+    for name in ("manifest.json", manifest.detector.file, manifest.classifier.file):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(SHIPPED / name, tmp_path / name)
+    return tmp_path
+
+
+def edit_manifest(folder: Path, role: str, **changes: object) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest[role].update(changes)
+    path.write_text(json.dumps(manifest))
+
+
+def test_shipped_files_match_their_manifest_and_run() -> None:
+    models = open_models(ModelsSection())
+    assert models.runtime.split()[0] in ("ai-edge-litert", "tflite-runtime")
+    assert models.delegate in ("xnnpack", "none", "unknown")
+    assert len(models.manifest.classifier.classes) == 8
+
+
+def test_shipped_detector_is_int8_throughout_with_a_scale_for_each_map() -> None:
+    detector = load_manifest(SHIPPED).detector
+    assert {output.dtype for output in detector.outputs} == {"int8"}
+    assert detector.input.dtype == "int8"
+    scores = [output for output in detector.outputs if output.kind == "class_scores"]
+    boxes = [output for output in detector.outputs if output.kind == "box_distances"]
+    assert len(scores) == len(boxes) == 3
+    assert not {output.name for output in scores} & {output.name for output in boxes}
+    # A logit step below 0.25 keeps scores apart in steps of at most 6 %: one scale shared with boxes would not.
+    assert all(0 < output.scale < 0.25 for output in scores)
+
+
+def test_one_flipped_byte_refuses_the_file(folder: Path) -> None:
+    entry = load_manifest(folder).detector
+    content = bytearray((folder / entry.file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / entry.file).write_bytes(content)
+    with pytest.raises(ModelError, match="SHA-256"):
+        read_model_file(folder, entry)
+
+
+def test_a_truncated_file_is_refused(folder: Path) -> None:
+    entry = load_manifest(folder).classifier
+    (folder / entry.file).write_bytes((folder / entry.file).read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="truncated"):
+        open_models(ModelsSection(folder=folder))
+
+
+def test_swapped_files_are_refused(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    shutil.copyfile(folder / manifest.classifier.file, folder / manifest.detector.file)
+    with pytest.raises(ModelError, match=manifest.detector.file):
+        open_models(ModelsSection(folder=folder))
+
+
+def test_a_missing_file_says_which(folder: Path) -> None:
+    (folder / load_manifest(folder).detector.file).unlink()
+    with pytest.raises(ModelError, match=r"detector/.*cannot be read"):
+        open_models(ModelsSection(folder=folder))
+
+
+def test_a_missing_manifest_says_where(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"manifest\.json: there is no model manifest"):
+        open_models(ModelsSection(folder=tmp_path))
+
+
+def test_a_broken_manifest_says_the_line(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"manifest": 1,\n oops')
+    with pytest.raises(ModelError, match="line 2"):
+        load_manifest(folder)
+
+
+def test_an_unknown_key_in_the_manifest_is_refused(folder: Path) -> None:
+    edit_manifest(folder, "detector", surprise=1)
+    with pytest.raises(ModelError, match=r"detector\.surprise"):
+        load_manifest(folder)
+
+
+def test_tensors_that_differ_from_the_manifest_are_refused(folder: Path) -> None:
+    entry = json.loads((folder / "manifest.json").read_text())["classifier"]
+    entry["outputs"][0]["scale"] *= 2
+    edit_manifest(folder, "classifier", outputs=entry["outputs"])
+    with pytest.raises(ModelError, match="scale"):
+        open_models(ModelsSection(folder=folder))
+
+
+def test_a_file_that_is_no_model_is_refused_in_words(folder: Path) -> None:
+    import hashlib
+
+    entry = load_manifest(folder).classifier
+    (folder / entry.file).write_bytes(b"not a model" * 100)
+    edit_manifest(folder, "classifier", sha256=hashlib.sha256(b"not a model" * 100).hexdigest())
+    with pytest.raises(ModelError, match="cannot run this model"):
+        open_models(ModelsSection(folder=folder))
+
+
+def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.inference.interpreter.RUNTIMES", (("tflite-runtime", "no_such_module"),))
+    with pytest.raises(ModelError, match="pip install"):
+        open_models(ModelsSection(runtime="tflite-runtime"))

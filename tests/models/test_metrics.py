@@ -1,0 +1,57 @@
+"""The figures that models are judged by, on cases with known answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.common.metrics import FieldBoxes, box_overlaps, class_figures_by_name, detection_figures
+
+CLASSES = ("WBC", "RBC")
+
+
+def boxes(*rows: tuple[float, ...], width: int) -> np.ndarray:
+    return np.array(rows, np.float32).reshape(-1, width)
+
+
+def field(found: list[tuple[float, ...]], true: list[tuple[float, ...]]) -> FieldBoxes:
+    return FieldBoxes(boxes(*found, width=6), boxes(*true, width=5))
+
+
+def test_overlap_of_known_boxes() -> None:
+    assert box_overlaps(boxes((0, 0, 10, 10), width=4), boxes((0, 5, 10, 15), width=4))[0, 0] == pytest.approx(1 / 3)
+
+
+def test_a_perfect_answer_scores_one() -> None:
+    figures = detection_figures([field([(0, 0.9, 0, 0, 10, 10)], [(0, 0, 0, 10, 10)])], CLASSES)
+    assert figures["WBC"].map50 == figures["WBC"].map50_95 == figures["all"].map50 == pytest.approx(1)
+
+
+def test_a_cell_found_twice_counts_once() -> None:
+    twice = field([(0, 0.9, 0, 0, 10, 10), (0, 0.8, 0, 0, 10, 10)], [(0, 0, 0, 10, 10), (0, 50, 50, 60, 60)])
+    figures = detection_figures([twice], CLASSES)
+    assert figures["WBC"].map50 == pytest.approx(51 / 101)
+    assert figures["WBC"].recall == pytest.approx(0.5)
+
+
+def test_a_false_answer_above_the_true_one_halves_precision() -> None:
+    wrong_first = field([(0, 0.9, 50, 50, 60, 60), (0, 0.8, 0, 0, 10, 10)], [(0, 0, 0, 10, 10)])
+    assert detection_figures([wrong_first], CLASSES)["WBC"].map50 == pytest.approx(0.5)
+
+
+def test_a_loose_box_counts_only_at_low_overlaps() -> None:
+    loose = field([(0, 0.9, 0, 0, 10, 10)], [(0, 0, 0, 10, 13)])  # IoU 0.77: right at .50 to .75, six of ten
+    assert detection_figures([loose], CLASSES)["WBC"].map50_95 == pytest.approx(0.6)
+
+
+def test_a_missed_class_scores_zero_and_an_absent_one_is_left_out() -> None:
+    figures = detection_figures([field([], [(1, 0, 0, 10, 10)])], CLASSES)
+    assert figures["RBC"].map50 == 0
+    assert "WBC" not in figures
+
+
+def test_names_right_and_wrong_are_counted_by_class() -> None:
+    figures = class_figures_by_name([("a", "a"), ("a", "b"), ("b", "b"), ("b", "missed")], ("a", "b"))
+    assert figures["accuracy"] == 0.5
+    assert figures["classes"]["a"] == {"n": 2, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
+    assert figures["confusion"] == [[1, 1], [0, 1]]
