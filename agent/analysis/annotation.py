@@ -45,21 +45,30 @@ def annotate(pixels_bgr: Pixels, cells: Sequence[Cell], class_names: Sequence[st
     enlarged = cv2.resize(pixels_bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
     picture: Pixels = np.array(enlarged, np.uint8)
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(class_names)}
-    # Named cells last: their words must not lie under a neighbour's box.
-    for cell in sorted(cells, key=lambda cell: cell.classification is not None):
-        _draw(picture, cell, scale, colours)
+    for cell in cells:
+        _draw_box(picture, cell, scale, colours)
+    for cell in cells:  # after all boxes, so that no word lies under one
+        _draw_name(picture, cell, scale, colours)
     return np.vstack((picture, _legend(picture.shape[1], cells, colours, footer)))
 
 
-def _draw(picture: Pixels, cell: Cell, scale: int, colours: Mapping[str, Colour]) -> None:
+def _colour(cell: Cell, colours: Mapping[str, Colour]) -> Colour:
+    return _GREY if cell.status is CellStatus.UNIDENTIFIED else colours.get(cell.class_name, _GREY)
+
+
+def _draw_box(picture: Pixels, cell: Cell, scale: int, colours: Mapping[str, Colour]) -> None:
     box = cell.detection.box
     left, top, right, bottom = (round(edge * scale) for edge in (box.x_min, box.y_min, box.x_max, box.y_max))
-    colour = _GREY if cell.status is CellStatus.UNIDENTIFIED else colours.get(cell.class_name, _GREY)
-    is_named = cell.classification is not None
-    cv2.rectangle(picture, (left, top), (right, bottom), colour, 3 if is_named else 1, cv2.LINE_AA)
-    if is_named:
-        doubt = "?" if cell.status is CellStatus.UNIDENTIFIED else ""
-        _write_on_plate(picture, f"{cell.class_name}{doubt} {cell.probability:.2f}", left, top, colour)
+    thickness_px = 1 if cell.classification is None else 3
+    cv2.rectangle(picture, (left, top), (right, bottom), _colour(cell, colours), thickness_px, cv2.LINE_AA)
+
+
+def _draw_name(picture: Pixels, cell: Cell, scale: int, colours: Mapping[str, Colour]) -> None:
+    if cell.classification is None:
+        return
+    words = f"{cell.class_name}{'?' if cell.status is CellStatus.UNIDENTIFIED else ''} {cell.probability:.2f}"
+    box = cell.detection.box
+    _write_on_plate(picture, words, round(box.x_min * scale), round(box.y_min * scale), _colour(cell, colours))
 
 
 def _write_on_plate(picture: Pixels, words: str, left: int, bottom: int, colour: Colour) -> None:

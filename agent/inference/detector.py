@@ -52,7 +52,7 @@ class Detector:
         order = np.argsort(-scores, kind="stable")
         order = order[(boxes[order, 2:] - boxes[order, :2] > 0).all(1)]
         if self.entry.thresholds.same_cell_iou is not None:
-            order = _best_of_each(boxes, order, self.entry.thresholds.same_cell_iou)
+            order = best_of_each(boxes, order, self.entry.thresholds.same_cell_iou)
         return tuple(
             Detection(Box(*(float(v) for v in boxes[k])), self.entry.classes[classes[k]], float(scores[k]))
             for k in order[: self.entry.thresholds.max_cells]
@@ -131,7 +131,7 @@ def _sigmoid(values: Floats) -> Floats:
     return shares
 
 
-def _best_of_each(boxes: Floats, order: NDArray[np.intp], most_overlap: float) -> NDArray[np.intp]:
+def best_of_each(boxes: Floats, order: NDArray[np.intp], most_overlap: float) -> NDArray[np.intp]:
     """Of boxes that overlap more than `most_overlap` (IoU) the first in `order` stands."""
     kept: list[int] = []
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)

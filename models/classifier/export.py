@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.classifier.locate import read_boxes
 from models.classifier.train import SIZE_PX
 from models.common.datasets import CellCrops
 from models.common.labels import read_cells
 from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
 from models.nets.shufflenetv2 import ShuffleNetV2, fold_batch_norm
 
+FILE = "classifier/shufflenetv2.tflite"
 CROP_MARGIN = 0.2
 
 
@@ -40,17 +42,22 @@ def main() -> None:
     classes = tuple(checkpoint["classes"])
     net = ShuffleNetV2(len(classes))
     net.load_state_dict(checkpoint["average"])
-    work = args.checkpoint.parent / "classifier-float.tflite"
-    target = args.models / "classifier" / "shufflenetv2.tflite"
-    export_float(ChannelsLast(net.eval()), SIZE_PX, work)
-    quantize_file(work, target, calibration(args.data, classes, args.pictures))
-    entry, (logits,) = describe_tensors(target)
+    float_file, int8_file = args.float_models / FILE, args.models / FILE
+    export_float(ChannelsLast(net.eval()), SIZE_PX, float_file)
+    quantize_file(float_file, int8_file, calibration(args.data, classes, args.pictures, args.boxes))
+    for folder in (args.float_models, args.models):
+        write_entry(folder, classes, args)
+
+
+def write_entry(folder: Path, classes: tuple[str, ...], args: argparse.Namespace) -> None:
+    """The classifier's entry in the manifest of a folder, float or int8."""
+    entry, (logits,) = describe_tensors(folder / FILE)
     update_manifest(
-        args.models,
+        folder,
         "classifier",
         name="shufflenetv2-x1.0",
         version=args.version,
-        file="classifier/shufflenetv2.tflite",
+        file=FILE,
         input={**entry, "meaning": "the square crop of one cell, real values 0 to 1", "colour_order": "RGB"},
         outputs=[{**logits, "kind": "class_logits", "meaning": "logit of each class"}],
         classes=classes,
@@ -62,7 +69,7 @@ def main() -> None:
     )
 
 
-def calibration(data: Path, classes: tuple[str, ...], count: int) -> Iterator[NDArray[np.float32]]:
+def calibration(data: Path, classes: tuple[str, ...], count: int, boxes: Path | None) -> Iterator[NDArray[np.float32]]:
     """Training crops, augmented as in training, the classes evenly."""
     torch.manual_seed(3)
     cells = read_cells(data, "train")
@@ -71,7 +78,7 @@ def calibration(data: Path, classes: tuple[str, ...], count: int) -> Iterator[ND
     chosen = [
         c for name in classes for c in [x for x in cells if x.class_name == name][: max(1, count // len(classes))]
     ]
-    crops = CellCrops(chosen, classes, SIZE_PX, [])
+    crops = CellCrops(chosen, classes, SIZE_PX, read_boxes(boxes))
     for index in range(len(crops)):
         yield crops[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 
@@ -81,6 +88,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/classifier/best.pt"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
+    parser.add_argument("--boxes", type=Path, default=None, help="where the cells are: models.classifier.locate")
     parser.add_argument("--version", default="0.1.0")
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
     parser.add_argument("--min-probability", type=float, default=0.5, help="below it a cell is unidentified")

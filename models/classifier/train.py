@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
+from models.classifier.locate import read_boxes
 from models.common.augment import vary_look
-from models.common.datasets import CellCrops, central_box
+from models.common.datasets import CellCrops, CentredBox, central_box
 from models.common.labels import CellImage, cell_classes, read_cells, read_rgb
 from models.common.simulated import simulated_crops
 from models.common.training import AveragedWeights, Schedule, log_figures, save_checkpoint, split_decay
@@ -38,6 +40,11 @@ def main() -> None:
     schedule = Schedule(args.rate, args.minutes)
     epoch, best = 0, 0.0
     checkpoint = args.run / "last.pt"
+    if args.init and not checkpoint.exists():
+        weights = torch.load(args.init, weights_only=True)["average"]
+        net.load_state_dict(weights)
+        average.net.load_state_dict(weights)
+        average.updates = 1000  # an average of a trained net is to be trusted from the start
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         net.load_state_dict(state["net"])
@@ -47,7 +54,7 @@ def main() -> None:
         epoch, best, schedule.spent_s = state["epoch"], state["best"], state["spent_s"]
 
     loader = train_loader(args, classes)
-    views = val_views(read_cells(args.data, "val"))
+    views = val_views(read_cells(args.data, "val"), read_boxes(args.boxes))
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
     schedule.started = time.monotonic()
     while schedule.progress < 1:
@@ -89,14 +96,14 @@ def main() -> None:
 def train_loader(args: argparse.Namespace, classes: tuple[str, ...]) -> DataLoader[tuple[torch.Tensor, int]]:
     """An epoch: as many crops as there are pictures, rare classes drawn more often (by the root of their rarity)."""
     simulated = simulated_crops(args.simulated, classes, args.run.parent) if args.simulated else []
-    crops = CellCrops(read_cells(args.data, "train"), classes, SIZE_PX, simulated)
+    crops = CellCrops(read_cells(args.data, "train"), classes, SIZE_PX, read_boxes(args.boxes), simulated)
     counts = np.bincount(crops.labels, minlength=len(classes))
     weights = torch.from_numpy(1 / np.sqrt(counts[crops.labels]))
     sampler = WeightedRandomSampler(weights.tolist(), len(crops))
     return DataLoader(crops, BATCH, sampler=sampler, num_workers=1, drop_last=True, persistent_workers=True)
 
 
-def val_views(cells: list[CellImage]) -> dict[str, list[tuple[torch.Tensor, str]]]:
+def val_views(cells: list[CellImage], boxes: Mapping[str, CentredBox]) -> dict[str, list[tuple[torch.Tensor, str]]]:
     """Three fixed views of `val`: whole pictures, crops as the agent cuts them, and those in foreign colours.
 
     The third stands in for other laboratories, which `val` itself cannot show.
@@ -108,7 +115,7 @@ def val_views(cells: list[CellImage]) -> dict[str, list[tuple[torch.Tensor, str]
         whole.append(
             (tensor(square(picture, picture.shape[1] / 2, picture.shape[0] / 2, max(picture.shape))), cell.class_name)
         )
-        x, y, width, height = central_box(picture)
+        x, y, width, height = boxes.get(cell.key) or central_box(picture)
         crop = square(picture, x, y, 1.2 * max(width, height))
         cut.append((tensor(crop), cell.class_name))
         foreign.append((tensor(vary_look(crop, rng, 1.3)), cell.class_name))
@@ -145,6 +152,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with pbc.csv")
     parser.add_argument("--run", type=Path, default=Path("runs/classifier"), help="folder for checkpoints and log")
+    parser.add_argument("--init", type=Path, default=None, help="checkpoint whose weights a new run begins with")
+    parser.add_argument("--boxes", type=Path, default=None, help="where the cells are: models.classifier.locate")
     parser.add_argument("--minutes", type=float, default=25, help="training time in all")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--simulated", type=int, default=150, help="simulated crops of each class; 0 = none")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -15,8 +16,13 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from models.common.augment import vary_look
 from models.common.labels import CellImage, FieldImage, Rgb, read_boxes, read_rgb
 
+CentredBox = tuple[float, float, float, float]
+"""Centre x, centre y, width, height in pixels."""
 
-def central_box(pixels: Rgb) -> tuple[float, float, float, float]:
+NO_BOXES: Mapping[str, CentredBox] = MappingProxyType({})
+
+
+def central_box(pixels: Rgb) -> CentredBox:
     """The stained body nearest to the centre of a single-cell image: centre x, y, width, height in pixels.
 
     Nuclei and platelets absorb red light, red cells hardly do: Otsu's threshold on the red channel, then the largest
@@ -43,15 +49,23 @@ class CellCrops(Dataset[tuple[torch.Tensor, int]]):
     """Crops of single cells as the agent might cut them: off centre, tight or wide, turned, from any laboratory.
 
     Items: float-ready uint8 RGB tensor (3, size, size) and class index. The pictures stay decoded in memory (2 GB for
-    `train`). simulated: extra (pixels, class) pairs from the simulated slide.
+    `train`). boxes: where the cell is, by `CellImage.key`; those not in it are guessed from the colours. simulated:
+    extra (pixels, class) pairs from the simulated slide.
     """
 
     def __init__(
-        self, cells: list[CellImage], classes: tuple[str, ...], size_px: int, simulated: list[tuple[Rgb, str]]
+        self,
+        cells: list[CellImage],
+        classes: tuple[str, ...],
+        size_px: int,
+        boxes: Mapping[str, CentredBox] = NO_BOXES,
+        simulated: Sequence[tuple[Rgb, str]] = (),
     ):
         self.size_px = size_px
         self.pictures = [read_rgb(cell.path) for cell in cells] + [pixels for pixels, _ in simulated]
-        self.boxes = [central_box(picture) for picture in self.pictures[: len(cells)]]
+        self.boxes = [
+            boxes.get(cell.key) or central_box(picture) for cell, picture in zip(cells, self.pictures, strict=False)
+        ]
         self.boxes += [(p.shape[1] / 2, p.shape[0] / 2, 0.5 * p.shape[1], 0.5 * p.shape[0]) for p, _ in simulated]
         self.labels = [classes.index(cell.class_name) for cell in cells] + [
             classes.index(name) for _, name in simulated
@@ -66,14 +80,18 @@ class CellCrops(Dataset[tuple[torch.Tensor, int]]):
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), self.labels[index]
 
 
-def random_crop(pixels: Rgb, box: tuple[float, float, float, float], size_px: int, rng: Generator) -> Rgb:
+def random_crop(pixels: Rgb, box: CentredBox, size_px: int, rng: Generator) -> Rgb:
     """A square around the box, between tight and the whole picture, turned and mirrored, size_px wide."""
     height, width = pixels.shape[:2]
     x, y, box_width, box_height = box
     tight, whole = max(box_width, box_height, 12.0), float(max(width, height))
-    # One crop in four is (nearly) the whole picture, for users who hand over single-cell images as they are.
-    side = whole * rng.uniform(0.9, 1.0) if rng.random() < 0.25 else tight * (whole / tight) ** (rng.random() ** 1.5)
-    side = side * rng.uniform(0.95, 1.1)
+    kind = rng.random()
+    if kind < 0.6:  # as the agent cuts it, the box being a little wrong
+        side = tight * rng.uniform(1.0, 1.5)
+    elif kind < 0.8:
+        side = tight * (whole / tight) ** rng.random()
+    else:  # for users who hand over single-cell images as they are
+        side = whole * rng.uniform(0.9, 1.1)
     if rng.random() < 0.5:
         x, y = x + rng.normal(0, 0.05) * side, y + rng.normal(0, 0.05) * side
     else:

@@ -20,8 +20,9 @@ DETECTOR_CLASSES = ("WBC", "RBC", "platelet")  # the order of the label files
 
 @dataclass(frozen=True, slots=True)
 class CellImage:
-    """One line of pbc.csv."""
+    """One line of pbc.csv. key: its path as it stands there."""
 
+    key: str
     path: Path
     class_name: str
     split: str
@@ -40,7 +41,7 @@ class FieldImage:
 def read_cells(data: Path, split: str) -> list[CellImage]:
     """The labelled single-cell images of one split, in the order of the CSV file."""
     with (data / "pbc.csv").open() as lines:
-        rows = [CellImage(data / row["path"], row["class"], row["split"]) for row in csv.DictReader(lines)]
+        rows = [CellImage(row["path"], data / row["path"], row["class"], row["split"]) for row in csv.DictReader(lines)]
     return [row for row in rows if row.split == split]
 
 

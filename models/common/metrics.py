@@ -56,15 +56,7 @@ def detection_figures(fields: Sequence[FieldBoxes], classes: Sequence[str]) -> d
 
 
 def _class_figures(fields: Sequence[FieldBoxes], index: int, cells: int) -> ClassFigures:
-    scores, hits = [], []
-    for field in fields:
-        found = field.found[field.found[:, 0] == index]
-        found = found[np.argsort(-found[:, 1], kind="stable")]
-        true = field.true[field.true[:, 0] == index, 1:]
-        scores.append(found[:, 1])
-        hits.append(_matches(box_overlaps(found[:, 2:], true)))
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    hit = np.concatenate(hits)[order]  # (found, overlaps)
+    _, hit = _ranked(fields, index)
     right = hit.cumsum(0)
     recall = right / cells
     precision = right / np.arange(1, len(hit) + 1)[:, None]
@@ -117,3 +109,31 @@ def class_figures_by_name(answers: Sequence[tuple[str, str]], classes: Sequence[
         "classes": figures,
         "confusion": [[sum(a == (t, n) for a in answers) for n in classes] for t in classes],
     }
+
+
+def f1_curve(fields: Sequence[FieldBoxes], classes: Sequence[str], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """F1 at overlap 0.5 for each of the score thresholds, (len(scores),), as a mean over the classes that occur."""
+    curves = []
+    for index in range(len(classes)):
+        cells = sum(int((field.true[:, 0] == index).sum()) for field in fields)
+        if not cells:
+            continue
+        found, hits = _ranked(fields, index)
+        right = np.array([hits[found >= least, 0].sum() for least in scores])
+        answered = np.array([(found >= least).sum() for least in scores])
+        curves.append(2 * right / (answered + cells))
+    mean: NDArray[np.float64] = np.mean(curves, 0)
+    return mean
+
+
+def _ranked(fields: Sequence[FieldBoxes], index: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Scores of all boxes found of one class, best first, (found,), and which overlaps each reaches."""
+    scores, hits = [], []
+    for field in fields:
+        found = field.found[field.found[:, 0] == index]
+        found = found[np.argsort(-found[:, 1], kind="stable")]
+        true = field.true[field.true[:, 0] == index, 1:]
+        scores.append(found[:, 1])
+        hits.append(_matches(box_overlaps(found[:, 2:], true)))
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    return np.concatenate(scores)[order], np.concatenate(hits)[order]

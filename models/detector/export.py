@@ -21,6 +21,7 @@ from models.common.quantize import describe_tensors, export_float, quantize_file
 from models.detector.train import SIZE_PX
 from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
 
+FILE = "detector/yolov10n.tflite"
 FILL = 114
 KINDS = ("box_distances", "class_scores")
 MEANINGS = {
@@ -50,17 +51,22 @@ def main() -> None:
     args = parse()
     net = YoloV10n(len(DETECTOR_CLASSES))
     net.load_state_dict(torch.load(args.checkpoint, weights_only=True)["average"])
-    work = args.checkpoint.parent / "detector-float.tflite"
-    target = args.models / "detector" / "yolov10n.tflite"
-    export_float(RawMaps(net.eval()), SIZE_PX, work)
-    quantize_file(work, target, calibration(args.data, args.pictures))
-    entry, outputs = describe_tensors(target)
+    float_file, int8_file = args.float_models / FILE, args.models / FILE
+    export_float(RawMaps(net.eval()), SIZE_PX, float_file)
+    quantize_file(float_file, int8_file, calibration(args.data, args.pictures))
+    for folder in (args.float_models, args.models):
+        write_entry(folder, args)
+
+
+def write_entry(folder: Path, args: argparse.Namespace) -> None:
+    """The detector's entry in the manifest of a folder, float or int8."""
+    entry, outputs = describe_tensors(folder / FILE)
     update_manifest(
-        args.models,
+        folder,
         "detector",
         name="yolov10n",
         version=args.version,
-        file="detector/yolov10n.tflite",
+        file=FILE,
         input={
             **entry,
             "meaning": "a frame in a square, real values 0 to 1",
@@ -107,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/detector/best.pt"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
     parser.add_argument("--version", default="0.1.0")
     parser.add_argument("--pictures", type=int, default=60, help="calibration pictures")
     parser.add_argument("--min-score", type=float, default=0.35, help="threshold, chosen on val")

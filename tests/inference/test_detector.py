@@ -8,7 +8,7 @@ import pytest
 from agent.camera.simulated import render_training_field
 from agent.config import ModelsSection
 from agent.domain import Box, Detection
-from agent.inference.detector import _best_of_each, _boxes
+from agent.inference.detector import _boxes, best_of_each
 from agent.inference.models import Models, open_models
 
 
@@ -80,4 +80,4 @@ def test_sharp_distributions_decode_to_their_bins() -> None:
 
 def test_of_two_boxes_of_one_cell_the_better_stands() -> None:
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [8, 0, 18, 10]], np.float32)
-    assert _best_of_each(boxes, np.array([1, 0, 2]), 0.7).tolist() == [1, 2]
+    assert best_of_each(boxes, np.array([1, 0, 2]), 0.7).tolist() == [1, 2]

@@ -1,0 +1,14 @@
+"""The name of a picture by its content."""
+
+from __future__ import annotations
+
+import hashlib
+
+from agent.domain import Pixels
+
+
+def hash_pixels(pixels: Pixels) -> str:
+    """First 16 hex digits of the SHA-256 of the shape and the pixel bytes: equal where each byte is."""
+    digest = hashlib.sha256(str(pixels.shape).encode("ascii"))
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()[:16]

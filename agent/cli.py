@@ -1,0 +1,217 @@
+"""The command line: parse, call, and end with the right exit code. What the commands do stands in `commands.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from agent import RESEARCH_USE_ONLY, __version__
+from agent.errors import (
+    BrokerUnavailable,
+    CameraError,
+    ConfigError,
+    FrameUnreadable,
+    HematoVisionError,
+    ModelError,
+    OutboxError,
+)
+
+NumberT = TypeVar("NumberT", int, float)
+
+SOME_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
+
+EXIT_CODE_OF: Mapping[type[HematoVisionError], int] = {
+    ConfigError: 2,
+    ModelError: 3,
+    CameraError: 4,
+    FrameUnreadable: 4,
+    OutboxError: 5,
+    BrokerUnavailable: 6,
+}
+
+EXIT_CODES = """\
+exit codes:
+  0    all is well
+  1    some of the inputs could not be analysed, or some of the checks failed; the others were done
+  2    wrong usage, or faults in the configuration
+  3    the models cannot be used
+  4    the camera cannot be used
+  5    results cannot be stored (outbox, disk)
+  6    the broker cannot be used
+  70   a part of the running agent failed; systemd starts it again
+  130  ended by Ctrl-C (the agent itself stops in order and ends with 0)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console command `hematovision`; ends the process with one of the documented exit codes."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        # Imported after parsing: help and usage errors need neither OpenCV nor the models' runtime.
+        from agent import commands
+
+        code: int = getattr(commands, parsed.command.replace("-", "_"))(parsed)
+        sys.stdout.flush()
+    except HematoVisionError as error:
+        print(f"hematovision: error: {error}", file=sys.stderr)
+        code = _exit_code(error)
+    except KeyboardInterrupt:
+        print("hematovision: ended by Ctrl-C", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # `hematovision infer ... | head`: nobody reads any more. Python would complain again while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = PIPE_CLOSED
+    raise SystemExit(code)
+
+
+def _exit_code(error: HematoVisionError) -> int:
+    own = getattr(error, "exit_code", None)
+    if own is not None:
+        return int(own)
+    return next((code for kind, code in EXIT_CODE_OF.items() if isinstance(error, kind)), SOME_FAILED)
+
+
+# The parser -----------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their help."""
+    parser = argparse.ArgumentParser(
+        prog="hematovision",
+        description=f"Finds, names and counts the cells of a blood smear. {RESEARCH_USE_ONLY}",
+        epilog=f"start here:\n  hematovision demo\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hematovision-agent {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, words: str, more: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=words,
+            description=f"{words[0].upper()}{words[1:]}. {more} {RESEARCH_USE_ONLY}",
+            epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    run = add(
+        "run",
+        "run the agent: camera, models, outbox, MQTT",
+        "Ends at SIGTERM, at Ctrl-C,\nor when a folder or video that is read once has come to its end.",
+        "hematovision run --config /etc/hematovision/config.yaml",
+    )
+    _add_config(run)
+
+    infer = add(
+        "infer",
+        "find and name the cells in stored pictures of fields",
+        "Both models, no broker.\nA picture that cannot be read is told on standard error, the rest goes on (exit code 1).\n"
+        "A frame that the quality gate would refuse is analysed all the same and marked.",
+        "hematovision infer --json fields/ > cells.jsonl",
+    )
+    _add_paths(infer, "picture of a field, or a folder (read with its sub-folders, in natural order)")
+    infer.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a line for each picture: the `field` payload and `source`; or `source` and `error`",
+    )
+    infer.add_argument("--min-score", type=_share, metavar="0..1", help="the detector's threshold; default: manifest")
+    infer.add_argument("--save-annotated", type=Path, metavar="DIR", help="write pictures with boxes and classes there")
+    _add_config(infer)
+
+    classify = add(
+        "classify",
+        "name single cells: each picture is the crop of one cell",
+        "",
+        "hematovision classify --json crops/*.png",
+    )
+    _add_paths(classify, "picture of one cell, or a folder of such pictures")
+    classify.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a line: source, class, probability, probabilities; or source and error",
+    )
+    _add_config(classify)
+
+    demo = add(
+        "demo",
+        "show it: a broker, the agent on a simulated slide and a live table",
+        "Everything runs on this computer,\nreachable from it alone, and leaves nothing behind. Ctrl-C ends it.",
+        "hematovision demo --source my-fields/",
+    )
+    demo.add_argument(
+        "--source",
+        metavar="PATH",
+        help="folder of pictures, video file, camera /dev/video0 or address of a stream; default: a simulated slide",
+    )
+    demo.add_argument("--fields", type=_count, metavar="N", help="end after N fields; default: go on")
+    demo.add_argument("--port", type=_port, metavar="PORT", help="port of the broker on 127.0.0.1; default: a free one")
+
+    check = add(
+        "check-config",
+        "check a configuration file, and try what it names",
+        "The models are loaded, the camera gives\na picture, the broker answers, the outbox's disk takes rows.",
+        "hematovision check-config config.yaml",
+    )
+    check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="default: the packaged configuration")
+    check.add_argument("--schema", action="store_true", help="print the JSON Schema for editors, and end")
+    check.add_argument("--template", action="store_true", help="print a file with all keys and comments, and end")
+
+    outbox = add(
+        "outbox",
+        "look into the outbox: what waits for the broker",
+        "Works beside a running agent.",
+        "hematovision outbox --config /etc/hematovision/config.yaml export > waiting.jsonl",
+    )
+    outbox.add_argument(
+        "action",
+        nargs="?",
+        default="status",
+        choices=("status", "list", "requeue", "export"),
+        help="status: how many wait, and how long (default); list: one line a message; "
+        "requeue: send dead letters again; export: JSON Lines",
+    )
+    outbox.add_argument("--dead", action="store_true", help="list, export: the dead letters (refused messages) instead")
+    outbox.add_argument("--limit", type=_count, default=100, metavar="N", help="list: at most N; default: 100")
+    outbox.add_argument(
+        "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
+    )
+    _add_config(outbox)
+
+    version = add("version", "print versions of agent, runtime and models", "", "hematovision version")
+    _add_config(version)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", type=Path, metavar="FILE", help="configuration; default: the packaged one")
+
+
+def _add_paths(command: argparse.ArgumentParser, words: str) -> None:
+    command.add_argument("paths", nargs="+", metavar="PATH", help=words)
+
+
+def _share(text: str) -> float:
+    return _checked(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _count(text: str) -> int:
+    return _checked(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def _port(text: str) -> int:
+    return _checked(text, int, lambda value: 1 <= value <= 65535, "a whole number from 1 to 65535")
+
+
+def _checked(text: str, kind: type[NumberT], is_allowed: Callable[[NumberT], bool], words: str) -> NumberT:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: {words}")
+    return value

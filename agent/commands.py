@@ -1,0 +1,254 @@
+"""What each command does: call the module that knows, print what it says. The answer is the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+
+from agent import RESEARCH_USE_ONLY, __version__, console
+from agent.config import Config, json_schema, load_config, state_folder, template
+from agent.delivery.messages import round_probabilities, serialise
+from agent.delivery.outbox import Outbox, open_outbox
+from agent.demo import DemoOptions, run_demo
+from agent.inference.models import Models, open_models
+from agent.offline import (
+    Album,
+    Analysed,
+    Classified,
+    Unread,
+    analyse_pictures,
+    classify_pictures,
+    find_pictures,
+)
+from agent.preflight import run_checks
+from agent.supervisor import run_agent
+
+OK, SOME_FAILED = 0, 1
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The agent itself, until it has ended."""
+    config = load_config(arguments.config)
+    _start_logging(config)
+    return run_agent(config)
+
+
+def infer(arguments: argparse.Namespace) -> int:
+    """Stored fields through both models."""
+    config = load_config(arguments.config)
+    if arguments.min_score is not None:
+        section = config.models.model_copy(update={"min_score": arguments.min_score})
+        config = config.model_copy(update={"models": section})
+    models = open_models(config.models)
+    pictures = find_pictures(arguments.paths)
+    album = _album(arguments.save_annotated, models)
+    totals: Counter[str] = Counter()
+    failed = 0
+    with console.with_progress(analyse_pictures(pictures, config, models), len(pictures), "fields") as outcomes:
+        for outcome in outcomes:
+            if isinstance(outcome, Unread):
+                failed += 1
+                _report_unread(outcome, arguments.json)
+                continue
+            totals.update(outcome.field.counts)
+            if album is not None:
+                album.save(outcome)
+            _print_field(outcome, arguments.json, is_only_one=len(pictures) == 1)
+    if not arguments.json:
+        _print_totals(totals, len(pictures) - failed, failed)
+    return SOME_FAILED if failed else OK
+
+
+def classify(arguments: argparse.Namespace) -> int:
+    """Stored crops through the classifier."""
+    config = load_config(arguments.config)
+    models = open_models(config.models)
+    pictures = find_pictures(arguments.paths)
+    failed = 0
+    with console.with_progress(classify_pictures(pictures, config, models), len(pictures), "crops") as outcomes:
+        for outcome in outcomes:
+            if isinstance(outcome, Unread):
+                failed += 1
+                _report_unread(outcome, arguments.json)
+            else:
+                _print_crop(outcome, arguments.json, is_only_one=len(pictures) == 1)
+    if not arguments.json:
+        print(RESEARCH_USE_ONLY)
+    return SOME_FAILED if failed else OK
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Everything on this computer, shown as it arrives."""
+    options = DemoOptions(arguments.source, arguments.fields, arguments.port)
+    view = console.LiveCells()
+    is_live = sys.stdout.isatty()
+
+    def on_start(broker: str, port: int) -> None:
+        view.heading = (
+            f"HematoVision demo, agent {__version__}. {RESEARCH_USE_ONLY}",
+            f"broker: {broker}, listen yourself: mosquitto_sub -p {port} -t 'hv/1/#' -v     (Ctrl-C ends)",
+        )
+        if not is_live:
+            print("\n".join(view.heading), flush=True)
+
+    def on_message(kind: str, body: Mapping[str, Any]) -> None:
+        view.take(kind, body)
+        if kind == "cell" and not is_live:
+            print(console.cell_line(body), flush=True)
+        elif kind == "event" and not is_live:
+            print(console.event_line(body), file=sys.stderr, flush=True)
+
+    try:
+        if is_live:
+            with Live(view, console=console.results_console(), refresh_per_second=4):
+                run_demo(options, on_start, on_message)
+        else:
+            run_demo(options, on_start, on_message)
+    finally:
+        print(view.summary(), flush=True)
+    return OK
+
+
+def check_config(arguments: argparse.Namespace) -> int:
+    """The configuration, and all that it names."""
+    if arguments.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return OK
+    if arguments.template:
+        print(template(), end="")
+        return OK
+    config = load_config(arguments.file)
+    print(f"{'pass':<5} configuration  {arguments.file or 'the packaged defaults'}: no faults", flush=True)
+    failed = 0
+    for check in run_checks(config):
+        failed += not check.is_passed
+        print(f"{'pass' if check.is_passed else 'FAIL':<5} {check.name:<13}  {check.words}", flush=True)
+    print(f"{failed or 'no'} failure{'' if failed == 1 else 's'}. {RESEARCH_USE_ONLY}")
+    return SOME_FAILED if failed else OK
+
+
+def outbox(arguments: argparse.Namespace) -> int:
+    """What waits for the broker."""
+    config = load_config(arguments.config)
+    folder = arguments.folder or state_folder(config.outbox)
+    actions: Mapping[str, Callable[[Outbox, argparse.Namespace], None]] = {
+        "status": _outbox_status,
+        "list": _outbox_list,
+        "requeue": _outbox_requeue,
+        "export": _outbox_export,
+    }
+    # Not verified: an agent may be writing to it, and setting a damaged file aside is the agent's own business.
+    with open_outbox(folder, device=config.device, verify=False, create=False) as outbox:
+        actions[arguments.action](outbox, arguments)
+    return OK
+
+
+def _outbox_status(outbox: Outbox, _arguments: argparse.Namespace) -> None:
+    oldest_age_s = outbox.oldest_age_s()
+    print(f"outbox        {outbox.path}")
+    print(f"waiting       {outbox.depth()} messages")
+    print(f"oldest        {'-' if oldest_age_s is None else f'{oldest_age_s:.0f} s'}")
+    print(f"dead letters  {outbox.dead_letter_count()}")
+    print(RESEARCH_USE_ONLY)
+
+
+def _outbox_list(outbox: Outbox, arguments: argparse.Namespace) -> None:
+    if arguments.dead:
+        for letter in outbox.dead_letters()[: arguments.limit]:
+            place = f"{letter.letter_id:>8}  {letter.topic}  {letter.stream} {letter.boot}:{letter.seq}"
+            print(f"{place}  {len(letter.payload)} bytes  {letter.rejected_at}  {letter.reason}")
+    else:
+        for row in outbox.pending(0, arguments.limit):
+            place = f"{row.row_id:>8}  {row.topic}  {row.stream} {row.boot}:{row.seq}"
+            print(f"{place}  {len(row.payload)} bytes{'' if row.is_intact else '  DAMAGED'}")
+    print(RESEARCH_USE_ONLY)
+
+
+def _outbox_requeue(outbox: Outbox, _arguments: argparse.Namespace) -> None:
+    moved = outbox.requeue()
+    print(f"{moved} dead letters wait again, {outbox.dead_letter_count()} stay. {RESEARCH_USE_ONLY}")
+
+
+def _outbox_export(outbox: Outbox, arguments: argparse.Namespace) -> None:
+    for line in outbox.export_rows(dead_letters=arguments.dead):
+        print(line)
+
+
+def version(arguments: argparse.Namespace) -> int:
+    """Who counts here."""
+    print(f"hematovision-agent {__version__}")
+    print(f"python             {platform.python_version()} on {platform.machine()}")
+    print(RESEARCH_USE_ONLY)
+    models = open_models(load_config(arguments.config).models)
+    print(f"runtime            {models.runtime}, delegate {models.delegate}")
+    for entry in (models.manifest.detector, models.manifest.classifier):
+        print(f"{entry.role:<18} {entry.name} {entry.version}, sha256 {entry.sha256}")
+        print(f"{'':<18} {', '.join(entry.classes)}")
+    return OK
+
+
+# Printing -------------------------------------------------------------------------------------------------------------
+
+
+def _report_unread(unread: Unread, as_json: bool) -> None:
+    console.print_error(f"{unread.source}: {unread.reason}")
+    if as_json:
+        _print_json({"source": unread.source, "error": unread.reason})
+
+
+def _print_json(message: Mapping[str, Any]) -> None:
+    sys.stdout.buffer.write(serialise(message) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _print_field(analysed: Analysed, as_json: bool, *, is_only_one: bool) -> None:
+    source, message = analysed.picture.source, analysed.message
+    if as_json:
+        _print_json({"source": source, **message})
+    elif is_only_one:
+        console.print_table(console.cells_table(source, message["cells"]))
+    else:
+        print(f"{source}: {console.counts_words(message['counts'])}{_quality_words(message['quality'])}", flush=True)
+
+
+def _quality_words(quality: Mapping[str, Any]) -> str:
+    return "" if quality["accepted"] else f" (the agent would refuse this frame: {', '.join(quality['reasons'])})"
+
+
+def _print_totals(totals: Mapping[str, int], fields: int, failed: int) -> None:
+    title = f"{fields} field{'' if fields == 1 else 's'}" + (f", {failed} not readable" if failed else "")
+    console.print_table(console.counts_table(totals, title))
+    print(RESEARCH_USE_ONLY)
+
+
+def _print_crop(classified: Classified, as_json: bool, *, is_only_one: bool) -> None:
+    answer = classified.classification
+    probabilities = round_probabilities(answer.probabilities)
+    if as_json:
+        named = {"class": answer.class_name, "probability": probabilities[answer.class_name]}
+        _print_json({"source": classified.source, **named, "probabilities": probabilities})
+    elif is_only_one:
+        console.print_table(console.probabilities_table(classified.source, probabilities))
+    else:
+        print(f"{classified.source}: {answer.class_name} {answer.probability:.3f}", flush=True)
+
+
+def _album(folder: Path | None, models: Models) -> Album | None:
+    names: Iterable[str] = (*models.manifest.classifier.classes, *models.manifest.detector.classes)
+    return None if folder is None else Album(folder, tuple(dict.fromkeys(names)), RESEARCH_USE_ONLY)
+
+
+def _start_logging(config: Config) -> None:
+    """Log to standard error; under systemd the journal adds the time itself."""
+    time_words = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    logging.basicConfig(level=config.log.level.upper(), format=f"{time_words}%(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,451 @@
+"""The configuration: frozen sections, one for each part of the agent, with a unit under each key.
+
+`load_config` reads YAML and the environment, reports every fault at once (path in the document, line, what was found,
+what is allowed, the nearest known key: see `config_reader.py`) and returns a `Config` that cannot change. Secrets come
+from files or the environment, never from the YAML itself, and are never part of a `Config`, a message or a log line.
+
+The docstring below a key is its comment in config.yaml and its description in docs/config.schema.json; tests hold
+both to what this file says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent.config_reader import Clash, default_yaml, read_section
+from agent.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+VARIABLE_PREFIX = "HEMATOVISION_"
+BROKER_PASSWORD_VARIABLE = "HEMATOVISION_BROKER_PASSWORD"
+CAMERA_PASSWORD_VARIABLE = "HEMATOVISION_CAMERA_PASSWORD"
+
+LARGEST_CONFIG_BYTES = 1_000_000
+"""The default file has 10 kB; what is a hundred times larger was named by mistake (a picture, a model)."""
+
+LARGEST_SECRET_BYTES = 4096
+
+Identifier = Annotated[
+    str, Field(pattern=r"^[a-z0-9-]{1,63}$", json_schema_extra={"x-allowed": "1 to 63 of a-z, 0-9 and hyphen"})
+]
+"""A part of an MQTT topic: no dots, because RabbitMQ and NATS map topics to keys in which a dot separates."""
+
+
+class Section(BaseModel):
+    """One part of the configuration: immutable, and an unknown key is a fault."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class FolderSection(Section):
+    """A folder of images, for kind folder."""
+
+    path: Path | None = None
+    """Folder of images; images are read in the natural order of their paths."""
+    watch: bool = False
+    """false: read what is there once, then finish. true: go on waiting for new files."""
+    recursive: bool = True
+    """Whether sub-folders are read too."""
+    settle_s: Annotated[float, Field(ge=0, le=60)] = 1.0
+    """s; with watch: a file is read when its size has not changed for this long (a microscope may still be writing)."""
+
+
+class VideoSection(Section):
+    """A video file, for kind video."""
+
+    path: Path | None = None
+    """A video file."""
+    every_nth: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Take each n-th picture only."""
+
+
+class NetworkSection(Section):
+    """An MJPEG or RTSP stream, for kind network."""
+
+    url: (
+        Annotated[
+            str,
+            Field(
+                pattern=r"^(http|https|rtsp|rtsps)://[^/]",
+                json_schema_extra={"x-allowed": "an address that starts with http://, https://, rtsp:// or rtsps://"},
+            ),
+        ]
+        | None
+    ) = None
+    """Address of an MJPEG (http, https) or RTSP stream. Put no password here: see `password_file`."""
+    username: str | None = None
+    """User of the camera, if it asks for one."""
+    password_file: Path | None = None
+    """File that holds the camera's password in one line; null = the variable HEMATOVISION_CAMERA_PASSWORD, if set."""
+    read_timeout_s: Annotated[float, Field(ge=0.5, le=60)] = 5.0
+    """s; a stream that gives no picture for this long is closed and opened again."""
+
+
+class UsbSection(Section):
+    """A USB or V4L2 camera, for kind usb."""
+
+    device: (
+        Annotated[int, Field(ge=0, le=1023)]
+        | Annotated[str, Field(pattern=r"^/dev/.", json_schema_extra={"x-allowed": "a path below /dev"})]
+    ) = 0
+    """Index of the camera, or its stable path /dev/v4l/by-id/..., which survives re-plugging."""
+    width_px: Annotated[int, Field(ge=64, le=16384)] | None = None
+    """px; width to ask the camera for."""
+    height_px: Annotated[int, Field(ge=64, le=16384)] | None = None
+    """px; height to ask the camera for."""
+    fourcc: (
+        Annotated[
+            str,
+            Field(pattern=r"^[A-Z0-9]{4}$", json_schema_extra={"x-allowed": "four of A-Z and 0-9, as MJPG or YUYV"}),
+        ]
+        | None
+    ) = None
+    """Pixel format to ask the camera for, for example MJPG or YUYV."""
+    read_timeout_s: Annotated[float, Field(ge=0.5, le=60)] = 5.0
+    """s; a camera that gives no picture for this long is closed and opened again."""
+
+
+class SimulatedSection(Section):
+    """A rendered smear with known truth, for kind simulated: needs no hardware."""
+
+    seed: Annotated[int, Field(ge=0)] = 1
+    """The slide; the same seed gives the same slide, byte for byte."""
+    fields: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """How many fields the stage visits, then the camera ends; 0 = goes on for ever."""
+    frame_width_px: Annotated[int, Field(ge=160, le=4096)] = 640
+    """px; width of a frame."""
+    frame_height_px: Annotated[int, Field(ge=120, le=4096)] = 480
+    """px; height of a frame."""
+    interval_s: Annotated[float, Field(ge=0, le=3600)] = 1.0
+    """s; time from one field to the next."""
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Share of a field that the next one shows again, 0 to 0.9."""
+    red_cells_per_field: Annotated[float, Field(ge=0, le=500)] = 22
+    """Mean number of red cells in a field."""
+    nucleated_cells_per_field: Annotated[float, Field(ge=0, le=50)] = 1.4
+    """Mean number of nucleated cells in a field."""
+    platelets_per_field: Annotated[float, Field(ge=0, le=100)] = 2.5
+    """Mean number of platelets in a field."""
+    blur_px: Annotated[float, Field(ge=0, le=20)] = 0.6
+    """px; sigma of the optical blur."""
+    noise: Annotated[float, Field(ge=0, le=60)] = 2.0
+    """Grey levels; sigma of the sensor's noise."""
+    illumination: Annotated[float, Field(ge=0.05, le=2)] = 1.0
+    """Lamp brightness; 1 = well set."""
+    vignetting: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    """Loss of light in the corners, 0 to 0.9."""
+    dust: Annotated[int, Field(ge=0, le=100)] = 0
+    """Specks on the sensor, at the same pixel in each frame."""
+    frozen_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of frames that repeat the one before byte for byte."""
+    missing_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of frames that never arrive."""
+
+
+class CameraSection(Section):
+    """Where the frames come from."""
+
+    kind: Literal["simulated", "folder", "video", "network", "usb"] = "simulated"
+    """Which of the sections below is used."""
+    um_per_px: Annotated[float, Field(gt=0, le=100)] | None = None
+    """um; size of a pixel on the slide, from the calibration of objective and camera. null = not calibrated."""
+    queue_frames: Annotated[int, Field(ge=1, le=64)] = 2
+    """Frames that may wait for the models."""
+    max_megapixels: Annotated[float, Field(gt=0, le=1000)] = 80
+    """Megapixels; a larger picture is refused before it is decoded, to keep within memory."""
+    folder: FolderSection = FolderSection()
+    video: VideoSection = VideoSection()
+    network: NetworkSection = NetworkSection()
+    usb: UsbSection = UsbSection()
+    simulated: SimulatedSection = SimulatedSection()
+
+
+class QualitySection(Section):
+    """The gate: which frames are good enough to count."""
+
+    min_brightness: Annotated[float, Field(ge=0, le=255)] = 25
+    """Grey levels; a frame darker than this on average is refused as `dark`."""
+    max_clipped_pct: Annotated[float, Field(ge=0, le=100)] = 70
+    """%; a frame with more pixels at full white is refused as `saturated`."""
+    min_contrast: Annotated[float, Field(ge=0, le=128)] = 2.5
+    """Grey levels; a frame whose standard deviation is below this is refused as `featureless`."""
+    min_focus: Annotated[float, Field(ge=0)] = 0.0
+    """Variance of the Laplacian; below it a frame is refused as `blurred`. 0 = off: the right value depends on the
+    optics."""
+
+
+class ModelsSection(Section):
+    """The detector and the classifier."""
+
+    folder: Path | None = None
+    """Folder with manifest.json and the model files; null = the models that came with the package."""
+    runtime: Literal["auto", "ai-edge-litert", "tflite-runtime"] = "auto"
+    """TFLite interpreter; auto = LiteRT where installed, else tflite-runtime."""
+    threads: Annotated[int, Field(ge=1, le=64)] = 2
+    """CPU threads for a model."""
+    min_score: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Detector's threshold, 0 to 1; null = the one in the manifest."""
+    min_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    """A cell named with less is `unidentified`, 0 to 1; null = the one in the manifest."""
+
+
+class SampleSection(Section):
+    """The slide under the microscope."""
+
+    id: Identifier | None = None
+    """The sample's id in topics; null = the agent makes one for each slide (date, boot and number)."""
+
+
+class OutboxSection(Section):
+    """The results on disk that the broker has not taken yet."""
+
+    folder: Path | None = None
+    """Folder of the outbox; must be on a local disk. null = $STATE_DIRECTORY (systemd), else
+    $XDG_STATE_HOME/hematovision, else ~/.local/state/hematovision."""
+    max_mb: Annotated[float, Field(ge=1, le=1_000_000)] = 2048
+    """MB; when the outbox has grown to this, intake stops until the broker has taken some. Nothing is dropped."""
+    min_free_mb: Annotated[float, Field(ge=0, le=1_000_000)] = 64
+    """MB; disk space that the outbox leaves free; below it intake stops."""
+
+
+class TlsSection(Section):
+    """Encryption of the connection to the broker."""
+
+    enabled: bool = False
+    """true = encrypted connection."""
+    ca_file: Path | None = None
+    """PEM file of the authority that signed the broker's certificate; null = the system's authorities."""
+    certificate_file: Path | None = None
+    """PEM file of this device's certificate, if the broker asks for one."""
+    key_file: Path | None = None
+    """PEM file of the certificate's private key."""
+
+
+class BrokerSection(Section):
+    """The MQTT broker that takes the results."""
+
+    host: Annotated[str, Field(pattern=r"^[^\s/]+$", json_schema_extra={"x-allowed": "a name or address"})] = (
+        "127.0.0.1"
+    )
+    """Name or address of the broker."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 1883
+    """TCP port; usually 1883, with TLS 8883."""
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    """MQTT version; auto = 5, and 3.1.1 when the broker refuses 5."""
+    username: str | None = None
+    """User at the broker; null = none."""
+    password_file: Path | None = None
+    """File that holds the password in one line; null = the variable HEMATOVISION_BROKER_PASSWORD, if set."""
+    keepalive_s: Annotated[int, Field(ge=2, le=3600)] = 8
+    """s; a dead broker is noticed after about twice this."""
+    window: Annotated[int, Field(ge=1, le=20)] = 20
+    """Messages under way without an acknowledgement; never above the broker's Receive Maximum."""
+    max_backoff_s: Annotated[float, Field(ge=0.1, le=3600)] = 30
+    """s; longest pause between two attempts to connect."""
+    tls: TlsSection = TlsSection()
+
+
+class PublishSection(Section):
+    """What is published, and how often."""
+
+    cells: bool = True
+    """Whether each cell is published on cell/{sample} too; the field message holds all of them anyway."""
+    health_interval_s: Annotated[float, Field(ge=1, le=3600)] = 30
+    """s; time between two health messages."""
+
+
+class LogSection(Section):
+    """What the agent tells about itself."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is logged to standard error (under systemd: the journal)."""
+
+
+class Config(Section):
+    """The whole configuration. Every key has a default; an empty file runs the simulated slide."""
+
+    site: Identifier = "site"
+    """Name of the laboratory in topics: a-z, 0-9, hyphen."""
+    device: Identifier = "microscope-1"
+    """Name of this microscope in topics; unique at the broker: two devices of one name knock each other off."""
+    camera: CameraSection = CameraSection()
+    quality: QualitySection = QualitySection()
+    models: ModelsSection = ModelsSection()
+    sample: SampleSection = SampleSection()
+    outbox: OutboxSection = OutboxSection()
+    broker: BrokerSection = BrokerSection()
+    publish: PublishSection = PublishSection()
+    log: LogSection = LogSection()
+
+
+def load_config(path: Path | None, environment: Mapping[str, str] | None = None) -> Config:
+    """The configuration from a file (None = the packaged one) and the environment; `ConfigError` tells all faults."""
+    path = path or packaged_folder() / "config.yaml"
+    return loads(_read_text(path), str(path), folder=path.absolute().parent, environment=environment)
+
+
+def loads(
+    text: str, source: str, *, folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Config:
+    """The configuration from a YAML text; an empty one gives all defaults.
+
+    source: names the text in messages.   folder: where relative paths start; None = the working directory.
+    environment: None = this process's; its variables HEMATOVISION_SECTION__KEY go before the text.
+    """
+    return read_section(
+        Config,
+        text,
+        source,
+        folder=folder or Path.cwd(),
+        environment=os.environ if environment is None else environment,
+        prefix=VARIABLE_PREFIX,
+        other_variables=(BROKER_PASSWORD_VARIABLE, CAMERA_PASSWORD_VARIABLE),
+        find_clashes=_clashes,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_CONFIG_BYTES + 1)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            str(path), ("there is no such file; `hematovision check-config --template` prints one",)
+        ) from error
+    except IsADirectoryError as error:
+        raise ConfigError(str(path), ("this is a folder; name the configuration file in it",)) from error
+    except OSError as error:
+        raise ConfigError(str(path), (f"cannot be read: {error.strerror}",)) from error
+    if len(content) > LARGEST_CONFIG_BYTES:
+        raise ConfigError(str(path), (f"larger than {LARGEST_CONFIG_BYTES} bytes; this is no configuration file",))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        fault = f"line {line}: byte {content[error.start]:#04x} is not UTF-8; save the file as UTF-8 text"
+        raise ConfigError(str(path), (fault,)) from error
+
+
+def _clashes(config: Config) -> Iterator[Clash]:
+    """Keys that are allowed for themselves and do not go together."""
+    camera, network, broker, tls = config.camera, config.camera.network, config.broker, config.broker.tls
+    needed = {
+        "folder": ("path", camera.folder.path, "the folder of images"),
+        "video": ("path", camera.video.path, "the video file"),
+        "network": ("url", network.url, "the address of the stream"),
+    }
+    if camera.kind in needed:
+        name, value, meaning = needed[camera.kind]
+        if value is None:
+            key = ("camera", camera.kind, name)
+            message = f"found '{camera.kind}', which needs {'.'.join(key)}; put {meaning} there"
+            yield Clash(("camera", "kind"), (key,), message)
+    if network.url and re.match(r"[a-z]+://[^/@]*:[^/@]*@", network.url):
+        message = "holds a password; take it out and use camera.network.username and password_file"
+        yield Clash(("camera", "network", "url"), (), message)
+    for section, path in ((network, ("camera", "network")), (broker, ("broker",))):
+        if section.password_file and section.username is None:
+            message = f"a password without a user; set {'.'.join((*path, 'username'))} too"
+            yield Clash((*path, "password_file"), ((*path, "username"),), message)
+    if tls.key_file and tls.certificate_file is None:
+        message = "a key without its certificate; set broker.tls.certificate_file too"
+        yield Clash(("broker", "tls", "key_file"), (("broker", "tls", "certificate_file"),), message)
+    for name in ("ca_file", "certificate_file", "key_file"):
+        if getattr(tls, name) and not tls.enabled:
+            message = "given, but broker.tls.enabled is false: the connection would not be encrypted; set it to true"
+            yield Clash(("broker", "tls", name), (("broker", "tls", "enabled"),), message)
+
+
+def read_secret(file: Path | None, variable: str, environment: Mapping[str, str] | None = None) -> str | None:
+    """A password from its file, or where no file is named from the variable of the environment; None = neither.
+
+    One line break at the end of the file does not count. The secret is never logged; a file that other users of this
+    computer can read is warned about. Raises `ConfigError` for a file that is missing, empty or no single line.
+    """
+    if file is None:
+        return (os.environ if environment is None else environment).get(variable) or None
+    try:
+        with file.open("rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            secret = stream.read(LARGEST_SECRET_BYTES + 1).decode("utf-8")
+    except OSError as error:
+        reason = f"the password file cannot be read: {error.strerror}; without a file, {variable} is taken"
+        raise ConfigError(str(file), (reason,)) from error
+    except UnicodeDecodeError:
+        # `from None`: the cause carries the bytes of the file, and they may end in a log.
+        raise ConfigError(str(file), ("the password file is not UTF-8 text",)) from None
+    if mode & stat.S_IROTH:
+        log.warning("password file %s is readable for all users of this computer; `chmod 600` mends it", file)
+    secret = secret.removesuffix("\n").removesuffix("\r")
+    if not secret or "\n" in secret or len(secret) > LARGEST_SECRET_BYTES:
+        raise ConfigError(str(file), ("the password file must hold the password in one line and nothing else",))
+    return secret
+
+
+def config_sha256(config: Config) -> str:
+    """64 hex digits that name the effective configuration; equal settings give equal digits, secrets have no part."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema 2020-12 of the configuration, for editors; committed as docs/config.schema.json."""
+    schema = Config.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "HematoVision agent configuration",
+    }
+
+
+TEMPLATE_HEAD = """\
+# yaml-language-server: $schema=docs/config.schema.json
+
+Configuration of the HematoVision agent, with every key at its default. Research use only.
+
+Keep only what you change: a missing key has its default, an unknown key is refused.
+`hematovision check-config FILE` says whether the file is right and whether the camera, the broker and the folders
+that it names answer. Relative paths start at the folder of this file; ~ is your home folder.
+The variable HEMATOVISION_SECTION__KEY goes before this file, for example HEMATOVISION_BROKER__HOST.
+Passwords never stand here: see the keys password_file.
+"""
+
+
+def template() -> str:
+    """The default configuration as a commented YAML file; committed as config.yaml."""
+    return default_yaml(Config, TEMPLATE_HEAD)
+
+
+def packaged_folder() -> Path:
+    """Where the models and the default configuration are: inside the installed package, else the checkout's top."""
+    agent_folder = Path(__file__).resolve().parent
+    packaged = agent_folder / "_packaged"
+    return packaged if packaged.is_dir() else agent_folder.parent
+
+
+def models_folder(section: ModelsSection) -> Path:
+    """The folder with manifest.json and the model files."""
+    return section.folder or packaged_folder() / "models"
+
+
+def state_folder(section: OutboxSection, environment: Mapping[str, str] | None = None) -> Path:
+    """The folder of the outbox: as configured, else systemd's StateDirectory, else the user's state folder (XDG)."""
+    environment = os.environ if environment is None else environment
+    if section.folder is not None:
+        return section.folder
+    if given := environment.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])  # systemd gives all of a unit's folders, separated by colons
+    home = environment.get("XDG_STATE_HOME")
+    # The XDG specification has relative values ignored.
+    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".local" / "state") / "hematovision"

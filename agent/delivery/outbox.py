@@ -1,0 +1,702 @@
+"""The outbox: what has been counted and not yet been taken by the broker, on disk, in order.
+
+What it promises
+  * All drafts of one `append`, the sample's state and the finished frame are stored together or not at all.
+  * When `append` returns, they survive a power cut (`synchronous=FULL`).
+  * Numbers (`seq`) are without gaps in each stream, over restarts too.
+  * A row leaves only by `acknowledge` or, with its reason, by `reject` into the dead letters. Nothing is dropped for
+    room: a full outbox refuses the next append, and takes it again when the broker has taken some.
+
+What it does not promise
+  * That a message is delivered once only: an acknowledgement lost in a power cut sends the message again.
+  * That numbers go on after the file itself was lost: a new file begins at 1. The boot counter lies in a file of its
+    own, so that no id is ever given twice.
+
+One file `outbox.db` (SQLite, WAL) and one file `boot` in a folder on a local disk. An `Outbox` holds one connection
+and belongs to one thread at a time; each thread opens its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import IO, Any
+
+from agent.delivery.messages import Draft, message_id, serialise, stamp
+from agent.domain import SampleState
+from agent.errors import OutboxDamaged, OutboxError
+
+DATABASE_NAME = "outbox.db"
+BOOT_NAME = "boot"
+LOCK_NAME = "lock"
+
+APPLICATION_ID = 0x48764F62
+"""`HvOb`; tells our file from any other SQLite database."""
+
+SCHEMA_VERSION = 1
+
+BUSY_TIMEOUT_S = 10.0
+"""A commit takes milliseconds; a checkpoint of a large write-ahead log on a slow card takes seconds."""
+
+WAL_LIMIT_BYTES = 4 * 1024 * 1024
+"""The write-ahead log keeps this much disk after a checkpoint, so that acknowledging works on a full disk too."""
+
+EVENT_RESERVE_BYTES = 1024 * 1024
+"""Room beyond the limits for events alone: that the outbox is full must be said too."""
+
+LEAST_FREE_BYTES = 2 * 1024 * 1024
+"""Left free whatever `outbox.min_free_mb` says: to take rows out needs room too, in the write-ahead log."""
+
+VACUUM_ABOVE_PAGES = 1024
+VACUUM_STEP_PAGES = 256
+"""After an outage the file shrinks again, 1 MB with each acknowledgement, while more than 4 MB and three quarters of
+it are empty. Sooner would be costly: full pages at the end of the file have to be moved first."""
+
+EXPORT_STEP_ROWS = 200
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "lustre", "beegfs", "glusterfs", "vboxsf", "davfs"}
+    | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.ceph-fuse", "fuse.davfs2", "fuse.smbnetfs"}
+)
+"""SQLite's locks and its shared memory are not safe there (sqlite.org/howtocorrupt.html, 2.1)."""
+
+_TABLES = (
+    """CREATE TABLE rows (
+        row_id INTEGER PRIMARY KEY AUTOINCREMENT,
+        stream TEXT NOT NULL,
+        boot INTEGER NOT NULL,
+        seq INTEGER NOT NULL,
+        topic TEXT NOT NULL,
+        captured_monotonic_ns INTEGER NOT NULL,
+        appended_unix_s REAL NOT NULL,
+        payload BLOB NOT NULL,
+        crc32 INTEGER NOT NULL)""",
+    """CREATE TABLE dead_letters (
+        letter_id INTEGER PRIMARY KEY AUTOINCREMENT,
+        stream TEXT NOT NULL,
+        boot INTEGER NOT NULL,
+        seq INTEGER NOT NULL,
+        topic TEXT NOT NULL,
+        captured_monotonic_ns INTEGER NOT NULL,
+        appended_unix_s REAL NOT NULL,
+        payload BLOB NOT NULL,
+        crc32 INTEGER NOT NULL,
+        reason TEXT NOT NULL,
+        rejected_at TEXT NOT NULL)""",
+    "CREATE TABLE streams (stream TEXT PRIMARY KEY, last_seq INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE finished (origin_key TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE sample (only INTEGER PRIMARY KEY CHECK (only = 1), state TEXT NOT NULL)",
+    # depth: rows waiting, counted as they come and go; counting a million of them takes seconds on a small board.
+    "CREATE TABLE tally (only INTEGER PRIMARY KEY CHECK (only = 1), depth INTEGER NOT NULL, boot INTEGER NOT NULL)",
+    "INSERT INTO tally VALUES (1, 0, 0)",
+)
+_COPIED = "stream, boot, seq, topic, captured_monotonic_ns, appended_unix_s, payload, crc32"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One stored message. row_id: its place in the order of sending. is_intact: the payload is what was stored."""
+
+    row_id: int
+    stream: str
+    boot: int
+    seq: int
+    topic: str
+    captured_monotonic_ns: int
+    payload: bytes
+    is_intact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that was set aside, and why."""
+
+    letter_id: int
+    stream: str
+    boot: int
+    seq: int
+    topic: str
+    payload: bytes
+    reason: str
+    rejected_at: str
+
+
+# ------------------------------------------------------------------------------------------------ the boot counter
+
+
+def begin_boot(folder: Path) -> int:
+    """Count one more start of the agent on this device; once for each process, before the outbox is opened."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutboxError(f"outbox folder {folder}: cannot be made: {error.strerror}; choose outbox.folder") from error
+    boot = _last_boot(folder) + 1
+    _write_boot(folder, boot)
+    return boot
+
+
+def read_boot(folder: Path) -> int:
+    """The number of the boot in force; 0 before the first."""
+    try:
+        return int((folder / BOOT_NAME).read_text("ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _last_boot(folder: Path) -> int:
+    """The highest boot number used so far. A damaged file must not send the counter back: ids would repeat."""
+    path = folder / BOOT_NAME
+    stored = _boot_in_database(folder)
+    try:
+        return max(int(path.read_text("ascii")), stored)
+    except FileNotFoundError:
+        return stored
+    except ValueError:
+        # Nobody knows the number any more. Seconds since 1970 are above every counter that began at 1.
+        return stored or int(time.time())
+    except OSError as error:
+        raise OutboxError(f"{path}: cannot be read: {error.strerror}; mend the rights of the folder") from error
+
+
+def _boot_in_database(folder: Path) -> int:
+    path = folder / DATABASE_NAME
+    if not path.exists():
+        return 0
+    try:
+        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        try:
+            return int(connection.execute("SELECT boot FROM tally").fetchone()[0])
+        finally:
+            connection.close()
+    except (sqlite3.Error, TypeError):
+        return 0  # opening the outbox will say what is wrong with it
+
+
+def _write_boot(folder: Path, boot: int) -> None:
+    """Atomic: after a power cut either the old or the new number is there."""
+    path, fresh = folder / BOOT_NAME, folder / f"{BOOT_NAME}.new"
+    try:
+        with fresh.open("w", encoding="ascii") as file:
+            file.write(f"{boot}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        _sync_folder(folder)
+    except OSError as error:
+        raise OutboxError(f"{path}: cannot be written: {error.strerror}; free space or mend the rights") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep a second agent off this folder while the returned file is open; raises OutboxError when one is there."""
+    import fcntl  # not on every system; only the agent itself needs it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK_NAME).open("a", encoding="ascii")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OutboxError(
+            f"outbox folder {folder}: another agent uses it; stop that one or choose another outbox.folder"
+        ) from error
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------- opening
+
+
+def open_outbox(
+    folder: Path,
+    max_mb: float = 2048,
+    min_free_mb: float = 64,
+    device: str = "",
+    *,
+    verify: bool = True,
+    create: bool = True,
+    mounts_file: Path = Path("/proc/mounts"),
+    monotonic_ns: Callable[[], int] = time.monotonic_ns,
+    unix_time: Callable[[], float] = time.time,
+) -> Outbox:
+    """Open the outbox of a folder for the calling thread.
+
+    verify: read the whole file; one that is no outbox or is damaged is set aside (`Outbox.set_aside` names it) and a
+        new one is begun. For the first opening of a process only: others would go on writing into the old file.
+    create: False = an outbox must be there already.
+    Raises OutboxError: network file system, no right to write, disk full; OutboxDamaged: damaged, and verify is False.
+    """
+    _refuse_network_file_system(folder, mounts_file)
+    path = folder / DATABASE_NAME
+    if not create and not path.exists():
+        raise OutboxError(f"{path}: there is no outbox; give the folder of a running agent")
+    set_aside: Path | None = None
+    try:
+        connection = _connect(path, verify=verify)
+    except OutboxDamaged:
+        if not verify:
+            raise
+        set_aside = _set_aside(path)
+        begin_boot(folder)  # the new file numbers from 1; a new boot keeps the ids apart
+        connection = _connect(path, verify=True)
+    return Outbox(
+        connection,
+        path,
+        device=device,
+        boot=read_boot(folder),
+        max_bytes=int(max_mb * 1024 * 1024),
+        min_free_bytes=int(min_free_mb * 1024 * 1024),
+        set_aside=set_aside,
+        monotonic_ns=monotonic_ns,
+        unix_time=unix_time,
+    )
+
+
+def _connect(path: Path, *, verify: bool) -> sqlite3.Connection:
+    with _explained(path):
+        # The thread check is off because the supervisor opens the outbox and hands it to the pipeline's thread.
+        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(connection, path, verify=verify)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, *, verify: bool) -> None:
+    is_empty = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
+    if is_empty:
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # only before the first table
+    elif _pragma(connection, "application_id") != APPLICATION_ID:
+        raise OutboxDamaged(f"{path}: this is a database of another program")
+    version = _pragma(connection, "user_version")
+    if version > SCHEMA_VERSION:
+        raise OutboxError(f"{path}: written by a newer agent (version {version}); start that agent or let it empty it")
+    mode = str(connection.execute("PRAGMA journal_mode=WAL").fetchone()[0])
+    if mode != "wal":
+        raise OutboxError(f"{path}: this file system cannot keep a write-ahead log ({mode}); use a local disk")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
+    if is_empty:
+        _make_tables(connection)
+    if verify:
+        _verify(connection, path)
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    with _transaction(connection):
+        if _pragma(connection, "user_version") == SCHEMA_VERSION:
+            return  # another thread was first
+        for statement in _TABLES:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+
+def _verify(connection: sqlite3.Connection, path: Path) -> None:
+    verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    if verdict != "ok":
+        raise OutboxDamaged(f"{path}: damaged: {verdict}")
+    counted, told = connection.execute("SELECT (SELECT COUNT(*) FROM rows), depth FROM tally").fetchone()
+    if counted != told:
+        connection.execute("UPDATE tally SET depth = ?", (counted,))
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename the file and its write-ahead log, for somebody to look at; never delete them."""
+    stamped = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    bad = path.with_name(f"{path.name}.bad-{stamped}")
+    number = 1
+    while bad.exists():
+        number += 1
+        bad = path.with_name(f"{path.name}.bad-{stamped}-{number}")
+    try:
+        for ending in ("", "-wal", "-shm"):
+            part = path.with_name(path.name + ending)
+            if part.exists():
+                part.rename(bad.with_name(bad.name + ending))
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutboxError(f"{path}: damaged, and cannot be set aside: {error.strerror}; move it away") from error
+    return bad
+
+
+def _refuse_network_file_system(folder: Path, mounts_file: Path) -> None:
+    try:
+        mounts = mounts_file.read_text(errors="replace").splitlines()
+    except OSError:
+        return  # no /proc here: cannot tell
+    place = folder.resolve()
+    kind, longest = "", -1
+    for line in mounts:
+        parts = line.split()
+        if len(parts) < 3:
+            continue
+        mount_point = Path(parts[1].replace("\\040", " "))
+        # >= : of two mounts on one place the later covers the earlier
+        if (mount_point == place or mount_point in place.parents) and len(mount_point.parts) >= longest:
+            kind, longest = parts[2], len(mount_point.parts)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise OutboxError(
+            f"outbox folder {folder}: lies on a network file system ({kind}), where a database is not safe; "
+            "set outbox.folder to a local disk"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ the outbox
+
+
+class Outbox:
+    """One thread's way to the outbox; made by `open_outbox`.
+
+    boot: the boot that new ids carry. set_aside: the damaged file that opening found and put away, else None.
+    """
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        path: Path,
+        *,
+        device: str,
+        boot: int,
+        max_bytes: int,
+        min_free_bytes: int,
+        set_aside: Path | None,
+        monotonic_ns: Callable[[], int],
+        unix_time: Callable[[], float],
+    ) -> None:
+        self.path = path
+        self.device = device
+        self.boot = boot
+        self.set_aside = set_aside
+        self._connection = connection
+        self._max_bytes = max_bytes
+        self._min_free_bytes = min_free_bytes
+        self._monotonic_ns = monotonic_ns
+        self._unix_time = unix_time
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the last one to close also empties the write-ahead log."""
+        self._connection.close()
+
+    # ---- writing
+
+    def append(
+        self,
+        drafts: Sequence[Draft],
+        *,
+        sample: SampleState | None = None,
+        finished_keys: Sequence[str] = (),
+        closes_sample: bool = False,
+    ) -> tuple[int, ...]:
+        """Number and store the drafts, the sample's state and the finished frames, all in one transaction.
+
+        sample: None = leave the stored state as it is. closes_sample: forget the state and all finished frames, so
+        that the next run begins a new sample.   Returns the row ids in the order of the drafts.
+        Raises OutboxError when it cannot store now, MessageRejected for a body that JSON cannot say; then nothing of
+        it is stored, no number is used up, and a later append works again.
+        """
+        with self._writing() as connection:
+            row_ids = self._store(drafts)
+            connection.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in finished_keys))
+            if sample is not None:
+                connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (_sample_text(sample),))
+            if closes_sample:
+                _forget_sample(connection)
+        return row_ids
+
+    def acknowledge(self, row_ids: Sequence[int]) -> None:
+        """The broker has these rows; they leave. Unknown ids are passed over."""
+        # An acknowledgement lost in a power cut only repeats a message, so it need not wait for the disk: on an SD
+        # card that is the greater part of the time, and of the wear. The next append makes it durable too.
+        with self._explaining():
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            try:
+                with _transaction(self._connection) as connection:
+                    gone = sum(
+                        connection.execute("DELETE FROM rows WHERE row_id = ?", (row_id,)).rowcount
+                        for row_id in row_ids
+                    )
+                    connection.execute("UPDATE tally SET depth = depth - ?", (gone,))
+                self._shrink()
+            finally:
+                self._connection.execute("PRAGMA synchronous=FULL")
+
+    def reject(self, row_id: int, reason: str, events: Sequence[Draft] = ()) -> None:
+        """Set a row aside with the reason why it cannot be sent, and store the events that tell of it."""
+        now = datetime.fromtimestamp(self._unix_time(), timezone.utc).isoformat(timespec="seconds")
+        with self._writing() as connection:
+            moved = connection.execute(
+                f"INSERT INTO dead_letters ({_COPIED}, reason, rejected_at) "
+                f"SELECT {_COPIED}, ?, ? FROM rows WHERE row_id = ?",
+                (reason, now, row_id),
+            ).rowcount
+            connection.execute("DELETE FROM rows WHERE row_id = ?", (row_id,))
+            connection.execute("UPDATE tally SET depth = depth - ?", (moved,))
+            self._store(events)
+
+    def requeue(self) -> int:
+        """Put the dead letters back to be sent, behind all that waits; damaged ones stay. Returns how many."""
+        with self._writing() as connection:
+            letters = connection.execute("SELECT letter_id, topic, payload, crc32 FROM dead_letters ORDER BY letter_id")
+            intact = [letter_id for letter_id, topic, payload, crc32 in letters if _checksum(topic, payload) == crc32]
+            for letter_id in intact:
+                connection.execute(
+                    f"INSERT INTO rows ({_COPIED}) SELECT {_COPIED} FROM dead_letters WHERE letter_id = ?", (letter_id,)
+                )
+                connection.execute("DELETE FROM dead_letters WHERE letter_id = ?", (letter_id,))
+            connection.execute("UPDATE tally SET depth = depth + ?", (len(intact),))
+        return len(intact)
+
+    def clear_finished(self) -> None:
+        """Forget the sample's state and the finished frames: the source has come to its regular end."""
+        with self._writing() as connection:
+            _forget_sample(connection)
+
+    # ---- reading
+
+    def pending(self, after_row: int, limit: int) -> list[Row]:
+        """The next rows to send, in order; after_row: 0, or the last row id that was taken."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT row_id, stream, boot, seq, topic, captured_monotonic_ns, payload, crc32 FROM rows "
+                "WHERE row_id > ? ORDER BY row_id LIMIT ?",
+                (after_row, limit),
+            ).fetchall()
+        return [
+            Row(row_id, stream, boot, seq, topic, captured_ns, payload, _checksum(topic, payload) == crc32)
+            for row_id, stream, boot, seq, topic, captured_ns, payload, crc32 in found
+        ]
+
+    def depth(self) -> int:
+        """How many rows wait."""
+        return int(self._value("SELECT depth FROM tally"))
+
+    def dead_letter_count(self) -> int:
+        return int(self._value("SELECT COUNT(*) FROM dead_letters"))
+
+    def oldest_age_s(self) -> float | None:
+        """s; how long the first row has waited; None when nothing waits. After a restart by the wall clock."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT boot, captured_monotonic_ns, appended_unix_s FROM rows ORDER BY row_id LIMIT 1"
+            ).fetchone()
+        if found is None:
+            return None
+        boot, captured_ns, appended_unix_s = found
+        if boot == self.boot:
+            return max(0.0, (self._monotonic_ns() - int(captured_ns)) / 1e9)
+        return max(0.0, self._unix_time() - float(appended_unix_s))
+
+    def sample_state(self) -> SampleState | None:
+        """The state stored with the last field; None before the first and after the sample was closed."""
+        text = self._value("SELECT state FROM sample")
+        return None if text is None else _sample_from(str(text))
+
+    def finished_keys(self) -> frozenset[str]:
+        """Origin keys of the frames that are done with, as they are now; may be handed to another thread."""
+        with self._explaining():
+            return frozenset(key for (key,) in self._connection.execute("SELECT origin_key FROM finished"))
+
+    def dead_letters(self) -> tuple[DeadLetter, ...]:
+        """All that was set aside, oldest first."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT letter_id, stream, boot, seq, topic, payload, reason, rejected_at "
+                "FROM dead_letters ORDER BY letter_id"
+            ).fetchall()
+        return tuple(DeadLetter(*columns) for columns in found)
+
+    def export_rows(self, *, dead_letters: bool = False) -> Iterator[str]:
+        """What waits, or what was set aside, one JSON object a line: row, topic, message (as text when damaged)."""
+        if dead_letters:
+            for letter in self.dead_letters():
+                yield _export_line(letter.letter_id, letter.topic, letter.payload, reason=letter.reason)
+            return
+        after_row = 0
+        while rows := self.pending(after_row, EXPORT_STEP_ROWS):
+            for row in rows:
+                yield _export_line(row.row_id, row.topic, row.payload)
+            after_row = rows[-1].row_id
+
+    # ---- inside
+
+    def _store(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
+        """Insert the drafts; inside a transaction."""
+        self._connection.execute("UPDATE tally SET boot = MAX(boot, ?), depth = depth + ?", (self.boot, len(drafts)))
+        rows = self._number(drafts)
+        more_bytes = sum(len(row[6]) for row in rows)
+        self._refuse_when_full(more_bytes, is_event=all(draft.stream == "event" for draft in drafts))
+        return tuple(self._insert(row) for row in rows)
+
+    def _number(self, drafts: Sequence[Draft]) -> list[tuple[Any, ...]]:
+        """The columns of each draft's row, stamped and serialised; inside the transaction that stores them."""
+        last_ids: dict[str, str] = {}
+        last_seqs: dict[str, int] = {}
+        appended_unix_s, now_ns = self._unix_time(), self._monotonic_ns()
+        rows: list[tuple[Any, ...]] = []
+        for draft in drafts:
+            if draft.stream not in last_seqs:
+                found = self._connection.execute("SELECT last_seq FROM streams WHERE stream = ?", (draft.stream,))
+                last_seqs[draft.stream] = (found.fetchone() or (0,))[0]
+            seq = last_seqs[draft.stream] = last_seqs[draft.stream] + 1
+            last_ids[draft.stream] = message_id(self.device, self.boot, seq)
+            body = dict(draft.body)
+            if draft.belongs_to is not None:
+                body[f"{draft.belongs_to}_id"] = last_ids[draft.belongs_to]
+            payload = serialise(stamp(body, self.device, self.boot, seq), draft.topic)
+            captured_ns = now_ns if draft.captured_monotonic_ns is None else draft.captured_monotonic_ns
+            crc32 = _checksum(draft.topic, payload)
+            rows.append((draft.stream, self.boot, seq, draft.topic, captured_ns, appended_unix_s, payload, crc32))
+        self._connection.executemany("INSERT OR REPLACE INTO streams VALUES (?, ?)", last_seqs.items())
+        return rows
+
+    def _insert(self, row: tuple[Any, ...]) -> int:
+        cursor = self._connection.execute(f"INSERT INTO rows ({_COPIED}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        return int(cursor.lastrowid or 0)
+
+    def _refuse_when_full(self, more_bytes: int, *, is_event: bool) -> None:
+        if more_bytes == 0:
+            return
+        reserve = EVENT_RESERVE_BYTES if is_event else 0
+        page_bytes = _pragma(self._connection, "page_size")
+        empty_bytes = _pragma(self._connection, "freelist_count") * page_bytes
+        used_bytes = _pragma(self._connection, "page_count") * page_bytes - empty_bytes
+        if used_bytes + more_bytes > self._max_bytes + reserve:
+            raise OutboxError(
+                f"{self.path}: full: {used_bytes / 2**20:.1f} MB are used, outbox.max_mb is "
+                f"{self._max_bytes / 2**20:g}; connect the broker, or raise outbox.max_mb"
+            )
+        free_bytes = _disk_free_bytes(self.path) + empty_bytes
+        to_leave_bytes = max(self._min_free_bytes, LEAST_FREE_BYTES)
+        if free_bytes - more_bytes < to_leave_bytes - reserve:
+            raise OutboxError(
+                f"{self.path}: the disk has {free_bytes / 2**20:.1f} MB left, {to_leave_bytes / 2**20:g} must stay "
+                "free (outbox.min_free_mb); free space on the disk, or connect the broker"
+            )
+
+    def _shrink(self) -> None:
+        """Give empty pages back to the disk, a few at a time."""
+        empty_pages = _pragma(self._connection, "freelist_count")
+        if empty_pages > VACUUM_ABOVE_PAGES and 4 * empty_pages > 3 * _pragma(self._connection, "page_count"):
+            # Not `execute`: it stops after the first page.
+            self._connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_STEP_PAGES})")
+
+    def _value(self, query: str) -> Any:
+        with self._explaining():
+            found = self._connection.execute(query).fetchone()
+        return None if found is None else found[0]
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._explaining(), _transaction(self._connection) as connection:
+            yield connection
+
+    def _explaining(self) -> Any:
+        return _explained(self.path)
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All or nothing. IMMEDIATE: waits for the other writer here, not halfway through."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # some failures have rolled it back already
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """SQLite's failures in the words of the house."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        text = str(error)
+        if "full" in text:
+            hint = "the disk is full; free space there"
+        elif "readonly" in text or "read-only" in text:
+            hint = "cannot be written; mend the rights, or the disk has become read-only"
+        elif "unable to open" in text:
+            hint = "cannot be opened; the folder must exist and be writable for this user"
+        elif "locked" in text:
+            hint = f"another program holds it for more than {BUSY_TIMEOUT_S:g} s; end that program"
+        else:
+            hint = "the disk does not work as it should; look into the system's log"
+        raise OutboxError(f"{path}: {hint} ({text})") from error
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:
+            raise  # a fault of this program, not of the file
+        # Only "not a database" and "malformed" come as the base class itself.
+        raise OutboxDamaged(f"{path}: damaged ({error}); the next start of the agent sets it aside") from error
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _disk_free_bytes(path: Path) -> int:
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise OutboxError(f"{path.parent}: the disk does not answer: {error.strerror}") from error
+
+
+def _checksum(topic: str, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(topic.encode()))
+
+
+def _forget_sample(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM finished")
+    connection.execute("DELETE FROM sample")
+
+
+def _sample_text(sample: SampleState) -> str:
+    keys = {part.name: getattr(sample, part.name) for part in dataclasses.fields(sample)}
+    return json.dumps({**keys, "counts": {name: int(count) for name, count in sample.counts.items()}})
+
+
+def _sample_from(text: str) -> SampleState:
+    stored = json.loads(text)
+    known = {part.name: stored[part.name] for part in dataclasses.fields(SampleState) if part.name in stored}
+    return SampleState(**{**known, "counts": MappingProxyType(stored.get("counts", {}))})
+
+
+def _export_line(number: int, topic: str, payload: bytes, **more: str) -> str:
+    try:
+        message: Any = json.loads(payload)
+    except ValueError:
+        message = payload.decode("utf-8", errors="replace")
+    return json.dumps({"row": number, "topic": topic, **more, "message": message}, ensure_ascii=False)

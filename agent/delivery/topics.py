@@ -1,0 +1,55 @@
+"""The topics of one device: `hv/1/{site}/{device}/...`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+CONTRACT_VERSION = 1
+"""Goes up when a message loses a key or a key changes its meaning; new keys do not change it."""
+
+_PART = re.compile(r"[a-z0-9-]{1,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """Where this device publishes. Every part matches `[a-z0-9-]{1,63}`: dots mean something to RabbitMQ and NATS."""
+
+    site: str
+    device: str
+
+    def __post_init__(self) -> None:
+        _checked(self.site)
+        _checked(self.device)
+
+    @property
+    def base(self) -> str:
+        return f"hv/{CONTRACT_VERSION}/{self.site}/{self.device}"
+
+    @property
+    def state(self) -> str:
+        return f"{self.base}/state"
+
+    @property
+    def info(self) -> str:
+        return f"{self.base}/info"
+
+    @property
+    def health(self) -> str:
+        return f"{self.base}/health"
+
+    @property
+    def event(self) -> str:
+        return f"{self.base}/event"
+
+    def field(self, sid: str) -> str:
+        return f"{self.base}/field/{_checked(sid)}"
+
+    def cell(self, sid: str) -> str:
+        return f"{self.base}/cell/{_checked(sid)}"
+
+
+def _checked(part: str) -> str:
+    if not _PART.fullmatch(part):
+        raise ValueError(f"{part!r} cannot stand in a topic: 1 to 63 of a-z, 0-9 and hyphen are allowed")
+    return part

@@ -1,0 +1,369 @@
+"""The window: messages on their way to the broker, sent and not yet acknowledged.
+
+It takes rows from the outbox in order, keeps at most a handful under way, and settles each with the broker's answer:
+acknowledged, set aside, or sent again. It lives as long as its publisher and is begun anew on each connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from agent.delivery.link import Acknowledged, BrokerLink, Waker
+from agent.delivery.messages import Body, as_historical, event_draft, message_id, serialise
+from agent.delivery.outbox import Outbox, Row
+from agent.delivery.topics import Topics
+from agent.errors import OutboxDamaged, OutboxError
+
+logger = logging.getLogger(__name__)
+
+HISTORICAL_AFTER_S = 60.0
+"""From the contract: what is sent later than this after its capture says so."""
+
+IDLE_TURN_S = 1.0
+"""Longest wait while nothing happens; also how often the outbox is looked at without a call."""
+
+FETCH_ROWS = 64
+"""Rows read ahead: three windows, some hundred kilobytes."""
+
+ACKNOWLEDGE_TIMEOUT_S = 30.0
+"""A broker that answers pings and acknowledges nothing for this long is left and tried anew."""
+
+PAUSE_S = 1.0
+"""Before a message is sent again that the broker refused for now (quota), or after the outbox failed."""
+
+SUSPECT_AFTER = 2
+POISON_AFTER = 5
+POISON_WITHIN_S = 5.0
+"""Lost connections with the same first unacknowledged row: after the second, rows go one by one; after the fifth that
+came within five seconds of sending this row alone, it is set aside. A network that fails by chance does not hit the
+same row five times so closely, after having taken the three documents before it."""
+
+SPEAK_AGAIN_AFTER_S = 60.0
+"""A broker that refuses every message would cause as many events: one a minute, with their number."""
+
+_REFUSED_FOR_GOOD = frozenset({0x87, 0x90, 0x95, 0x99})
+"""PUBACK codes that repeating does not cure: not authorised, topic invalid, packet too large, payload format invalid.
+The others (unspecified, implementation specific, quota exceeded, ...) are tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A retained document: state, info or health. version: which writing of it, to know the newest."""
+
+    topic: str
+    payload: bytes
+    version: int
+    expiry_s: int | None = None
+
+
+class Documents:
+    """The newest state, info and health; written by any thread, sent by the publisher."""
+
+    _ORDER = ("state", "info", "health")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._newest: dict[str, Document] = {}
+        self._versions = 0
+
+    def put(self, name: str, topic: str, body: Body, expiry_s: int | None = None) -> None:
+        """Replace the one of this name."""
+        payload = serialise(body, topic)
+        with self._lock:
+            self._versions += 1
+            self._newest[name] = Document(topic, payload, self._versions, expiry_s)
+
+    def newest(self) -> tuple[Document, ...]:
+        """All that are known: the state first, so that a subscriber hears of the agent before it hears of anything."""
+        with self._lock:
+            return tuple(self._newest[name] for name in self._ORDER if name in self._newest)
+
+
+@dataclass(slots=True)
+class Strikes:
+    """How often the connection was lost with this row as the first under way; alone: with nothing but this row."""
+
+    row_id: int = 0
+    lost: int = 0
+    alone: int = 0
+
+
+class Window:
+    """What is under way; belongs to the publisher's thread. limit: most messages at a time (the broker may want less).
+
+    has_progressed: a row was taken on this connection.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        documents: Documents,
+        topics: Topics,
+        *,
+        limit: int,
+        monotonic_ns: Callable[[], int],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._outbox = outbox
+        self._documents = documents
+        self._topics = topics
+        self._own_limit = limit
+        self._monotonic_ns = monotonic_ns
+        self._now = now
+        # Outlives a connection:
+        self._acknowledged: set[int] = set()  # not yet stored as such; a full disk may keep them here for a while
+        self._strikes = Strikes()
+        self._is_outbox_failing = False
+        self._set_aside_since_event = 0
+        self._spoke_at_s = -math.inf
+        self._pause_until_s = 0.0
+        # Of one connection:
+        self.has_progressed = False
+        self._limit = limit
+        self._under_way: dict[int, Row | Document] = {}
+        self._sent_versions: dict[str, int] = {}
+        self._heard_at_s = 0.0
+        self._sent_row_at_s = 0.0
+        # Where we are in the outbox:
+        self._ready: deque[Row] = deque()
+        self._after_row = 0
+        self._may_have_more = True
+        self._looked_at_s = 0.0
+
+    def begin(self, link: BrokerLink) -> None:
+        """A new connection: the documents again, then everything from the first row that is left."""
+        self.has_progressed = False
+        self._limit = min(self._own_limit, link.window)
+        self._under_way.clear()
+        self._sent_versions.clear()
+        self._heard_at_s = time.monotonic()
+        self._from_the_first_row()
+
+    def look(self) -> None:
+        """There may be new rows."""
+        self._may_have_more = True
+        self._looked_at_s = time.monotonic()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all documents and rows known now were sent and answered."""
+        return self.are_documents_taken and not (
+            self._under_way or self._ready or self._may_have_more or self._acknowledged
+        )
+
+    @property
+    def are_documents_taken(self) -> bool:
+        """Whether the newest documents were sent and answered."""
+        is_under_way = any(isinstance(sent, Document) for sent in self._under_way.values())
+        return not is_under_way and all(
+            self._sent_versions.get(document.topic) == document.version for document in self._documents.newest()
+        )
+
+    def fill(self, link: BrokerLink) -> None:
+        """Send documents, then rows, until the window is full or nothing is left."""
+        if not self.send_documents(link) or self._is_pausing:
+            return
+        limit = 1 if self._is_careful else self._limit
+        try:
+            for _ in range(FETCH_ROWS):  # bounded: setting thousands of rows aside must not starve the connection
+                if link.is_closed or len(self._under_way) >= limit:
+                    return
+                row = self._next_row()
+                if row is None:
+                    return
+                self._send_row(link, row)
+        except OutboxError as error:
+            self._outbox_failed(error)
+
+    def send_documents(self, link: BrokerLink) -> bool:
+        """Send the ones that are new. Returns whether all of them are on their way, so that rows may follow."""
+        for document in self._documents.newest():
+            if self._sent_versions.get(document.topic) == document.version:
+                continue
+            if link.is_closed or len(self._under_way) >= self._limit:
+                return False
+            self._sent_versions[document.topic] = document.version
+            length = link.packet_bytes(document.topic, document.payload, expiry_s=document.expiry_s)
+            if link.max_packet_bytes is not None and length > link.max_packet_bytes:
+                logger.warning("%s: %d bytes, the broker takes %d", document.topic, length, link.max_packet_bytes)
+                continue
+            mid = link.publish(document.topic, document.payload, retain=True, expiry_s=document.expiry_s)
+            self._note_sent(mid, document)
+        return True
+
+    def turn(self, link: BrokerLink, waker: Waker) -> None:
+        """Wait for answers, for a call or for the next look into the outbox, and settle what was answered."""
+        self._settle(link.turn(self._longest_wait_s(), waker.fileno()))
+        if waker.was_woken() or time.monotonic() - self._looked_at_s >= IDLE_TURN_S:
+            self.look()
+        if self._under_way and time.monotonic() - self._heard_at_s > ACKNOWLEDGE_TIMEOUT_S:
+            link.abandon(f"it has acknowledged nothing for {ACKNOWLEDGE_TIMEOUT_S:g} s")
+
+    def end(self, link: BrokerLink) -> None:
+        """The connection is gone: store what was acknowledged, note over which row it was lost."""
+        self.store_acknowledgements()
+        rows = [sent for sent in self._under_way.values() if isinstance(sent, Row)]
+        if not rows:
+            return
+        first = min(rows, key=lambda row: row.row_id)
+        was_careful = self._is_careful
+        if first.row_id != self._strikes.row_id:
+            self._strikes = Strikes(first.row_id)
+            was_careful = False
+        self._strikes.lost += 1
+        is_prompt = time.monotonic() - self._sent_row_at_s < POISON_WITHIN_S
+        if was_careful and is_prompt and link.was_hung_up:
+            self._strikes.alone += 1
+
+    def store_acknowledgements(self) -> None:
+        """Let the acknowledged rows leave the outbox; where that fails they are kept in mind and not sent again."""
+        if not self._acknowledged:
+            return
+        try:
+            self._outbox.acknowledge(sorted(self._acknowledged))
+        except OutboxDamaged:
+            raise
+        except OutboxError as error:
+            self._outbox_failed(error)
+        else:
+            self._acknowledged.clear()
+            self._is_outbox_failing = False
+
+    # ---- sending
+
+    def _send_row(self, link: BrokerLink, row: Row) -> None:
+        length = link.packet_bytes(row.topic, row.payload)
+        if not row.is_intact:
+            self._set_aside(row, "it is not what was stored: the disk has changed it", kind="row-damaged")
+        elif link.max_packet_bytes is not None and length > link.max_packet_bytes:
+            self._set_aside(row, f"too large: {length} bytes, the broker takes {link.max_packet_bytes}")
+        elif row.row_id == self._strikes.row_id and self._strikes.alone >= POISON_AFTER:
+            self._set_aside(row, f"the connection breaks each time this message is sent ({length} bytes)")
+            self._strikes = Strikes()
+        else:
+            payload = as_historical(row.payload) if self._is_historical(row) else row.payload
+            self._note_sent(link.publish(row.topic, payload), row)
+            self._sent_row_at_s = time.monotonic()
+
+    def _note_sent(self, mid: int, sent: Row | Document) -> None:
+        if not self._under_way:
+            self._heard_at_s = time.monotonic()  # the time to answer begins now
+        self._under_way[mid] = sent
+
+    def _is_historical(self, row: Row) -> bool:
+        """Older boots: always, for their monotonic times cannot be compared with ours."""
+        if row.boot != self._outbox.boot:
+            return True
+        return self._monotonic_ns() - row.captured_monotonic_ns > HISTORICAL_AFTER_S * 1e9
+
+    def _next_row(self) -> Row | None:
+        passed_over = {sent.row_id for sent in self._under_way.values() if isinstance(sent, Row)} | self._acknowledged
+        while self._ready or self._may_have_more:
+            if not self._ready:
+                rows = self._outbox.pending(self._after_row, FETCH_ROWS)
+                self._may_have_more = len(rows) == FETCH_ROWS
+                if not rows:
+                    return None
+                self._after_row = rows[-1].row_id
+                self._ready.extend(rows)
+            row = self._ready.popleft()
+            if row.row_id not in passed_over:
+                return row
+        return None
+
+    def _from_the_first_row(self) -> None:
+        self._ready.clear()
+        self._after_row = 0
+        self.look()
+
+    @property
+    def _is_careful(self) -> bool:
+        """Whether rows go one by one, to find out which of them the broker hangs up on."""
+        return self._strikes.lost >= SUSPECT_AFTER
+
+    # ---- settling
+
+    def _settle(self, answers: list[Acknowledged]) -> None:
+        if not answers and not self._acknowledged:
+            return
+        for answer in answers:
+            self._heard_at_s = time.monotonic()
+            sent = self._under_way.pop(answer.mid, None)
+            if isinstance(sent, Document) and not answer.is_taken:
+                logger.warning("%s: the broker refuses it (%s)", sent.topic, answer.reason)
+            if isinstance(sent, Row):
+                self._settle_row(sent, answer)
+        if not self._is_pausing:
+            self.store_acknowledgements()
+
+    def _settle_row(self, row: Row, answer: Acknowledged) -> None:
+        if row.row_id == self._strikes.row_id:
+            self._strikes = Strikes()
+        if answer.is_taken:
+            self._acknowledged.add(row.row_id)
+            self.has_progressed = True
+        elif answer.code in _REFUSED_FOR_GOOD:
+            try:
+                self._set_aside(row, f"the broker refuses it: {answer.reason} (code {answer.code})")
+            except OutboxError as error:
+                self._outbox_failed(error)
+        else:
+            logger.debug("%s: refused for now (%s)", row.topic, answer.reason)
+            self._pause()
+
+    def _set_aside(self, row: Row, reason: str, *, kind: str = "broker-rejected") -> None:
+        """Move a row to the dead letters and tell; raises OutboxError when that cannot be stored now."""
+        name = message_id(self._topics.device, row.boot, row.seq)
+        # An event about a refused event would be refused too, for ever.
+        is_told = row.stream != "event" and time.monotonic() - self._spoke_at_s >= SPEAK_AGAIN_AFTER_S
+        events = []
+        if is_told:
+            detail = {
+                "stream": row.stream,
+                "message_id": name,
+                "topic": row.topic,
+                "bytes": len(row.payload),
+                "reason": reason,
+                "set_aside": self._set_aside_since_event + 1,
+            }
+            text = f"a message was set aside and not delivered: {reason}"
+            events = [event_draft(kind, text, self._topics, at=self._now(), severity="error", detail=detail)]
+        self._outbox.reject(row.row_id, reason, events)
+        logger.warning("set aside %s %s: %s", row.stream, name, reason)
+        self._set_aside_since_event = 0 if is_told else self._set_aside_since_event + 1
+        if is_told:
+            self._spoke_at_s = time.monotonic()
+            self.look()
+
+    # ---- pausing
+
+    @property
+    def _is_pausing(self) -> bool:
+        return time.monotonic() < self._pause_until_s
+
+    def _pause(self) -> None:
+        """Send nothing for a moment, then begin with the first row that is left and not under way."""
+        self._pause_until_s = time.monotonic() + PAUSE_S
+        self._from_the_first_row()
+
+    def _longest_wait_s(self) -> float:
+        if self._is_pausing:
+            return min(IDLE_TURN_S, self._pause_until_s - time.monotonic())
+        # A fill that was cut short by its bound has more to do at once.
+        is_room = len(self._under_way) < (1 if self._is_careful else self._limit)
+        return 0.0 if is_room and self._ready else IDLE_TURN_S
+
+    def _outbox_failed(self, error: OutboxError) -> None:
+        if isinstance(error, OutboxDamaged):
+            raise error
+        if not self._is_outbox_failing:
+            self._is_outbox_failing = True
+            logger.error("%s", error)
+        self._pause()

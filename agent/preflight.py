@@ -1,0 +1,184 @@
+"""Try what a configuration names, before the agent is started with it: models, camera, broker, folders."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.camera.camera import NOTHING_YET, open_camera
+from agent.config import (
+    BROKER_PASSWORD_VARIABLE,
+    CAMERA_PASSWORD_VARIABLE,
+    BrokerSection,
+    Config,
+    read_secret,
+    state_folder,
+)
+from agent.delivery.link import BrokerLink, Will, open_link
+from agent.delivery.messages import Draft
+from agent.delivery.outbox import DATABASE_NAME, open_outbox
+from agent.delivery.topics import Topics
+from agent.errors import BrokerRefused, BrokerUnavailable, CameraError, FrameUnreadable, HematoVisionError, OutboxError
+from agent.inference.models import open_models
+
+FIRST_FRAME_TIMEOUT_S = 20.0
+"""s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
+
+WATCHED_FOLDER_TIMEOUT_S = 2.0
+"""s; after `settle_s`, two more looks."""
+
+PLAIN_PORT, TLS_PORT = 1883, 8883
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried. words: what was found, or what failed and how to mend it."""
+
+    name: str
+    is_passed: bool
+    words: str
+
+
+def run_checks(config: Config) -> Iterator[Check]:
+    """Try everything, one after the other; a failure does not keep the rest from being tried."""
+    tries: tuple[tuple[str, Callable[[Config], str]], ...] = (
+        ("passwords", _try_passwords),
+        ("models", _try_models),
+        ("camera", _try_camera),
+        ("broker", _try_broker),
+        ("outbox", _try_outbox),
+    )
+    for name, try_it in tries:
+        try:
+            yield Check(name, True, try_it(config))
+        except HematoVisionError as error:
+            yield Check(name, False, str(error))
+
+
+def _try_passwords(config: Config) -> str:
+    """Read the secrets; a file that all users of the computer can read is warned about in the log."""
+    secrets = {
+        "broker": read_secret(config.broker.password_file, BROKER_PASSWORD_VARIABLE),
+        "camera": read_secret(config.camera.network.password_file, CAMERA_PASSWORD_VARIABLE),
+    }
+    given = [name for name, secret in secrets.items() if secret is not None]
+    return f"of the {' and the '.join(given)}: can be read" if given else "none are named"
+
+
+def _try_models(config: Config) -> str:
+    """Load both models; opening checks their digests and tensors and runs each of them once."""
+    models = open_models(config.models)
+    names = [
+        f"{identity.name} {identity.version}" for identity in (models.detector.identity, models.classifier.identity)
+    ]
+    return f"{' and '.join(names)} load and run with {models.runtime}; their SHA-256 is the manifest's"
+
+
+def _try_camera(config: Config) -> str:
+    """Open the camera and wait for one good picture; in a watched folder there need not be one yet."""
+    is_watching = config.camera.kind == "folder" and config.camera.folder.watch
+    timeout_s = config.camera.folder.settle_s + WATCHED_FOLDER_TIMEOUT_S if is_watching else FIRST_FRAME_TIMEOUT_S
+    with closing(open_camera(config.camera)) as camera:
+        last_fault: FrameUnreadable | None = None
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                frame = camera.read()
+            except FrameUnreadable as error:
+                last_fault = error
+                continue
+            if frame is None:
+                break
+            if frame is not NOTHING_YET:
+                return f"{camera.description} gives pictures of {frame.width_px} x {frame.height_px} px"
+        if last_fault is not None:
+            raise last_fault
+        if is_watching:
+            return f"{camera.description} can be read; no picture is there yet, the agent will wait for one"
+        raise CameraError(f"{camera.description}: opens, but gave no picture")
+
+
+def _try_broker(config: Config) -> str:
+    """Connect as the agent will, but under another client id: the same would throw a running agent out."""
+    broker, topics = config.broker, Topics(config.site, config.device)
+    # An empty Will: should this process die here, the broker publishes nothing that anybody could believe.
+    will = Will(topics.event, b"")
+    protocols = ("5", "3.1.1") if broker.protocol == "auto" else (broker.protocol,)
+    with closing(_Goodbye(_open_first(broker, f"hv-{config.site}-{config.device}-check", protocols, will))) as link:
+        user = "without a user" if broker.username is None else f"as user {broker.username}"
+        lock = "encrypted" if broker.tls.enabled else "not encrypted"
+        return f"{broker.host}:{broker.port} takes us {user}, MQTT {link.protocol}, {lock}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Goodbye:
+    """Gives a link a `close` for `closing`."""
+
+    link: BrokerLink
+
+    @property
+    def protocol(self) -> str:
+        return self.link.protocol
+
+    def close(self) -> None:
+        self.link.disconnect()
+
+
+def _open_first(broker: BrokerSection, client_id: str, protocols: tuple[str, ...], will: Will) -> BrokerLink:
+    """The link in the first version that the broker speaks."""
+    for protocol in protocols[:-1]:
+        try:
+            return open_link(broker, client_id=client_id, protocol=protocol, will=will)
+        except BrokerRefused:
+            raise
+        except BrokerUnavailable:
+            continue  # old brokers close the connection without a word when they meet a newer version
+    try:
+        return open_link(broker, client_id=client_id, protocol=protocols[-1], will=will)
+    except BrokerRefused:
+        raise
+    except BrokerUnavailable as error:
+        raise BrokerUnavailable(f"{error}; {_hint(broker, error)}") from error
+
+
+def _hint(broker: BrokerSection, error: BrokerUnavailable) -> str:
+    """What is most often wrong when a broker does not answer."""
+    if not broker.tls.enabled and broker.port == TLS_PORT:
+        return f"{TLS_PORT} is usually the port with TLS, and broker.tls.enabled is false"
+    if broker.tls.enabled and isinstance(error.__cause__, ConnectionResetError):
+        return f"does this port speak TLS? {PLAIN_PORT} is usually the port without, {TLS_PORT} the one with it"
+    return (
+        "is the broker running, and are broker.host and broker.port right?"
+        " (The agent would start all the same and keep its results.)"
+    )
+
+
+def _try_outbox(config: Config) -> str:
+    """Store a row in an outbox of our own beside the real one: same disk, same rights, same limits."""
+    folder = state_folder(config.outbox)
+    place = _nearest_existing(folder)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".check-", dir=place) as trial,
+            open_outbox(Path(trial), config.outbox.max_mb, config.outbox.min_free_mb) as outbox,
+        ):
+            outbox.append([Draft("event", "check", {"schema": "check"})])
+    except OSError as error:
+        raise OutboxError(
+            f"{place}: cannot be written: {error.strerror}; mend its rights or set outbox.folder"
+        ) from error
+    if place != folder:
+        return f"{folder} does not exist yet and can be made; the disk takes rows"
+    if not (folder / DATABASE_NAME).exists():
+        return f"{folder} can be written"
+    with open_outbox(folder, verify=False, create=False) as outbox:
+        return f"{folder} can be written; {outbox.depth()} messages wait there"
+
+
+def _nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists: a check leaves no folder behind."""
+    return next(place for place in (folder, *folder.parents) if place.exists())

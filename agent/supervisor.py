@@ -1,0 +1,433 @@
+"""The main thread: builds the agent from its configuration, sink first, watches it, and ends it, source first.
+
+    start   outbox -> publisher -> models -> pipeline -> camera -> READY
+    stop    camera -> the frame in hand -> publisher drains -> outbox
+
+A thread may end only when it was asked to, or with its finite source. Any other end of one ends the process with an
+exit code of its own, and systemd starts it again. The watchdog is fed only when camera, pipeline and publisher have all
+moved since the last time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import date, datetime, timezone
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+import agent
+from agent import systemd
+from agent.camera.camera import Camera, open_camera
+from agent.camera.grabber import FrameQueue, Grabber
+from agent.config import CameraSection, Config, config_sha256, state_folder
+from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body
+from agent.delivery.outbox import Outbox, begin_boot, lock_folder, open_outbox
+from agent.delivery.publisher import Publisher
+from agent.delivery.topics import Topics
+from agent.domain import AgentState, SampleState
+from agent.errors import CameraError, ModelError, OutboxError
+from agent.health import CameraState, Health, HealthSnapshot, SelfTest
+from agent.inference.models import Models, open_models
+from agent.machine import read_machine
+from agent.pipeline import Pipeline, make_bench
+
+logger = logging.getLogger(__name__)
+
+THREAD_DIED = 70
+"""Exit code when a thread has ended unasked: EX_SOFTWARE of sysexits(3). systemd starts the agent again."""
+
+TICK_S = 0.25
+"""s; how often the parts are looked at: a lost camera shows within it."""
+
+DRAIN_S = 5.0
+"""s; after SIGTERM the publisher may go on for this long. What is not sent waits on disk for the next start; at a
+shutdown systemd and people lose patience."""
+
+DRAIN_PATIENCE_S = 5.0
+"""s; at the end of a finite source: when no row has left for this long, the broker counts as away."""
+
+FRAME_IN_HAND_S = 10.0
+"""s; for the frame in hand: a large one through both models on a slow board takes a few."""
+
+CAMERA_CLOSES_S = 2.0
+"""s; a camera that does not let go within this is left to the end of the process."""
+
+SELF_TEST_SIDE_PX = 256
+"""px; side of the even grey frame on which both models must answer before the agent says that it is ready."""
+
+CAMERA_TROUBLE: tuple[CameraState, ...] = ("lost", "frozen")
+
+
+def run_agent(config: Config) -> int:
+    """Run until a signal, the end of a finite source, or the death of a thread; returns the exit code.
+
+    Raises what stands in the way of a start: ModelError, OutboxError.
+    """
+    with stop_on_signals() as stop, ExitStack() as cleanup:
+        folder = state_folder(config.outbox)
+        cleanup.enter_context(lock_folder(folder))
+        begin_boot(folder)
+        open_here = partial(open_outbox, folder, config.outbox.max_mb, config.outbox.min_free_mb, device=config.device)
+        outbox = open_here()
+        open_another = partial(open_here, verify=False)
+
+        health = Health()
+        publisher = Publisher(
+            topics=Topics(config.site, config.device),
+            broker=config.broker,
+            boot=outbox.boot,
+            open_outbox=open_another,
+            health=health,
+            health_interval_s=config.publish.health_interval_s,
+        )
+        publisher.start()
+        cleanup.callback(publisher.stop, 0)  # for a start that fails below; a second stop does nothing
+
+        models = open_models(config.models)
+        health.self_test(try_models(models))
+        publisher.publish_info(describe(config, models, outbox.boot))
+
+        sample = begin_sample(outbox, config.sample.id, datetime.now(timezone.utc).date())
+        frames = FrameQueue(config.camera.queue_frames)
+        pipeline = Pipeline(
+            frames=frames,
+            outbox=outbox,
+            bench=make_bench(config, models),
+            sample=sample,
+            health=health,
+            on_stored=publisher.wake,
+        )
+        stop_camera = threading.Event()
+        grabber = Grabber(
+            partial(open_unfinished, config.camera, open_another),
+            frames,
+            health,
+            stop_camera,
+            last_sha256_16=sample.last_sha256_16,
+        )
+        watch = Watch(config, folder, outbox.boot, health, publisher, pipeline, grabber, open_another)
+        logger.info("sample %s, boot %d, %d messages wait", sample.sid, outbox.boot, outbox.depth())
+        if outbox.set_aside is not None:
+            pipeline.tell("outbox-set-aside", f"damaged, kept as {outbox.set_aside}; a new one was begun", "error")
+        pipeline.start()
+        grabber.start()
+
+        while not stop.wait(TICK_S) and not watch.has_ended:
+            watch.look()
+
+        is_finished = pipeline.is_source_finished
+        if is_finished and pipeline.stop(FRAME_IN_HAND_S):
+            drain(outbox, publisher, watch, stop)
+        # Not before the drain: from here on systemd counts TimeoutStopSec.
+        watch.say_stopping()
+        stop_camera.set()
+        grabber.join(CAMERA_CLOSES_S)
+        if not pipeline.stop(FRAME_IN_HAND_S):
+            # The outbox stays open: closing a connection under another thread's hands can crash the process.
+            logger.error("the frame in hand takes more than %g s; the next start begins it anew", FRAME_IN_HAND_S)
+            return THREAD_DIED
+        publisher.stop(DRAIN_S if health.snapshot().broker == "connected" else 0)
+        if is_finished and not watch.has_died:
+            close_sample(outbox, pipeline.sample, config.sample.id)
+        ended = pipeline.sample
+        logger.info("ended: sample %s, %d fields; %s", ended.sid, ended.fields, waiting_words(outbox))
+        outbox.close()
+        return THREAD_DIED if watch.has_died else 0
+
+
+# ------------------------------------------------------------------------------------------------------- the parts
+
+
+def try_models(models: Models) -> SelfTest:
+    """Both models must answer with numbers on an even grey frame. Raises ModelError where one does not."""
+    grey = np.full((SELF_TEST_SIDE_PX, SELF_TEST_SIDE_PX, 3), 128, np.uint8)
+    begun_s = time.monotonic()
+    scores = [detection.score for detection in models.detector.detect(grey)]
+    probabilities = models.classifier.classify(grey).probabilities
+    took_ms = (time.monotonic() - begun_s) * 1000
+    if not all(0 <= score <= 1 for score in scores) or not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
+        raise ModelError(
+            f"self-test: the models answer, but not with shares from 0 to 1 ({models.runtime}, {models.delegate}); "
+            "install the package again, or choose another models.runtime"
+        )
+    return SelfTest(datetime.now(timezone.utc), is_passed=True, detail=f"both models answer, {took_ms:.0f} ms")
+
+
+def describe(config: Config, models: Models, boot: int) -> Body:
+    """The birth certificate of this start."""
+    entries = (models.manifest.detector, models.manifest.classifier)
+    return info_body(
+        device=config.device,
+        site=config.site,
+        boot=boot,
+        started_at=datetime.now(timezone.utc),
+        agent_version=agent.__version__,
+        models=[DescribedModel(entry.role, entry.identity, entry.classes) for entry in entries],
+        config_sha256=config_sha256(config),
+        runtime=models.runtime,
+        delegate=models.delegate,
+    )
+
+
+def open_unfinished(section: CameraSection, open_outbox_here: Callable[[], Outbox]) -> Camera:
+    """The camera, told which stored pictures are done with at this moment; on the camera's own thread."""
+    try:
+        with open_outbox_here() as outbox:
+            done = outbox.finished_keys()
+    except OutboxError as error:
+        raise CameraError(f"which pictures are done with cannot be looked up: {error}") from error
+    return open_camera(section, done=done)
+
+
+def begin_sample(outbox: Outbox, wanted_id: str | None, today: date) -> SampleState:
+    """The sample that was not closed, else a new one. Another id in the configuration begins another sample."""
+    stored = outbox.sample_state()
+    if stored is not None and wanted_id in (None, stored.sid):
+        return stored
+    if stored is not None:
+        logger.info("sample %s gives way to %s, which the configuration names", stored.sid, wanted_id)
+        outbox.clear_finished()
+    return SampleState(wanted_id or f"s-{today:%Y%m%d}-b{outbox.boot}")
+
+
+def close_sample(outbox: Outbox, sample: SampleState, wanted_id: str | None) -> None:
+    """The source has come to its end: the next run takes all of it anew, as a new sample.
+
+    Where the configuration names the sample, that one has the same id; its cells' numbers then go on, so that no
+    cell_id is given twice.
+    """
+    try:
+        outbox.clear_finished()
+        if wanted_id is not None:
+            outbox.append((), sample=SampleState(sample.sid, next_cell_number=sample.next_cell_number))
+    except OutboxError as error:
+        logger.error("sample %s cannot be closed: %s", sample.sid, error)  # noqa: TRY400 - its words say all
+
+
+def drain(outbox: Outbox, publisher: Publisher, watch: Watch, stop: StopSignal) -> None:
+    """Wait for the broker to take what is there, as long as it takes something."""
+    left, moved_at_s = math.inf, time.monotonic()
+    with contextlib.suppress(OutboxError):  # what cannot be counted cannot be waited for; it stays on disk
+        while (depth := outbox.depth()) > 0 and publisher.is_alive():
+            if depth < left:
+                left, moved_at_s = depth, time.monotonic()
+            if time.monotonic() - moved_at_s > DRAIN_PATIENCE_S or stop.wait(TICK_S):
+                return
+            watch.look()
+
+
+def waiting_words(outbox: Outbox) -> str:
+    """How many messages are left for the next start."""
+    try:
+        depth = outbox.depth()
+    except OutboxError as error:
+        return f"what waits cannot be counted: {error}"
+    return f"{depth} messages wait on disk for the broker" if depth else "everything was sent"
+
+
+# ---------------------------------------------------------------------------------------------------- the watching
+
+
+def derive_state(health: HealthSnapshot, *, is_started: bool) -> AgentState:
+    """The agent's state in one word. A broker that is merely away is no fault of this device: results wait on disk."""
+    if not is_started:
+        return AgentState.INIT
+    if health.camera in CAMERA_TROUBLE or health.broker == "refused" or health.outbox == "stopped":
+        return AgentState.DEGRADED
+    return AgentState.SLEEPING if health.camera == "idle" else AgentState.READY
+
+
+class Watch:
+    """Looks at the running parts and tells what it sees: the state, events, the health message, the watchdog."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        boot: int,
+        health: Health,
+        publisher: Publisher,
+        pipeline: Pipeline,
+        grabber: Grabber,
+        open_outbox_here: Callable[[], Outbox],
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._boot = boot
+        self._health = health
+        self._publisher = publisher
+        self._pipeline = pipeline
+        self._grabber = grabber
+        self._open_outbox = open_outbox_here
+        self._state = AgentState.INIT
+        self._camera: CameraState = "opening"
+        self._dead: set[str] = set()
+        self._told_at_s = -math.inf
+        self._feed_every_s = systemd.watchdog_interval_s()
+        self._mark = health.snapshot()
+        self._marked_at_s = time.monotonic()
+        self._stalled: tuple[str, ...] = ()
+
+    @property
+    def has_died(self) -> bool:
+        """Whether a thread has ended that nobody had asked to."""
+        return bool(self._dead)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to watch: the source is read to its end, or a thread has died."""
+        return self.has_died or self._pipeline.is_source_finished
+
+    def look(self) -> None:
+        """Once around all parts."""
+        seen = self._health.snapshot()
+        self._look_for_deaths(seen)
+        self._tell_camera(seen)
+        self._tell_state(seen)
+        self._tell_health(seen)
+        self.feed_watchdog()
+
+    def say_stopping(self) -> None:
+        """The last word of the watch."""
+        systemd.stopping()
+        self._publisher.publish_state(AgentState.STOPPING)
+        if self.has_died:
+            reason = "a part of the agent has died"
+        elif self._pipeline.is_source_finished:
+            reason = "the source is read to its end"
+        else:
+            reason = "asked to by a signal"
+        logger.info("stopping: %s", reason)
+
+    def feed_watchdog(self) -> None:
+        """Tell systemd that all is alive: only when every stage has moved since the last time."""
+        if self._feed_every_s is None or time.monotonic() - self._marked_at_s < self._feed_every_s:
+            return
+        stalled = self._health.stalled_since(self._mark)
+        if stalled:
+            if stalled != self._stalled:
+                logger.error("%s stands still; the watchdog is not fed", " and ".join(stalled))
+            self._stalled = stalled
+            return
+        systemd.feed_watchdog()
+        self._stalled = ()
+        self._mark, self._marked_at_s = self._health.snapshot(), time.monotonic()
+
+    def _look_for_deaths(self, seen: HealthSnapshot) -> None:
+        threads: dict[str, tuple[Grabber | Pipeline | Publisher, bool]] = {
+            "camera": (self._grabber, seen.camera == "ended"),
+            "pipeline": (self._pipeline, self._pipeline.is_source_finished and self._pipeline.failure is None),
+            "publisher": (self._publisher, False),
+        }
+        for name, (thread, may_end) in threads.items():
+            if thread.is_alive() or may_end or name in self._dead:
+                continue
+            self._dead.add(name)
+            failure = thread.failure
+            logger.error("the %s thread has died: %s", name, failure, exc_info=failure if name == "camera" else None)
+
+    def _tell_camera(self, seen: HealthSnapshot) -> None:
+        before, self._camera = self._camera, seen.camera
+        if seen.camera == before:
+            return
+        if seen.camera in CAMERA_TROUBLE:
+            self._tell(f"camera-{seen.camera}", seen.camera_detail, "warning")
+        elif before in CAMERA_TROUBLE:
+            self._tell("camera-regained", seen.camera_detail)
+
+    def _tell(self, kind: str, message: str, severity: Severity = "info") -> None:
+        self._pipeline.tell(kind, message, severity)
+
+    def _tell_state(self, seen: HealthSnapshot) -> None:
+        is_starting = self._state is AgentState.INIT
+        state = derive_state(seen, is_started=not is_starting or seen.camera != "opening")
+        if state is self._state:
+            return
+        self._state = state
+        words = f"{state.value}: camera {seen.camera}, broker {seen.broker}, outbox {seen.outbox}"
+        logger.info("%s", words)
+        self._publisher.publish_state(state)
+        systemd.ready(words) if is_starting else systemd.status(words)
+
+    def _tell_health(self, seen: HealthSnapshot) -> None:
+        interval_s = self._config.publish.health_interval_s
+        if self._state is AgentState.INIT or time.monotonic() - self._told_at_s < interval_s:
+            return
+        self._told_at_s = time.monotonic()
+        self._publisher.publish_health(
+            health_body(
+                seen,
+                read_machine(self._folder),
+                device=self._config.device,
+                site=self._config.site,
+                boot=self._boot,
+                at=datetime.now(timezone.utc),
+                state=self._state,
+                interval_s=interval_s,
+                restarts=self._boot - 1,
+                dead_letters=self._count_dead_letters(),
+            )
+        )
+
+    def _count_dead_letters(self) -> int | None:
+        try:
+            with self._open_outbox() as outbox:
+                return outbox.dead_letter_count()
+        except OutboxError:
+            return None
+
+
+# ----------------------------------------------------------------------------------------------------- the signals
+
+
+class StopSignal:
+    """Whether the process was asked to stop, by SIGTERM or SIGINT."""
+
+    def __init__(self, wakeup: socket.socket) -> None:
+        self._wakeup = wakeup
+        self.is_set = False
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the request; True as soon as it is there, False after the time."""
+        if not self.is_set and select.select((self._wakeup,), (), (), timeout_s)[0]:
+            self._wakeup.recv(64)  # other signals wake it too; what they wrote must not wake it again
+        return self.is_set
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Note the request. A second Ctrl-C ends the program at once: what is stored is stored."""
+        if self.is_set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopSignal]:
+    """SIGTERM and SIGINT ask to stop, inside the block.
+
+    The wait is on a socket that Python writes to when a signal comes: setting a `threading.Event` in a signal handler
+    can lock up with the very wait that it interrupts.
+    """
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)  # Python asks for it
+        stop = StopSignal(reader)
+        wakeup_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup_before)

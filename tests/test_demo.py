@@ -1,0 +1,184 @@
+"""The demo, for real: its own broker, its own agent; nothing of it is left afterwards."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import psutil
+import pytest
+
+from agent import RESEARCH_USE_ONLY
+from agent.camera.camera import open_camera
+from agent.cli import main
+from agent.config import CameraSection, SimulatedSection, packaged_folder
+from agent.delivery.embedded_broker import HOW_TO_INSTALL
+from agent.domain import Frame
+
+TOP = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not (packaged_folder() / "models" / "manifest.json").is_file(), reason="the models are not there"
+)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the demo with its temporary folder in `tmp_path/t`; fails if a file or a child process stays behind."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HEMATOVISION_")}
+        # A setting of the user's own must not reach the demo's agent.
+        variables = {**kept, "PYTHONPATH": str(TOP), "TMPDIR": str(folder), "HEMATOVISION_BROKER__PORT": "1"}
+        command = [sys.executable, "-m", "agent", "demo", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=variables)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+    deadline_s = time.monotonic() + 10
+    while left := processes_of(folder):
+        assert time.monotonic() < deadline_s, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Running programs that name the demo's folder in their command."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if str(folder) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(command)
+    return found
+
+
+def wait_for_line(process: subprocess.Popen[str], pattern: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return line
+    assert process.stderr is not None
+    raise AssertionError(f"no line with {pattern}; {process.stderr.read()}")
+
+
+CELL_LINE = r"^\d\d:\d\d:\d\d\.\d{3}  \S+ +[01]\.\d{3}  \d+ \d+ \d+ \d+ +(accepted|edge|unidentified)$"
+
+
+def test_it_shows_the_cells_of_the_simulated_slide_and_ends_after_the_fields_asked_for(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+):
+    out, err = (process := start("--fields", "2")).communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    lines = out.splitlines()
+    assert RESEARCH_USE_ONLY in lines[0]
+    assert re.search(r"mosquitto_sub -p \d+ -t 'hv/1/#'", lines[1])
+    cells = [line for line in lines if re.match(CELL_LINE, line)]
+    assert lines[-1].startswith(f"2 fields, {len(cells)} cells: ")
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_a_folder_as_source_is_read_to_its_end(start: Callable[..., subprocess.Popen[str]], tmp_path: Path):
+    fields = tmp_path / "fields"
+    fields.mkdir()
+    camera = open_camera(CameraSection(simulated=SimulatedSection(seed=5, fields=3, interval_s=0)))
+    for number in range(3):
+        frame = camera.read()
+        assert isinstance(frame, Frame)
+        cv2.imwrite(str(fields / f"{number}.png"), frame.pixels_bgr)
+    (fields / "bad.png").write_bytes(b"no picture")
+    process = start("--source", fields)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.splitlines()[-1].startswith("3 fields, ")
+    assert re.fullmatch(r"warning: .*bad\.png: .*\n", err)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_it_with_all_its_children_and_files(
+    number: signal.Signals, code: int, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+):
+    process = start()
+    wait_for_line(process, CELL_LINE)
+    assert len(processes_of(tmp_path / "t")) == 2, "broker and agent"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert processes_of(tmp_path / "t") == []
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_its_children_die_with_it_when_it_is_killed(start: Callable[..., subprocess.Popen[str]]):
+    process = start()
+    wait_for_line(process, CELL_LINE)
+    process.kill()  # the fixture looks for what is left
+
+
+def test_on_a_terminal_it_draws_a_table(start: Callable[..., subprocess.Popen[str]]):
+    leader, follower = pty.openpty()
+    process = start("--fields", "1", stdout=follower)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(leader)
+    assert process.wait(timeout=30) == 0
+    for words in (b"newest cells, read from MQTT", b"counted cells by class", RESEARCH_USE_ONLY.encode()):
+        assert words in shown
+
+
+def test_a_source_that_is_not_there_or_empty_is_exit_code_2(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+):
+    for source, words in ((tmp_path / "absent", "there is no such folder"), (tmp_path / "t", "there are no pictures")):
+        process = start("--source", source)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 2
+        assert words in err
+        assert "Traceback" not in err
+
+
+def test_a_port_that_is_taken_is_exit_code_6(start: Callable[..., subprocess.Popen[str]]):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start("--port", str(port))
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 6
+    assert f"port {port} cannot be used" in err
+
+
+def test_without_a_broker_program_the_exit_code_is_6_and_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(shutil, "which", lambda *_args, **_kwargs: None)
+    with pytest.raises(SystemExit) as end:
+        main(["demo"])
+    assert end.value.code == 6
+    assert HOW_TO_INSTALL in capsys.readouterr().err

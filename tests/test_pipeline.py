@@ -1,0 +1,426 @@
+"""The main path: real queue, real outbox on a real disk; the models are doubles that say what the test wants."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.camera.camera import UnreadableFrame
+from agent.camera.grabber import FrameQueue
+from agent.camera.hashing import hash_pixels
+from agent.config import QualitySection
+from agent.delivery.messages import load_schema
+from agent.delivery.outbox import Outbox, begin_boot, open_outbox
+from agent.delivery.topics import Topics
+from agent.domain import (
+    Box,
+    Classification,
+    ClockReading,
+    Detection,
+    Frame,
+    ModelIdentity,
+    Pixels,
+    Provenance,
+    SampleState,
+)
+from agent.errors import OutboxDamaged, OutboxError
+from agent.health import Health
+from agent.pipeline import NOT_STORED, STAGES_OF_A_FRAME, UNSAYABLE, Bench, Outcome, Pipeline, process_frame
+
+jsonschema = pytest.importorskip("jsonschema")
+
+CLOCK = ClockReading(is_synchronised=True, offset_ms=0.5)
+
+
+def make_pixels(seed: int = 1, width_px: int = 64, height_px: int = 48) -> Pixels:
+    return np.random.default_rng(seed).integers(60, 200, (height_px, width_px, 3), np.uint8)
+
+
+def make_frame(
+    seed: int = 1, *, key: str | None = None, repeats_last: bool = False, pixels: Pixels | None = None
+) -> Frame:
+    pixels = make_pixels(seed) if pixels is None else pixels
+    return Frame(
+        number=seed,
+        pixels_bgr=pixels,
+        captured_at=datetime(2026, 11, 23, 12, 0, tzinfo=timezone.utc),
+        captured_monotonic_ns=time.monotonic_ns(),
+        sha256_16=hash_pixels(pixels),
+        source=f"frame {seed}",
+        origin_key=key,
+        repeats_last=repeats_last,
+    )
+
+
+def make_models(detections: tuple[Detection, ...], answer: Callable[[Pixels], Classification] | None = None) -> Any:
+    """Models that see the same cells in every frame; `white` goes on to the classifier, `red` does not."""
+
+    def classify(_crop: Pixels) -> Classification:
+        return Classification("round", 0.75, {"round": 0.75, "lobed": 0.25})
+
+    return SimpleNamespace(
+        detector=SimpleNamespace(
+            detect=lambda _pixels, _min_score=None: detections, identity=ModelIdentity("d", "1", "0" * 64)
+        ),
+        classifier=SimpleNamespace(classify=answer or classify, identity=ModelIdentity("c", "1", "1" * 64)),
+        manifest=SimpleNamespace(
+            detector=SimpleNamespace(classified=("white",), agreeing={"white": ("round", "lobed")}),
+            classifier=SimpleNamespace(
+                crop=SimpleNamespace(margin=0.2), thresholds=SimpleNamespace(min_probability=0.5)
+            ),
+        ),
+        runtime="double 1.0",
+        delegate="none",
+    )
+
+
+WHITE = Detection(Box(10, 10, 20, 22), "white", 0.9)
+RED = Detection(Box(30, 12, 40, 21), "red", 0.8)
+
+
+def make_bench(models: Any = None, *, with_cells: bool = True, min_probability: float | None = None) -> Bench:
+    models = models or make_models((WHITE, RED))
+    return Bench(
+        models=models,
+        quality=QualitySection(),
+        min_score=None,
+        min_probability=min_probability,
+        provenance=Provenance(
+            "0.0", models.detector.identity, models.classifier.identity, models.runtime, models.delegate, "2" * 64
+        ),
+        topics=Topics("site", "dev"),
+        with_cells=with_cells,
+    )
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, min_free_mb=0, device="dev") as opened:
+        yield opened
+
+
+class Runner:
+    """A pipeline that runs, with all around it."""
+
+    def __init__(self, outbox: Outbox, bench: Bench | None = None, sample: SampleState | None = None) -> None:
+        self.frames = FrameQueue(8)
+        self.outbox = outbox
+        self.health = Health()
+        self.stored = 0
+        self.pipeline = Pipeline(
+            frames=self.frames,
+            outbox=outbox,
+            bench=bench or make_bench(),
+            sample=sample or SampleState("s-1"),
+            health=self.health,
+            on_stored=self._count,
+            retry_s=0.02,
+        )
+
+    def _count(self) -> None:
+        self.stored += 1
+
+    def give(self, *taken: Frame | UnreadableFrame) -> None:
+        for one in taken:
+            assert self.frames.put_waiting(one, 5)
+
+    def run_to_end(self) -> None:
+        self.frames.end()
+        self.pipeline.run()
+
+    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = 10) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not is_so():
+            assert time.monotonic() < deadline_s, "it did not come to it"
+            time.sleep(0.005)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        with open_outbox(self.outbox.path.parent, device="dev", verify=False) as mine:  # one connection a thread
+            return [json.loads(row.payload) for row in mine.pending(0, 100_000)]
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [message for message in self.messages if message["schema"] == f"hv/1/{kind}"]
+
+
+# ------------------------------------------------------------------------------------------ what one frame gives
+
+
+def test_a_frame_gives_its_cells_named_and_counted() -> None:
+    outcome = process_frame(make_frame(), SampleState("s-1", next_cell_number=8), make_bench(), CLOCK)
+    assert outcome.field is not None
+    white, red = outcome.field.cells
+    assert (white.cell_id, white.class_name, white.probability) == ("s-1-8", "round", 0.75)
+    assert (red.cell_id, red.class_name, red.classification) == ("s-1-9", "red", None)
+    assert outcome.field.counts == {"red": 1, "round": 1}
+    assert outcome.field.clock == CLOCK
+    assert (outcome.sample.next_cell_number, outcome.sample.fields) == (10, 1)
+    assert outcome.sample.counts == {"red": 1, "round": 1}
+
+
+def test_every_stage_of_a_field_is_timed_and_the_whole_is_not_less_than_its_parts() -> None:
+    outcome = process_frame(make_frame(), SampleState("s-1"), make_bench(), CLOCK)
+    assert outcome.field is not None
+    timing_ms = outcome.field.timing_ms
+    assert set(timing_ms) == set(STAGES_OF_A_FRAME)
+    assert timing_ms["total"] >= sum(timing_ms[stage] for stage in STAGES_OF_A_FRAME if stage != "total") - 0.001
+    assert timing_ms["classify"] > 0
+
+
+def test_stages_that_had_nothing_to_do_took_no_time() -> None:
+    outcome = process_frame(make_frame(), SampleState("s-1"), make_bench(make_models((RED,))), CLOCK)
+    assert outcome.field is not None
+    assert outcome.field.timing_ms["crop"] == outcome.field.timing_ms["classify"] == 0
+
+
+def test_the_configured_probability_goes_before_the_manifests() -> None:
+    outcome = process_frame(make_frame(), SampleState("s-1"), make_bench(min_probability=0.9), CLOCK)
+    assert outcome.field is not None
+    assert outcome.field.counts == {"red": 1, "unidentified": 1}
+
+
+def test_a_field_without_cells_is_a_result_too() -> None:
+    outcome = process_frame(make_frame(), SampleState("s-1"), make_bench(make_models(())), CLOCK)
+    assert outcome.field is not None
+    assert outcome.field.counts == {}
+    assert len(outcome.drafts) == 1
+
+
+def test_a_frame_that_repeats_the_last_one_is_not_analysed() -> None:
+    def fail(_crop: Pixels) -> Classification:
+        raise AssertionError("a frozen frame was analysed")
+
+    bench = make_bench(make_models((WHITE,), fail))
+    frozen = process_frame(make_frame(key="k", repeats_last=True), SampleState("s-1"), bench, CLOCK)
+    assert (frozen.field, frozen.dropped, frozen.finished_key) == (None, "frozen", "k")
+
+
+def test_a_repeat_is_known_after_a_restart_from_the_samples_state() -> None:
+    frame = make_frame(key="k")
+    sample = process_frame(frame, SampleState("s-1"), make_bench(), CLOCK).sample
+    again = process_frame(frame, sample, make_bench(), CLOCK)
+    assert (again.field, again.dropped) == (None, "frozen")
+    assert again.sample == sample
+
+
+def test_a_dark_frame_is_refused_by_its_reason_and_is_done_with() -> None:
+    dark = make_frame(pixels=np.full((48, 64, 3), 3, np.uint8), key="k")
+    outcome = process_frame(dark, SampleState("s-1"), make_bench(), CLOCK)
+    assert (outcome.field, outcome.dropped, outcome.finished_key, outcome.drafts) == (None, "dark", "k", ())
+
+
+@pytest.mark.parametrize("size_px", [(1, 1), (2, 1), (1, 300), (5000, 3)])
+def test_frames_of_strange_shapes_pass(size_px: tuple[int, int]) -> None:
+    pixels = make_pixels(3, *size_px)
+    outcome = process_frame(make_frame(pixels=pixels), SampleState("s-1"), make_bench(make_models(())), CLOCK)
+    assert isinstance(outcome, Outcome)
+
+
+# ---------------------------------------------------------------------------------------------------- the thread
+
+
+def test_all_messages_of_a_field_match_their_schemas(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    runner.give(make_frame(1), make_frame(2))
+    runner.run_to_end()
+    assert runner.pipeline.failure is None
+    assert runner.pipeline.is_source_finished
+    assert [len(runner.of_kind("field")), len(runner.of_kind("cell"))] == [2, 4]
+    for message in runner.messages:
+        schema = load_schema(message["schema"].rsplit("/", 1)[1])
+        jsonschema.Draft202012Validator(schema).validate(message)
+    field, cell = runner.of_kind("field")[0], runner.of_kind("cell")[0]
+    assert cell["field_id"] == field["id"]
+    assert cell["cell_id"] == field["cells"][0]["cell_id"]
+
+
+def test_cells_one_by_one_can_be_switched_off(outbox: Outbox) -> None:
+    runner = Runner(outbox, make_bench(with_cells=False))
+    runner.give(make_frame(1))
+    runner.run_to_end()
+    assert (len(runner.of_kind("field")), len(runner.of_kind("cell"))) == (1, 0)
+
+
+def test_field_sample_and_finished_key_are_stored_together(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    runner.give(make_frame(1, key="one"), make_frame(2, key="two"))
+    runner.run_to_end()
+    assert outbox.finished_keys() == {"one", "two"}
+    assert outbox.sample_state() == runner.pipeline.sample
+    assert runner.pipeline.sample.fields == 2
+    assert runner.health.snapshot().fields == 2
+    assert runner.stored == 2
+
+
+def test_dropped_frames_are_counted_and_done_with(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    frame = make_frame(1, key="one")
+    dark = make_frame(pixels=np.zeros((48, 64, 3), np.uint8), key="dark")
+    runner.give(frame, make_frame(1, key="again"), dark, make_frame(9, key="marked", repeats_last=True))
+    runner.run_to_end()
+    assert runner.health.snapshot().dropped == {"frozen": 2, "dark": 1}
+    assert outbox.finished_keys() == {"one", "again", "dark", "marked"}
+    assert runner.pipeline.sample.fields == 1
+
+
+def test_an_unreadable_frame_is_an_event_and_done_with(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    runner.give(UnreadableFrame("a/b.png", "truncated", "key-b"), make_frame(2))
+    runner.run_to_end()
+    (event,) = runner.of_kind("event")
+    jsonschema.Draft202012Validator(load_schema("event")).validate(event)
+    assert (event["kind"], event["severity"]) == ("frame-unreadable", "warning")
+    assert "a/b.png: truncated" in event["message"]
+    assert outbox.finished_keys() == {"key-b"}
+    assert runner.health.snapshot().dropped == {"unreadable": 1}
+    assert len(runner.of_kind("field")) == 1
+
+
+def test_an_event_from_another_thread_is_stored(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    runner.pipeline.tell("camera-lost", "unplugged", "warning", {"attempt": 1})
+    runner.run_to_end()
+    (event,) = runner.of_kind("event")
+    assert (event["kind"], event["detail"]) == ("camera-lost", {"attempt": 1})
+
+
+def test_a_result_that_json_cannot_say_is_told_and_does_not_come_again(outbox: Outbox) -> None:
+    def answer_nonsense(_crop: Pixels) -> Classification:
+        return Classification("round", float("nan"), {"round": float("nan"), "lobed": 0.5})
+
+    runner = Runner(outbox, make_bench(make_models((WHITE,), answer_nonsense)))
+    runner.give(make_frame(1, key="one"))
+    runner.run_to_end()
+    (event,) = runner.of_kind("event")
+    assert (event["kind"], event["detail"]["frame"]) == ("field-rejected", "one")
+    assert outbox.finished_keys() == {"one"}
+    assert runner.health.snapshot().dropped == {UNSAYABLE: 1}
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_stop_finishes_the_frame_in_hand_and_leaves_the_rest(outbox: Outbox) -> None:
+    def answer_slowly(_crop: Pixels) -> Classification:
+        time.sleep(0.3)
+        return Classification("round", 1.0, {"round": 1.0, "lobed": 0.0})
+
+    runner = Runner(outbox, make_bench(make_models((WHITE,), answer_slowly)))
+    runner.give(make_frame(1, key="one"), make_frame(2, key="two"))
+    runner.pipeline.start()
+    runner.wait_until(lambda: len(runner.frames) == 1)
+    assert runner.pipeline.stop(5)
+    assert outbox.finished_keys() == {"one"}
+    assert not runner.pipeline.is_source_finished
+    assert runner.pipeline.failure is None
+
+
+class FullOutbox:
+    """A real outbox in front of which a test can say that the disk is full."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self.outbox = outbox
+        self.is_full = True
+        self.refused = 0
+
+    def append(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
+        if self.is_full:
+            self.refused += 1
+            raise OutboxError("outbox.db: the disk is full; free space there")
+        return self.outbox.append(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.outbox, name)
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_while_the_disk_is_full_the_frame_in_hand_waits_and_nothing_is_lost(outbox: Outbox) -> None:
+    full = FullOutbox(outbox)
+    analysed = []
+
+    def answer(crop: Pixels) -> Classification:
+        analysed.append(crop)
+        return Classification("round", 1.0, {"round": 1.0, "lobed": 0.0})
+
+    runner = Runner(full, make_bench(make_models((WHITE,), answer)))  # type: ignore[arg-type]
+    runner.give(*(make_frame(seed, key=f"k{seed}") for seed in range(1, 5)))
+    runner.frames.end()
+    runner.pipeline.start()
+    runner.wait_until(lambda: full.refused > 5)
+    snapshot = runner.health.snapshot()
+    assert snapshot.outbox == "stopped"
+    assert "disk is full" in snapshot.outbox_detail
+    assert len(analysed) == 1, "the frame in hand is kept, not analysed anew"
+    assert len(runner.frames) == 3, "intake has stopped"
+    mark = runner.health.snapshot()
+    runner.wait_until(lambda: runner.health.snapshot().beats["pipeline"] > mark.beats["pipeline"])
+    full.is_full = False
+    runner.pipeline.join(10)
+    assert runner.pipeline.is_source_finished
+    assert runner.health.snapshot().outbox == "ok"
+    assert [field["frame"]["n"] for field in runner.of_kind("field")] == [1, 2, 3, 4]
+    assert [event["kind"] for event in runner.of_kind("event")] == ["outbox-stopped", "outbox-recovered"]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_stop_while_the_disk_is_full_leaves_the_frame_to_the_next_start(outbox: Outbox) -> None:
+    full = FullOutbox(outbox)
+    runner = Runner(full)  # type: ignore[arg-type]
+    runner.give(make_frame(1, key="one"))
+    runner.pipeline.start()
+    runner.wait_until(lambda: full.refused > 2)
+    assert runner.pipeline.stop(5)
+    assert outbox.finished_keys() == frozenset()
+    assert runner.health.snapshot().dropped == {NOT_STORED: 1}
+    assert runner.pipeline.sample.fields == 0
+
+
+def test_a_full_outbox_still_takes_the_word_that_it_is_full(tmp_path: Path) -> None:
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, max_mb=1, min_free_mb=0, device="dev") as outbox:
+        cells = tuple(Detection(Box(n % 50, n % 40, n % 50 + 9, n % 40 + 8), "white", 0.5) for n in range(200))
+        runner = Runner(outbox, make_bench(make_models(cells)))
+        runner.pipeline.start()
+        try:
+            for seed in range(1, 60):
+                if not runner.frames.put_waiting(make_frame(seed), 0.5):
+                    break
+            runner.wait_until(lambda: runner.health.snapshot().outbox == "stopped")
+            runner.wait_until(lambda: bool(runner.of_kind("event")))
+            assert "outbox.max_mb" in runner.of_kind("event")[0]["message"]
+            # The broker takes all that is there: intake goes on.
+            with open_outbox(tmp_path, device="dev", verify=False) as publishers:
+                publishers.acknowledge([row.row_id for row in publishers.pending(0, 1_000_000)])
+            runner.wait_until(lambda: runner.health.snapshot().outbox == "ok")
+        finally:
+            assert runner.pipeline.stop(5)
+
+
+def test_a_damaged_outbox_ends_the_thread_with_its_failure(outbox: Outbox) -> None:
+    class Damaged(FullOutbox):
+        def append(self, *_args: Any, **_kwargs: Any) -> tuple[int, ...]:
+            raise OutboxDamaged("outbox.db: damaged")
+
+    runner = Runner(Damaged(outbox))  # type: ignore[arg-type]
+    runner.give(make_frame(1))
+    runner.run_to_end()
+    assert isinstance(runner.pipeline.failure, OutboxDamaged)
+    assert not runner.pipeline.is_source_finished
+
+
+def test_a_model_that_fails_ends_the_thread_with_its_failure(outbox: Outbox) -> None:
+    def fail(_crop: Pixels) -> Classification:
+        raise RuntimeError("the interpreter is broken")
+
+    runner = Runner(outbox, make_bench(make_models((WHITE,), fail)))
+    runner.give(make_frame(1, key="one"))
+    runner.run_to_end()
+    assert isinstance(runner.pipeline.failure, RuntimeError)
+    assert outbox.finished_keys() == frozenset()

@@ -1,0 +1,130 @@
+"""What check-config tries: each failure is told with its remedy, and no check leaves anything behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.config import Config, loads, packaged_folder
+from agent.preflight import Check, run_checks
+
+needs_models = pytest.mark.skipif(
+    not (packaged_folder() / "models" / "manifest.json").is_file(), reason="the models are not there"
+)
+
+
+def make_config(text: str, folder: Path) -> Config:
+    return loads(text, "test", folder=folder, environment={})
+
+
+def check(name: str, text: str, folder: Path) -> Check:
+    """The outcome of one of the checks. The broker of the text should answer or refuse at once."""
+    return next(check for check in run_checks(make_config(text, folder)) if check.name == name)
+
+
+@needs_models
+def test_a_model_file_of_which_one_byte_changed_fails(tmp_path: Path):
+    shutil.copytree(packaged_folder() / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.py", "*.md"))
+    file = next((tmp_path / "models").rglob("*.tflite"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    found = check("models", "models: {folder: models}", tmp_path)
+    assert not found.is_passed
+    assert "SHA-256" in found.words
+    assert str(file) in found.words
+
+
+def test_a_watched_folder_may_be_empty_and_a_folder_read_once_may_not(tmp_path: Path):
+    (tmp_path / "fields").mkdir()
+    text = "camera: {{kind: folder, folder: {{path: fields, watch: {watch}, settle_s: 0}}}}"
+    watched = check("camera", text.format(watch="true"), tmp_path)
+    assert watched.is_passed
+    assert "no picture is there yet" in watched.words
+    assert not check("camera", text.format(watch="false"), tmp_path).is_passed
+
+
+def test_a_folder_in_which_no_picture_can_be_read_fails_with_the_reason(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    found = check("camera", "camera: {kind: folder, folder: {path: .}}", tmp_path)
+    assert not found.is_passed
+    assert "a.png: not a picture" in found.words
+
+
+def test_the_broker_takes_the_right_password_and_refuses_a_wrong_one(
+    mosquitto: Callable[..., Any], mosquitto_password_file: Callable[[str, str], Path], tmp_path: Path
+):
+    users = mosquitto_password_file("bench", "right")
+    broker = mosquitto(f"allow_anonymous false\npassword_file {users}")
+    password = tmp_path / "password"
+    password.touch(mode=0o600)
+    text = f"broker: {{port: {broker.port}, username: bench, password_file: password}}"
+    password.write_text("right\n")
+    found = check("broker", text, tmp_path)
+    assert found.is_passed
+    assert "as user bench, MQTT 5, not encrypted" in found.words
+    password.write_text("wrong\n")
+    found = check("broker", text, tmp_path)
+    assert not found.is_passed
+    assert "refuses us" in found.words
+    assert "wrong" not in found.words
+
+
+def test_a_broker_without_mqtt_5_is_met_with_3_1_1(nats: Callable[..., Any], tmp_path: Path):
+    found = check("broker", f"broker: {{port: {nats().port}}}", tmp_path)
+    assert found.is_passed, found.words
+    assert "MQTT 3.1.1" in found.words
+
+
+def test_an_agent_that_runs_is_not_thrown_out(
+    mosquitto: Callable[..., Any], subscriber: Callable[..., Any], tmp_path: Path
+):
+    """And nobody hears of the check: it has no Will that says anything."""
+    broker = mosquitto()
+    ears = subscriber(broker, "#")
+    assert check("broker", f"broker: {{port: {broker.port}}}", tmp_path).is_passed
+    assert ears.messages == []
+    assert "-check" in broker.log_text()
+
+
+def test_tls_to_a_port_without_it_fails_with_a_hint(mosquitto: Callable[..., Any], tmp_path: Path):
+    found = check("broker", f"broker: {{port: {mosquitto().port}, tls: {{enabled: true}}}}", tmp_path)
+    assert not found.is_passed
+    assert "TLS" in found.words
+
+
+def test_the_outboxs_disk_must_have_the_room_that_is_to_be_left_free(tmp_path: Path):
+    found = check("outbox", "outbox: {folder: state, min_free_mb: 1000000}", tmp_path)
+    assert not found.is_passed
+    assert "min_free_mb" in found.words
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_outbox_folder_that_is_not_there_yet_passes_and_is_not_made(tmp_path: Path):
+    found = check("outbox", "outbox: {folder: a/b/state, min_free_mb: 0}", tmp_path)
+    assert found.is_passed, found.words
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_outbox_below_a_file_fails(tmp_path: Path):
+    (tmp_path / "state").touch()
+    found = check("outbox", "outbox: {folder: state}", tmp_path)
+    assert not found.is_passed
+    assert "Not a directory" in found.words
+
+
+def test_a_password_file_is_read_and_never_shown(tmp_path: Path):
+    text = "broker: {username: bench, password_file: password}"
+    found = check("passwords", text, tmp_path)
+    assert not found.is_passed
+    assert "password" in found.words
+    (tmp_path / "password").touch(mode=0o600)
+    (tmp_path / "password").write_text("hunter2\n")
+    found = check("passwords", text, tmp_path)
+    assert found.is_passed
+    assert "hunter2" not in found.words
+    assert check("passwords", "", tmp_path).words == "none are named"

@@ -1,0 +1,369 @@
+"""The supervisor: real models, real outbox, real signals; a broker only where the test is about one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agent import supervisor
+from agent.config import Config, models_folder
+from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
+from agent.domain import AgentState, Classification, SampleState
+from agent.errors import ModelError, OutboxError
+from agent.health import Health
+from agent.supervisor import (
+    THREAD_DIED,
+    StopSignal,
+    Watch,
+    begin_sample,
+    close_sample,
+    derive_state,
+    run_agent,
+    stop_on_signals,
+    try_models,
+)
+
+TODAY = date(2026, 11, 23)
+
+needs_models = pytest.mark.skipif(
+    not (models_folder(Config().models) / "manifest.json").exists(), reason="the shipped models are not in models/"
+)
+
+
+def make_config(folder: Path, **sections: Any) -> Config:
+    """An agent on a short simulated slide whose broker is away."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = probe.getsockname()[1]
+    simulated = {"fields": 3, "interval_s": 0, "frame_width_px": 320, "frame_height_px": 240}
+    defaults = {
+        "device": "dev",
+        "camera": {"kind": "simulated", "simulated": simulated},
+        "outbox": {"folder": folder, "min_free_mb": 0},
+        "broker": {"port": nobody, "max_backoff_s": 0.2},
+        "models": {"threads": 1},
+    }
+    return Config.model_validate({**defaults, **sections})
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, min_free_mb=0, device="dev") as opened:
+        yield opened
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drain that gives a broker up which is away after 0.3 s."""
+    monkeypatch.setattr(supervisor, "DRAIN_PATIENCE_S", 0.3)
+
+
+# ----------------------------------------------------------------------------------------------------- the state
+
+
+@pytest.mark.parametrize(
+    ("camera", "broker", "outbox_state", "expected"),
+    [
+        ("open", "connected", "ok", AgentState.READY),
+        ("open", "lost", "ok", AgentState.READY),
+        ("open", "connecting", "ok", AgentState.READY),
+        ("ended", "connected", "ok", AgentState.READY),
+        ("idle", "connected", "ok", AgentState.SLEEPING),
+        ("lost", "connected", "ok", AgentState.DEGRADED),
+        ("frozen", "connected", "ok", AgentState.DEGRADED),
+        ("open", "refused", "ok", AgentState.DEGRADED),
+        ("open", "connected", "stopped", AgentState.DEGRADED),
+        ("idle", "connected", "stopped", AgentState.DEGRADED),
+    ],
+)
+def test_the_state_follows_from_health(camera: Any, broker: Any, outbox_state: Any, expected: AgentState) -> None:
+    health = Health()
+    health.camera_state(camera)
+    health.broker_state(broker)
+    health.outbox_state(outbox_state)
+    assert derive_state(health.snapshot(), is_started=True) is expected
+    assert derive_state(health.snapshot(), is_started=False) is AgentState.INIT
+
+
+# ---------------------------------------------------------------------------------------------------- the sample
+
+
+def test_a_new_sample_is_named_by_date_and_boot(outbox: Outbox) -> None:
+    assert begin_sample(outbox, None, TODAY) == SampleState(f"s-20261123-b{outbox.boot}")
+
+
+def test_a_sample_that_was_not_closed_goes_on_after_a_restart(outbox: Outbox) -> None:
+    stored = SampleState("s-20261122-b1", next_cell_number=40, fields=3, counts={"rbc": 39}, last_sha256_16="ab")
+    outbox.append((), sample=stored, finished_keys=("one",))
+    assert begin_sample(outbox, None, TODAY) == stored
+    assert begin_sample(outbox, "s-20261122-b1", TODAY) == stored
+    assert outbox.finished_keys() == {"one"}
+
+
+def test_another_id_in_the_configuration_begins_another_sample(outbox: Outbox) -> None:
+    outbox.append((), sample=SampleState("first", next_cell_number=40), finished_keys=("one",))
+    assert begin_sample(outbox, "second", TODAY) == SampleState("second")
+    assert outbox.finished_keys() == frozenset(), "the second sample takes the folder from its beginning"
+
+
+def test_a_closed_sample_is_followed_by_a_new_one(outbox: Outbox) -> None:
+    outbox.append((), sample=SampleState("s-20261122-b1", next_cell_number=40), finished_keys=("one",))
+    close_sample(outbox, SampleState("s-20261122-b1", next_cell_number=40), None)
+    assert outbox.finished_keys() == frozenset()
+    assert begin_sample(outbox, None, TODAY).sid == f"s-20261123-b{outbox.boot}"
+
+
+def test_no_cell_id_is_given_twice_when_a_named_sample_runs_again(outbox: Outbox) -> None:
+    close_sample(outbox, SampleState("named", next_cell_number=40, fields=3, counts={"rbc": 39}), "named")
+    again = begin_sample(outbox, "named", TODAY)
+    assert (again.sid, again.next_cell_number, again.fields, again.counts) == ("named", 40, 0, {})
+
+
+# --------------------------------------------------------------------------------------------------- the signals
+
+
+def test_a_signal_ends_the_wait_at_once_and_the_old_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stop:
+        assert not stop.wait(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        begun_s = time.monotonic()
+        assert stop.wait(30)
+        assert time.monotonic() - begun_s < 5
+        assert stop.wait(30), "it stays asked for"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_during_the_wait_ends_it() -> None:
+    with stop_on_signals() as stop:
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        begun_s = time.monotonic()
+        assert stop.wait(30)
+        assert time.monotonic() - begun_s < 5
+        timer.join()
+
+
+def test_a_second_ctrl_c_ends_the_program_at_once() -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_other_signals_wake_the_wait_once_and_ask_for_nothing() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not stop.wait(5)
+            begun_s = time.monotonic()
+            assert not stop.wait(0.2)
+            assert time.monotonic() - begun_s >= 0.15, "a stray signal must not make the wait spin"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+# ------------------------------------------------------------------------------------------------- the self-test
+
+
+def make_models(probabilities: dict[str, float], scores: tuple[float, ...] = ()) -> Any:
+    best = max(probabilities, key=lambda name: probabilities[name])
+    return SimpleNamespace(
+        detector=SimpleNamespace(detect=lambda _pixels: [SimpleNamespace(score=score) for score in scores]),
+        classifier=SimpleNamespace(classify=lambda _crop: Classification(best, probabilities[best], probabilities)),
+        runtime="double 1.0",
+        delegate="none",
+    )
+
+
+def test_models_that_answer_with_shares_pass_the_self_test() -> None:
+    result = try_models(make_models({"a": 0.25, "b": 0.75}, (0.3,)))
+    assert result.is_passed
+    assert "both models answer" in result.detail
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        make_models({"a": float("nan"), "b": 0.5}),
+        make_models({"a": 0.1, "b": 0.1}),
+        make_models({"a": 1.0}, (7.0,)),
+        make_models({"a": 1.0}, (float("nan"),)),
+    ],
+)
+def test_models_that_answer_with_nonsense_do_not_start(models: Any) -> None:
+    with pytest.raises(ModelError, match="self-test"):
+        try_models(models)
+
+
+# -------------------------------------------------------------------------------------------------- the watchdog
+
+
+def make_watch(tmp_path: Path, health: Health) -> Watch:
+    part = SimpleNamespace(is_alive=lambda: True, failure=None, is_source_finished=False, tell=lambda *_: None)
+    publisher = SimpleNamespace(is_alive=lambda: True, failure=None, publish_state=print, publish_health=print)
+    return Watch(Config(), tmp_path, 1, health, publisher, part, part, open_outbox)  # type: ignore[arg-type]
+
+
+def test_the_watchdog_is_fed_only_when_every_stage_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    fed: list[int] = []
+    monkeypatch.setattr("agent.systemd.feed_watchdog", lambda: fed.append(1))
+    health = Health()
+    watch = make_watch(tmp_path, health)
+    health.beat("camera")
+    health.beat("publisher")
+    time.sleep(0.02)
+    watch.feed_watchdog()
+    watch.feed_watchdog()
+    assert fed == []
+    assert [record.message for record in caplog.records] == ["pipeline stands still; the watchdog is not fed"]
+    health.beat("pipeline")
+    watch.feed_watchdog()
+    assert fed == [1]
+    time.sleep(0.02)
+    watch.feed_watchdog()
+    assert fed == [1], "nothing has moved since"
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_a_running_agent_tells_systemd_ready_watchdog_stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(1)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "1200000")
+        simulated = {"fields": 12, "interval_s": 0.3, "frame_width_px": 160, "frame_height_px": 120}
+        assert run_agent(make_config(tmp_path / "o", camera={"simulated": simulated})) == 0
+        told = []
+        manager.setblocking(False)
+        while True:
+            try:
+                told.append(manager.recv(4096).decode())
+            except BlockingIOError:
+                break
+    assert told[0].startswith("READY=1\nSTATUS=ready: camera open")
+    assert told.count("WATCHDOG=1") >= 2
+    assert told[-1] == "STOPPING=1\nSTATUS=stopping"
+
+
+# ------------------------------------------------------------------------------------------------ the whole agent
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_a_finite_source_is_counted_the_sample_closed_and_what_waits_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert run_agent(make_config(tmp_path)) == 0
+    with open_outbox(tmp_path, device="dev", verify=False) as outbox:
+        fields = [row for row in outbox.pending(0, 10_000) if row.stream == "field"]
+        assert [row.seq for row in fields] == [1, 2, 3]
+        assert outbox.sample_state() is None
+        assert outbox.finished_keys() == frozenset()
+        waiting = outbox.depth()
+    assert f"3 fields; {waiting} messages wait on disk for the broker" in caplog.text
+    assert "the source is read to its end" in caplog.text
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_each_start_has_its_own_boot_and_the_numbers_go_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run_agent(make_config(tmp_path)) == 0
+    assert read_boot(tmp_path) == 2
+    with open_outbox(tmp_path, device="dev", verify=False) as outbox:
+        fields = [row for row in outbox.pending(0, 10_000) if row.stream == "field"]
+    assert [(row.boot, row.seq) for row in fields] == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_a_damaged_outbox_is_set_aside_and_told(tmp_path: Path) -> None:
+    (tmp_path / "outbox.db").write_bytes(b"\0" * 8192)
+    assert run_agent(make_config(tmp_path)) == 0
+    with open_outbox(tmp_path, device="dev", verify=False) as outbox:
+        rows = outbox.pending(0, 10_000)
+    assert sum(row.stream == "field" for row in rows) == 3
+    assert any(b'"kind":"outbox-set-aside"' in row.payload for row in rows)
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("camera", "agent.supervisor.open_unfinished"),
+        ("pipeline", "agent.pipeline.process_frame"),
+        ("publisher", "agent.delivery.publisher.Publisher._run"),
+    ],
+)
+def test_the_death_of_a_thread_ends_the_process_with_its_own_code(
+    name: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(place, fail)
+    assert run_agent(make_config(tmp_path)) == THREAD_DIED
+    assert f"the {name} thread has died: a fault of ours" in caplog.text
+    with open_outbox(tmp_path, device="dev", verify=False) as outbox:
+        assert outbox.sample_state() is None or name == "publisher"
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_without_models_the_agent_does_not_start_and_leaves_nothing_running(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "outbox", models={"folder": tmp_path / "none"})
+    with pytest.raises(ModelError, match=r"manifest\.json"):
+        run_agent(config)
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_second_agent_on_the_same_outbox_does_not_start(tmp_path: Path) -> None:
+    with supervisor.lock_folder(tmp_path), pytest.raises(OutboxError, match="another agent"):
+        run_agent(make_config(tmp_path))
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_camera_that_is_not_there_is_retried_in_the_state_degraded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[AgentState] = []
+    publish = supervisor.Publisher.publish_state
+    monkeypatch.setattr(
+        supervisor.Publisher,
+        "publish_state",
+        lambda self, state: (states.append(state), publish(self, state))[1],
+    )
+    wait = StopSignal.wait
+    monkeypatch.setattr(StopSignal, "wait", lambda self, s: AgentState.DEGRADED in states or wait(self, s))
+    camera = {"kind": "folder", "folder": {"path": tmp_path / "no-such-folder"}}
+    assert run_agent(make_config(tmp_path / "outbox", camera=camera)) == 0
+    assert [state for state in dict.fromkeys(states) if state is not AgentState.INIT][:2] == [
+        AgentState.DEGRADED,
+        AgentState.STOPPING,
+    ]
+    with open_outbox(tmp_path / "outbox", device="dev", verify=False) as outbox:
+        (event,) = outbox.pending(0, 10)
+    assert b'"kind":"camera-lost"' in event.payload
+    assert b"no-such-folder" in event.payload
