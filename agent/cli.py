@@ -109,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     infer = add(
         "infer",
         "find and name the cells in stored pictures of fields",
-        "Both models, no broker.\nA picture that cannot be read is told on standard error, the rest goes on (exit code 1).\n"
+        "Both models, no broker.\n"
+        "A picture that cannot be read is told on standard error, the rest goes on (exit code 1).\n"
         "A frame that the quality gate would refuse is analysed all the same and marked.",
         "hematovision infer --json fields/ > cells.jsonl",
     )
@@ -126,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     classify = add(
         "classify",
         "name single cells: each picture is the crop of one cell",
-        "",
+        "Cut tightly or with its surroundings: the cell in the middle is looked for and cut anew.",
         "hematovision classify --json crops/*.png",
     )
     _add_paths(classify, "picture of one cell, or a folder of such pictures")

@@ -10,6 +10,7 @@ both to what this file says.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -386,11 +387,16 @@ def read_secret(file: Path | None, variable: str, environment: Mapping[str, str]
         # `from None`: the cause carries the bytes of the file, and they may end in a log.
         raise ConfigError(str(file), ("the password file is not UTF-8 text",)) from None
     if mode & stat.S_IROTH:
-        log.warning("password file %s is readable for all users of this computer; `chmod 600` mends it", file)
+        _warn_of_open_file(file)
     secret = secret.removesuffix("\n").removesuffix("\r")
     if not secret or "\n" in secret or len(secret) > LARGEST_SECRET_BYTES:
         raise ConfigError(str(file), ("the password file must hold the password in one line and nothing else",))
     return secret
+
+
+@functools.cache  # once for each file: the publisher reads its password again with every connection
+def _warn_of_open_file(file: Path) -> None:
+    log.warning("password file %s is readable for all users of this computer; `chmod 600` mends it", file)
 
 
 def config_sha256(config: Config) -> str:

@@ -13,10 +13,9 @@ from pathlib import Path
 import cv2
 
 from agent.analysis.annotation import annotate
-from agent.analysis.crops import whole_crop
 from agent.analysis.quality import assess_quality
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
-from agent.camera.decoding import decode_file
+from agent.camera.decoding import MIN_CROP_SIDE_PX, decode_file
 from agent.camera.replay import PICTURE_SUFFIXES, list_pictures, printable
 from agent.config import Config
 from agent.delivery.messages import Body, field_body, stamp
@@ -129,17 +128,17 @@ def _analyse(picture: Picture, config: Config, bench: Bench, sample: SampleState
 def classify_pictures(
     pictures: Iterable[Picture | Unread], config: Config, models: Models
 ) -> Iterator[Classified | Unread]:
-    """Every picture as the crop of one cell."""
+    """Every picture as one cell, cut tightly or with its surroundings."""
     for picture in pictures:
         if isinstance(picture, Unread):
             yield picture
             continue
         try:
-            pixels_bgr = decode_file(picture.path, config.camera.max_megapixels)
+            pixels_bgr = decode_file(picture.path, config.camera.max_megapixels, MIN_CROP_SIDE_PX)
         except FrameUnreadable as error:
             yield Unread(picture.source, error.reason)
             continue
-        yield Classified(picture.source, models.classifier.classify(whole_crop(pixels_bgr)))
+        yield Classified(picture.source, models.name_central_cell(pixels_bgr))
 
 
 class Album:

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.analysis.crops import cut_crop
+from agent.analysis.crops import central_detection, cut_crop
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.inference.detector import best_of_each
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_fields
 from models.common.metrics import FieldBoxes, f1_curve
-from models.evaluate import MAX_MEGAPIXELS, boxes_of, central_detection, progress
+from models.evaluate import MAX_MEGAPIXELS, boxes_of, progress
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 OVERLAPS = (None, 0.6, 0.7, 0.8)
@@ -78,7 +78,8 @@ def choose_classifier(models: Models, data: Path) -> dict[str, float]:
     logs, labels = [], []
     for cell in progress(read_cells(data, "val"), "val crops"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
-        found = central_detection(models, models.detector.detect(pixels), pixels.shape[1], pixels.shape[0])
+        height, width = pixels.shape[:2]
+        found = central_detection(models.detector.detect(pixels), models.manifest.detector.classified, width, height)
         if found is not None:
             answer = models.classifier.classify(cut_crop(pixels, found.box, models.manifest.classifier.crop.margin))
             logs.append(np.log(np.maximum(list(answer.probabilities.values()), 1e-12)))

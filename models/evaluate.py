@@ -5,9 +5,9 @@
     python -m models.evaluate two-stage --split test
 
 detector: mAP on the `complete` fields of each source and of all; the half-labelled BCCD fields stand apart.
-classifier: each PBC picture as it is. two-stage: the cell that the detector finds in the middle of a PBC picture, named
-by the classifier from the crop that the agent would cut. Splits are by image (no patient or slide is known), so that
-figures inside one source are optimistic.
+classifier: each PBC picture as `hematovision classify` takes it. two-stage: the same as the agent works on a field, at
+the detector's own threshold; a cell that it does not find is wrong. Splits are by image (no patient or slide is known),
+so that figures inside one source are optimistic.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agent.analysis.crops import cut_crop, whole_crop
+from agent.analysis.crops import central_detection, cut_crop
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
-from agent.domain import Detection
 from agent.inference.models import Models, open_models
 from models.common.labels import FieldImage, read_boxes, read_cells, read_fields
 from models.common.metrics import FieldBoxes, class_figures_by_name, detection_figures
@@ -90,20 +89,22 @@ def boxes_of(models: Models, field: FieldImage) -> FieldBoxes:
 
 
 def evaluate_classifier(models: Models, data: Path, split: str) -> dict[str, Any]:
-    """Accuracy, macro-F1 and P / R / F1 of each class on whole PBC pictures."""
+    """Accuracy, macro-F1 and P / R / F1 of each class on the PBC pictures."""
     answers = []
     for cell in progress(read_cells(data, split), "crops"):
-        crop = whole_crop(decode_file(cell.path, MAX_MEGAPIXELS))
-        answers.append((cell.class_name, models.classifier.classify(crop).class_name))
+        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
+        answers.append((cell.class_name, models.name_central_cell(pixels).class_name))
     return class_figures_by_name(answers, models.manifest.classifier.classes)
 
 
 def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The same for the cell in the middle of each picture as found and cut by the agent; a missed cell is wrong."""
     answers, missed = [], 0
+    classified = models.manifest.detector.classified
     for cell in progress(read_cells(data, split), "pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
-        central = central_detection(models, models.detector.detect(pixels), pixels.shape[1], pixels.shape[0])
+        height, width = pixels.shape[:2]
+        central = central_detection(models.detector.detect(pixels), classified, width, height)
         if central is None:
             missed += 1
             answers.append((cell.class_name, "missed"))
@@ -111,21 +112,6 @@ def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]
         crop = cut_crop(pixels, central.box, models.manifest.classifier.crop.margin)
         answers.append((cell.class_name, models.classifier.classify(crop).class_name))
     return {"missed": missed, **class_figures_by_name(answers, models.manifest.classifier.classes)}
-
-
-def central_detection(
-    models: Models, detections: Sequence[Detection], width_px: int, height_px: int
-) -> Detection | None:
-    """The classified cell whose box holds the middle of the picture, nearest to it."""
-    x, y = width_px / 2, height_px / 2
-    holding = [
-        d
-        for d in detections
-        if d.class_name in models.manifest.detector.classified
-        and d.box.x_min <= x <= d.box.x_max
-        and d.box.y_min <= y <= d.box.y_max
-    ]
-    return min(holding, key=lambda d: (d.box.centre_px[0] - x) ** 2 + (d.box.centre_px[1] - y) ** 2, default=None)
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import cv2
 import numpy as np
 
-from agent.domain import Box, Pixels
+from agent.domain import Box, Detection, Pixels
 
 
 def cut_crop(pixels_bgr: Pixels, box: Box, margin: float) -> Pixels:
@@ -30,3 +32,21 @@ def whole_crop(pixels_bgr: Pixels) -> Pixels:
     """A picture that is itself the crop of one cell, as the square that the classifier expects."""
     height, width = pixels_bgr.shape[:2]
     return cut_crop(pixels_bgr, Box(0, 0, width, height), 0.0)
+
+
+def central_detection(
+    detections: Iterable[Detection], classes: Collection[str], width_px: int, height_px: int
+) -> Detection | None:
+    """Of the cells of these detector classes whose box holds the picture's middle, the one nearest to it."""
+    x, y = width_px / 2, height_px / 2
+    return min(
+        (
+            detection
+            for detection in detections
+            if detection.class_name in classes
+            and detection.box.x_min <= x <= detection.box.x_max
+            and detection.box.y_min <= y <= detection.box.y_max
+        ),
+        key=lambda detection: (detection.box.centre_px[0] - x) ** 2 + (detection.box.centre_px[1] - y) ** 2,
+        default=None,
+    )

@@ -28,8 +28,11 @@ from agent.camera.opencv import quiet_opencv
 from agent.domain import Pixels
 from agent.errors import FrameUnreadable
 
-MIN_SIDE_PX: Final = 32
+MIN_FIELD_SIDE_PX: Final = 32
 """px; a red cell alone is larger than this in every source that we know. Smaller is an icon or a thumbnail."""
+
+MIN_CROP_SIDE_PX: Final = 8
+"""px; the crop of a platelet under a weak objective. Below it no structure is left to name."""
 
 MAX_BYTES_PER_PX: Final = 8
 """Four channels of 16 bits, stored without compression: no file of a permitted picture needs more."""
@@ -38,13 +41,13 @@ EXTRA_BYTES: Final = 16_000_000
 """Room for what stands in a file besides pixels (profiles, thumbnails, instrument logs)."""
 
 
-def decode_file(path: Path, max_megapixels: float) -> Pixels:
+def decode_file(path: Path, max_megapixels: float, min_side_px: int = MIN_FIELD_SIDE_PX) -> Pixels:
     """The pixels of a picture file. Raises FrameUnreadable, with the path as origin, for whatever may be wrong."""
     try:
         content = read_content(path, max_megapixels)
     except OSError as error:
         raise FrameUnreadable(str(path), describe_os_error(error)) from error
-    return decode_bytes(content, str(path), max_megapixels)
+    return decode_bytes(content, str(path), max_megapixels, min_side_px=min_side_px)
 
 
 def read_content(path: Path, max_megapixels: float, *, key: str | None = None) -> bytes:
@@ -73,14 +76,21 @@ def read_content(path: Path, max_megapixels: float, *, key: str | None = None) -
         os.close(handle)
 
 
-def decode_bytes(content: bytes, origin: str, max_megapixels: float, *, key: str | None = None) -> Pixels:
+def decode_bytes(
+    content: bytes,
+    origin: str,
+    max_megapixels: float,
+    *,
+    key: str | None = None,
+    min_side_px: int = MIN_FIELD_SIDE_PX,
+) -> Pixels:
     """The pixels of a picture in memory: B G R, uint8, a new array.
 
     origin names the picture in messages, key is its `Frame.origin_key`. Raises FrameUnreadable.
     """
     try:
         header = read_header(content)
-        _check_size(header, max_megapixels)
+        _check_size(header, max_megapixels, min_side_px)
         return _to_bgr(_decode(content, header))
     except PictureFault as fault:
         raise FrameUnreadable(origin, str(fault), key) from None
@@ -97,10 +107,10 @@ def describe_os_error(error: OSError) -> str:
     return f"cannot be read: {error.strerror or error}"
 
 
-def _check_size(header: PictureHeader, max_megapixels: float) -> None:
-    if min(header.width_px, header.height_px) < MIN_SIDE_PX:
+def _check_size(header: PictureHeader, max_megapixels: float, min_side_px: int) -> None:
+    if min(header.width_px, header.height_px) < min_side_px:
         raise PictureFault(
-            f"{header.width_px} x {header.height_px} pixels; a field has at least {MIN_SIDE_PX} on each side"
+            f"{header.width_px} x {header.height_px} pixels; too small, at least {min_side_px} on each side are needed"
         )
     megapixels = header.width_px * header.height_px / 1e6
     if megapixels > max_megapixels:

@@ -11,7 +11,6 @@ line and no frame; neither is the query of the address, where some cameras want 
 from __future__ import annotations
 
 import http.client
-import os
 import socket
 import ssl
 from pathlib import Path
@@ -21,13 +20,10 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 import cv2
 
 from agent.camera.camera import SYSTEM_CLOCKS, Clocks, make_frame
-from agent.camera.decoding import describe_os_error
 from agent.camera.opencv import captured_pixels, check_capture_size, quiet_opencv
-from agent.config import CameraSection
+from agent.config import CAMERA_PASSWORD_VARIABLE, CameraSection, read_secret
 from agent.domain import Frame
-from agent.errors import CameraError
-
-PASSWORD_VARIABLE: Final = "HEMATOVISION_CAMERA_PASSWORD"
+from agent.errors import CameraError, ConfigError
 
 DEFAULT_PORTS: Final = {"http": 80, "https": 443, "rtsp": 554, "rtsps": 322}
 
@@ -114,14 +110,10 @@ def _host_and_port(address: SplitResult) -> str:
 
 def _credentials(address: SplitResult, username: str | None, password_file: Path | None) -> tuple[str, str]:
     """User and password: from the configuration's file, else the environment, else what stands in the address."""
-    password = os.environ.get(PASSWORD_VARIABLE)
-    if password_file is not None:
-        try:
-            first_line = password_file.read_text("utf-8").partition("\n")[0]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = describe_os_error(error) if isinstance(error, OSError) else "is not text in UTF-8"
-            raise CameraError(f"{password_file}: {reason} (camera.network.password_file)") from None
-        password = first_line.rstrip("\r")
+    try:
+        password = read_secret(password_file, CAMERA_PASSWORD_VARIABLE)
+    except ConfigError as error:
+        raise CameraError(f"camera.network.password_file {error.source}: {'; '.join(error.faults)}") from None
     if password is None:
         password = unquote(address.password or "")
     return username if username is not None else unquote(address.username or ""), password

@@ -27,10 +27,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from agent.config import BrokerSection
-from agent.errors import BrokerRefused, BrokerUnavailable
-
-PASSWORD_VARIABLE = "HEMATOVISION_BROKER_PASSWORD"
+from agent.config import BROKER_PASSWORD_VARIABLE, BrokerSection, read_secret
+from agent.errors import BrokerRefused, BrokerUnavailable, ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection, then again for the TLS handshake."""
@@ -290,13 +288,11 @@ def open_link(
 
 
 def _password(section: BrokerSection, environ: Mapping[str, str]) -> str | None:
-    """The first line of the password file, else the environment's word, else None."""
-    if section.password_file is None:
-        return environ.get(PASSWORD_VARIABLE)
+    """Read anew for each connection: a mended password file needs no restart."""
     try:
-        return section.password_file.read_text("utf-8").split("\n", 1)[0].rstrip("\r")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokerRefused(f"broker.password_file {section.password_file}: cannot be read ({error})") from error
+        return read_secret(section.password_file, BROKER_PASSWORD_VARIABLE, environ)
+    except ConfigError as error:
+        raise BrokerRefused(f"broker.password_file {error.source}: {'; '.join(error.faults)}") from None
 
 
 def _tls_context(section: BrokerSection) -> ssl.SSLContext | None:
@@ -306,6 +302,8 @@ def _tls_context(section: BrokerSection) -> ssl.SSLContext | None:
     context: ssl.SSLContext = _loaded(
         "broker.tls.ca_file", tls.ca_file, lambda: ssl.create_default_context(cafile=tls.ca_file)
     )
+    # From Python 3.13 on this is set, and refuses authorities that laboratories made by many a guide (no key usage).
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     if tls.certificate_file is not None:
         certificate_file, key_file = tls.certificate_file, tls.key_file
         _loaded(

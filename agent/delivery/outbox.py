@@ -209,8 +209,13 @@ def lock_folder(folder: Path) -> IO[str]:
     """Keep a second agent off this folder while the returned file is open; raises OutboxError when one is there."""
     import fcntl  # not on every system; only the agent itself needs it
 
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK_NAME).open("a", encoding="ascii")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_NAME).open("a", encoding="ascii")
+    except OSError as error:
+        raise OutboxError(
+            f"outbox folder {folder}: cannot be used: {error.strerror}; choose another outbox.folder or mend its rights"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

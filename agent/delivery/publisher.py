@@ -155,7 +155,7 @@ class Publisher(threading.Thread):
     def stop(self, drain_s: float) -> bool:
         """Send what waits for up to drain_s, as far as the broker is there, say goodbye and end; waits for that.
 
-        Returns whether everything was sent. What was not stays in the outbox for the next start.
+        Returns whether the outbox is empty. What was not sent stays there for the next start.
         """
         self.publish_state(AgentState.STOPPING)
         self._stop_at_s = time.monotonic() + drain_s
@@ -189,14 +189,20 @@ class Publisher(threading.Thread):
                 now=self._now,
             )
             self._report(outbox)
-            while not self._is_overdue:
-                is_last_try = self._is_stopping
-                link = self._connect()
-                if link is None and is_last_try:
-                    return
-                if link is not None and self._serve(link, window, outbox):
-                    return
-                self._wait(self._backoff.next_s(), outbox)
+            self._deliver(window, outbox)
+            self._report(outbox, is_due=True)
+            self._is_drained = outbox.depth() == 0
+
+    def _deliver(self, window: Window, outbox: Outbox) -> None:
+        """Connect and serve, again and again, until stopped; a stop that comes in a pause is worth one more attempt."""
+        while not self._is_overdue:
+            is_last_try = self._is_stopping
+            link = self._connect()
+            if link is None and is_last_try:
+                return
+            if link is not None and self._serve(link, window, outbox):
+                return
+            self._wait(self._backoff.next_s(), outbox)
 
     def _open_patiently(self) -> Outbox | None:
         """The outbox as soon as it can be opened; None when stopped before."""
@@ -217,15 +223,18 @@ class Publisher(threading.Thread):
     def _serve(self, link: BrokerLink, window: Window, outbox: Outbox) -> bool:
         """Deliver over this connection until it ends; True when a stop was asked for and the goodbye is said."""
         connected_at_s = time.monotonic()
+        is_ending = False
         window.begin(link)
         try:
             while not link.is_closed:
                 self._report(outbox)
                 if time.monotonic() - connected_at_s > STEADY_AFTER_S:
                     self._note_steady(link)
+                if self._is_stopping and not is_ending:
+                    is_ending = True
+                    window.look()  # for what was appended just before the stop
                 window.fill(link)
-                if self._is_stopping and (window.is_empty or self._is_overdue):
-                    self._report(outbox, is_due=True)
+                if is_ending and (window.is_empty or self._is_overdue):
                     self._say_goodbye(link, window)
                     return True
                 window.turn(link, self._waker)
@@ -236,7 +245,6 @@ class Publisher(threading.Thread):
         return False
 
     def _say_goodbye(self, link: BrokerLink, window: Window) -> None:
-        self._is_drained = window.is_empty
         self.publish_state(AgentState.DISCONNECTED)
         end_s = time.monotonic() + FAREWELL_S
         while not link.is_closed and not window.are_documents_taken and time.monotonic() < end_s:

@@ -246,7 +246,6 @@ class Window:
             self._set_aside(row, f"too large: {length} bytes, the broker takes {link.max_packet_bytes}")
         elif row.row_id == self._strikes.row_id and self._strikes.alone >= POISON_AFTER:
             self._set_aside(row, f"the connection breaks each time this message is sent ({length} bytes)")
-            self._strikes = Strikes()
         else:
             payload = as_historical(row.payload) if self._is_historical(row) else row.payload
             self._note_sent(link.publish(row.topic, payload), row)
@@ -304,11 +303,10 @@ class Window:
             self.store_acknowledgements()
 
     def _settle_row(self, row: Row, answer: Acknowledged) -> None:
-        if row.row_id == self._strikes.row_id:
-            self._strikes = Strikes()
         if answer.is_taken:
             self._acknowledged.add(row.row_id)
             self.has_progressed = True
+            self._clear_strikes(row)
         elif answer.code in _REFUSED_FOR_GOOD:
             try:
                 self._set_aside(row, f"the broker refuses it: {answer.reason} (code {answer.code})")
@@ -337,10 +335,15 @@ class Window:
             events = [event_draft(kind, text, self._topics, at=self._now(), severity="error", detail=detail)]
         self._outbox.reject(row.row_id, reason, events)
         logger.warning("set aside %s %s: %s", row.stream, name, reason)
+        self._clear_strikes(row)
         self._set_aside_since_event = 0 if is_told else self._set_aside_since_event + 1
         if is_told:
             self._spoke_at_s = time.monotonic()
             self.look()
+
+    def _clear_strikes(self, row: Row) -> None:
+        if row.row_id == self._strikes.row_id:
+            self._strikes = Strikes()
 
     # ---- pausing
 

@@ -13,11 +13,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from agent.analysis.crops import central_detection
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import read_cells
-from models.evaluate import MAX_MEGAPIXELS, central_detection, progress
+from models.evaluate import MAX_MEGAPIXELS, progress
 
 Boxes = Mapping[str, tuple[float, float, float, float]]
 
@@ -29,9 +30,9 @@ def main() -> None:
     boxes = {}
     for cell in progress(cells, "pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
-        found = central_detection(
-            models, models.detector.detect(pixels, args.min_score), pixels.shape[1], pixels.shape[0]
-        )
+        height, width = pixels.shape[:2]
+        detections = models.detector.detect(pixels, args.min_score)
+        found = central_detection(detections, models.manifest.detector.classified, width, height)
         if found is not None:
             boxes[cell.key] = (*found.box.centre_px, found.box.width_px, found.box.height_px)
     args.output.parent.mkdir(parents=True, exist_ok=True)

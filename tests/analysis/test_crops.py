@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.analysis.crops import cut_crop, whole_crop
-from agent.domain import Box
+from agent.analysis.crops import central_detection, cut_crop, whole_crop
+from agent.domain import Box, Detection
 
 
 def frame(width: int = 60, height: int = 40) -> np.ndarray:
@@ -34,3 +34,12 @@ def test_a_whole_picture_becomes_a_square_that_holds_it() -> None:
     crop = whole_crop(pixels)
     assert crop.shape == (50, 50, 3)
     assert np.array_equal(crop[:, 10:40], pixels)
+
+
+def test_the_central_cell_is_the_nearest_whose_box_holds_the_middle() -> None:
+    wide, near, aside = (
+        Detection(box, "WBC", 0.9) for box in (Box(0, 0, 100, 70), Box(40, 40, 62, 62), Box(70, 40, 90, 60))
+    )
+    red = Detection(Box(45, 45, 55, 55), "RBC", 0.9)
+    assert central_detection((wide, near, aside, red), ("WBC", "platelet"), 100, 100) is near
+    assert central_detection((aside, red), ("WBC", "platelet"), 100, 100) is None

@@ -470,6 +470,7 @@ def test_a_refused_password_is_told_once_and_mended_without_a_restart(
     broker = mosquitto(f"allow_anonymous false\npassword_file {known}")
     secret = tmp_path / "password"
     secret.write_text("wrong-secret\n")
+    secret.chmod(0o600)
     caplog.set_level(logging.DEBUG)
     bench.append(3)
     bench.start(broker, username="scope", password_file=secret)
@@ -493,7 +494,7 @@ def test_user_and_password_are_taken_from_file_or_environment(
     known = mosquitto_password_file("scope", "pass word")
     broker = mosquitto(f"allow_anonymous false\npassword_file {known}")
     secret = tmp_path / "password"
-    secret.write_text("pass word\r\nsecond line\n")
+    secret.write_text("pass word\r\n")
 
     def attempt(password_file: Path | None, environ: dict[str, str], username: str | None = "scope") -> BrokerLink:
         section = BrokerSection(port=broker.port, username=username, password_file=password_file)
@@ -903,6 +904,20 @@ def test_stop_gives_up_a_frozen_broker_when_the_time_is_over(bench: Bench, mosqu
     assert time.monotonic() - began_s < 6
     broker.thaw()
     assert bench.outbox.depth() == 50
+
+
+def test_rows_appended_just_before_the_stop_are_sent(bench: Bench, mosquitto: Any) -> None:
+    broker = mosquitto()
+    for _ in range(5):
+        publisher = bench.start(broker)
+        bench.wait_until(lambda: bench.health.snapshot().broker == "connected")
+        bench.append(1)  # nobody calls
+        assert publisher.stop(5) is True
+        assert bench.outbox.depth() == 0
+
+
+def test_with_an_empty_outbox_nothing_is_left_though_the_broker_is_away(bench: Bench, mosquitto: Any) -> None:
+    assert bench.start(mosquitto(start=False)).stop(0.5) is True
 
 
 def test_a_publisher_that_never_started_can_be_stopped(bench: Bench) -> None:
