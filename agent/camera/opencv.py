@@ -8,10 +8,15 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
-from cv2.utils import logging as opencv_log
 
 from agent.domain import Pixels
 from agent.errors import CameraError
+
+
+# The switch moved from `cv2` to `cv2.utils.logging` in a 4.x release; both stand in the range that we install.
+_opencv_log: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
+SILENT = 0
+"""LOG_LEVEL_SILENT of opencv2/core/utils/logger.defines.hpp."""
 
 
 @contextmanager
@@ -20,11 +25,11 @@ def quiet_opencv() -> Iterator[None]:
 
     The level belongs to the process. Two threads may leave it quiet for each other a little longer; nothing is lost.
     """
-    level = opencv_log.setLogLevel(opencv_log.LOG_LEVEL_SILENT)
+    level = _opencv_log.setLogLevel(SILENT)
     try:
         yield
     finally:
-        opencv_log.setLogLevel(level)
+        _opencv_log.setLogLevel(level)
 
 
 def check_capture_size(capture: cv2.VideoCapture, max_megapixels: float, name: str) -> None:

@@ -35,6 +35,9 @@ def load_runtime(wanted: str = "auto") -> Runtime:
     failures = []
     for distribution, module_name in RUNTIMES:
         if wanted in ("auto", distribution):
+            if distribution == "tflite-runtime" and int(np.__version__.split(".")[0]) >= 2:
+                failures.append(f"tflite-runtime: built against numpy 1, found numpy {np.__version__}")
+                continue
             try:
                 module = importlib.import_module(module_name)
                 return Runtime(f"{distribution} {importlib.metadata.version(distribution)}", module)

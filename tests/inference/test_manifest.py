@@ -116,7 +116,13 @@ def test_a_file_that_is_no_model_is_refused_in_words(folder: Path) -> None:
         open_models(ModelsSection(folder=folder))
 
 
-def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.inference.interpreter.RUNTIMES", (("tflite-runtime", "no_such_module"),))
-    with pytest.raises(ModelError, match="pip install"):
+def test_tflite_runtime_is_refused_beside_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numpy.__version__", "2.0.1")
+    with pytest.raises(ModelError, match=r"found numpy 2\.0\.1"):
         open_models(ModelsSection(runtime="tflite-runtime"))
+
+
+def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.inference.interpreter.RUNTIMES", (("ai-edge-litert", "no_such_module"),))
+    with pytest.raises(ModelError, match="pip install"):
+        open_models(ModelsSection(runtime="ai-edge-litert"))
