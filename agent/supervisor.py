@@ -126,6 +126,7 @@ def run_agent(config: Config) -> int:
 
         while not stop.wait(TICK_S) and not watch.has_ended:
             watch.look()
+        watch.look()  # a short folder is read before the first look; that it was ready is told all the same
 
         is_finished = pipeline.is_source_finished
         if is_finished and pipeline.stop(FRAME_IN_HAND_S):

@@ -12,7 +12,6 @@ import numpy as np
 from agent.domain import Pixels
 from agent.errors import CameraError
 
-
 # The switch moved from `cv2` to `cv2.utils.logging` in a 4.x release; both stand in the range that we install.
 _opencv_log: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging
 SILENT = 0

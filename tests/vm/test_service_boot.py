@@ -185,6 +185,7 @@ def test_under_the_units_settings_the_models_run_on_xnnpack_and_the_clock_is_rea
     bodies = [json.loads(line.partition(" ")[2]) for line in booted.messages]
     (info,) = [body for body in bodies if body["schema"] == "hv/1/info"][:1]
     assert info["delegate"] == "xnnpack"
+    assert int(booted.facts["clock_answer"]) >= 0
     assert "Traceback" not in booted.journal, booted.journal
 
 
