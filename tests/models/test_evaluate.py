@@ -1,0 +1,83 @@
+"""`python -m models.evaluate` as a researcher runs it, on a small data folder made from the simulated slide."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from agent.camera.simulated import render_training_crop, render_training_field
+
+TOP = Path(__file__).parents[2]
+CLASSES = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
+LABELS = {"RBC": 1, "platelet": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of the labelled data: fields with YOLO labels, single cells by class, two CSV files."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(5)
+    for name in ("fields/images", "fields/labels", *(f"pbc/{name}" for name in CLASSES)):
+        (folder / name).mkdir(parents=True)
+    rows = ["path,source,split,labels"]
+    for number in range(4):
+        pixels, truth = render_training_field(rng, 480, 360)
+        cv2.imwrite(str(folder / f"fields/images/{number}.png"), pixels)
+        lines = []
+        for name, box in truth:
+            x, y = box.centre_px
+            shares = (x / 480, y / 360, box.width_px / 480, box.height_px / 360)
+            lines.append(f"{LABELS.get(name, 0)} {' '.join(map(str, shares))}")
+        (folder / f"fields/labels/{number}.txt").write_text("\n".join(lines))
+        rows.append(f"fields/images/{number}.png,made,test,{'complete' if number else 'rbc-incomplete'}")
+    (folder / "fields.csv").write_text("\n".join(rows))
+    cells = ["path,class,split,prefix"]
+    for name in CLASSES:
+        for number in range(2):
+            cv2.imwrite(str(folder / f"pbc/{name}/{number}.png"), render_training_crop(rng, name, 160))
+            cells.append(f"pbc/{name}/{number}.png,{name},test,X")
+    (folder / "pbc.csv").write_text("\n".join(cells))
+    return folder
+
+
+def evaluate(what: str, data: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "models.evaluate", what, "--split", "test", "--data", str(data), "--json"]
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def test_the_detectors_figures_keep_complete_and_half_labelled_fields_apart(data: Path) -> None:
+    figures = evaluate("detector", data)
+    assert figures["fields"] == {"complete": 3, "complete, made": 3, "rbc-incomplete": 1}
+    assert figures["groups"]["complete"] == figures["groups"]["complete, made"]
+    assert 0.5 < figures["groups"]["complete"]["all"]["map50"] <= 1
+    assert figures["groups"]["complete"]["all"]["map50_95"] <= figures["groups"]["complete"]["all"]["map50"]
+
+
+def test_the_classifiers_figures_count_every_picture_once(data: Path) -> None:
+    figures = evaluate("classifier", data)
+    assert figures["n"] == 16
+    assert set(figures["classes"]) == set(CLASSES)
+    right = sum(figures["confusion"][k][k] for k in range(8))
+    assert figures["accuracy"] == pytest.approx(right / 16)
+    assert right >= 8
+
+
+def test_a_cell_that_the_detector_misses_is_wrong_in_two_stages(data: Path, tmp_path: Path) -> None:
+    figures = evaluate("two-stage", data)
+    assert figures["missed"] <= 8
+    empty = tmp_path / "empty"
+    (empty / "pbc").mkdir(parents=True)
+    cv2.imwrite(str(empty / "pbc/blank.png"), np.full((160, 160, 3), 230, np.uint8))
+    (empty / "pbc.csv").write_text("path,class,split,prefix\npbc/blank.png,monocyte,test,X\n")
+    nothing = evaluate("two-stage", empty)
+    assert (nothing["missed"], nothing["accuracy"]) == (1, 0)
