@@ -8,7 +8,6 @@ Killed and started again with the same --run, it goes on from the last epoch.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from models.common.augment import vary_look
 from models.common.datasets import CellCrops, CentredBox, central_box
 from models.common.labels import CellImage, cell_classes, read_cells, read_rgb
 from models.common.simulated import simulated_crops
-from models.common.training import AveragedWeights, Schedule, log_figures, save_checkpoint, split_decay
+from models.common.training import Run
 from models.nets.shufflenetv2 import ShuffleNetV2
 
 SIZE_PX = 128
@@ -35,62 +34,24 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     classes = cell_classes(args.data)
     net = ShuffleNetV2(len(classes)).to(memory_format=torch.channels_last)
-    average = AveragedWeights(net, 0.998)
-    optimiser = torch.optim.AdamW(split_decay(net, 0.02), lr=args.rate)
-    schedule = Schedule(args.rate, args.minutes)
-    epoch, best = 0, 0.0
-    checkpoint = args.run / "last.pt"
-    if args.init and not checkpoint.exists():
-        weights = torch.load(args.init, weights_only=True)["average"]
-        net.load_state_dict(weights)
-        average.net.load_state_dict(weights)
-        average.updates = 1000  # an average of a trained net is to be trusted from the start
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        net.load_state_dict(state["net"])
-        average.net.load_state_dict(state["average"])
-        average.updates = state["updates"]
-        optimiser.load_state_dict(state["optimiser"])
-        epoch, best, schedule.spent_s = state["epoch"], state["best"], state["spent_s"]
-
+    run = Run(args.run, net, args.rate, args.minutes, args.init)
     loader = train_loader(args, classes)
     views = val_views(read_cells(args.data, "val"), read_boxes(args.boxes))
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
-    schedule.started = time.monotonic()
-    while schedule.progress < 1:
+    run.schedule.start()
+    while not run.is_finished:
         net.train()
         losses = []
         for pixels, labels in loader:
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate
             x = pixels.to(memory_format=torch.channels_last).float() / 255
             loss = loss_of(net(x), labels)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            average.update(net)
+            run.step(loss)
             losses.append(loss.item())
-            if schedule.progress >= 1:
+            if run.is_finished:
                 break
-        epoch += 1
-        figures = {name: accuracy(average.net, view, classes) for name, view in views.items()}
+        figures = {name: accuracy(run.average.net, view, classes) for name, view in views.items()}
         score = sum(figures.values()) / len(figures)
-        log_figures(
-            args.run / "log.jsonl", epoch=epoch, progress=schedule.progress, loss=float(np.mean(losses)), **figures
-        )
-        if score >= best:
-            best = score
-            save_checkpoint(args.run / "best.pt", average=average.net.state_dict(), classes=classes, epoch=epoch)
-        save_checkpoint(
-            checkpoint,
-            net=net.state_dict(),
-            average=average.net.state_dict(),
-            updates=average.updates,
-            optimiser=optimiser.state_dict(),
-            epoch=epoch,
-            best=best,
-            spent_s=schedule.spent_s + time.monotonic() - schedule.started,
-        )
+        run.end_epoch(score, {"classes": classes}, loss=float(np.mean(losses)), **figures)
 
 
 def train_loader(args: argparse.Namespace, classes: tuple[str, ...]) -> DataLoader[tuple[torch.Tensor, int]]:

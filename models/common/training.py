@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AveragedWeights:
     """Exponential moving average of a net's weights and batch-norm statistics; it is the average that is shipped."""
 
-    def __init__(self, net: nn.Module, decay: float = 0.999):
+    def __init__(self, net: nn.Module, decay: float = 0.998):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
@@ -48,9 +48,18 @@ class Schedule:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def elapsed_s(self) -> float:
+        """s; training time over all sessions of the run."""
+        return self.spent_s + time.monotonic() - self.started
+
+    @property
     def progress(self) -> float:
         """0 at the start of the run, 1 at its end."""
-        return min(1.0, (self.spent_s + time.monotonic() - self.started) / (60 * self.minutes))
+        return min(1.0, self.elapsed_s / (60 * self.minutes))
+
+    def start(self) -> None:
+        """The clock of this session runs from now: loading the data is not training."""
+        self.started = time.monotonic()
 
     @property
     def rate(self) -> float:
@@ -66,6 +75,74 @@ def split_decay(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     kernels = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
     return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+class Run:
+    """A training run and its folder: net, averaged weights, optimiser, schedule. Killed, it resumes at the last epoch.
+
+    folder: gets `last.pt` (to resume), `best.pt` (averaged weights of the best score) and `log.jsonl`.
+    init: checkpoint whose averaged weights a new run begins with.
+    """
+
+    def __init__(self, folder: Path, net: nn.Module, rate: float, minutes: float, init: Path | None = None):
+        self.folder = folder
+        self.net = net
+        self.average = AveragedWeights(net)
+        self.optimiser = torch.optim.AdamW(split_decay(net, 0.02), lr=rate)
+        self.schedule = Schedule(rate, minutes)
+        self.epoch, self.best = 0, 0.0
+        if (folder / "last.pt").exists():
+            self._resume(torch.load(folder / "last.pt", weights_only=True))
+        elif init is not None:
+            self._begin_with(torch.load(init, weights_only=True)["average"])
+
+    @property
+    def is_finished(self) -> bool:
+        return self.schedule.progress >= 1
+
+    def step(self, loss: Tensor) -> None:
+        """One step down, at the schedule's rate."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 10)
+        self.optimiser.step()
+        self.average.update(self.net)
+
+    def end_epoch(self, score: float | None, facts: dict[str, Any] | None = None, **figures: Any) -> None:
+        """Log the epoch, keep its weights when `score` is the best so far, make it the place to resume.
+
+        score: None = this epoch was not judged. facts: go into `best.pt` beside the weights.
+        """
+        self.epoch += 1
+        log_figures(self.folder / "log.jsonl", epoch=self.epoch, progress=self.schedule.progress, **figures)
+        if score is not None and score >= self.best:
+            self.best = score
+            weights = self.average.net.state_dict()
+            save_checkpoint(self.folder / "best.pt", average=weights, epoch=self.epoch, **(facts or {}))
+        save_checkpoint(
+            self.folder / "last.pt",
+            net=self.net.state_dict(),
+            average=self.average.net.state_dict(),
+            updates=self.average.updates,
+            optimiser=self.optimiser.state_dict(),
+            epoch=self.epoch,
+            best=self.best,
+            spent_s=self.schedule.elapsed_s,
+        )
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.average.net.load_state_dict(state["average"])
+        self.average.updates = state["updates"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.epoch, self.best, self.schedule.spent_s = state["epoch"], state["best"], state["spent_s"]
+
+    def _begin_with(self, weights: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(weights)
+        self.average.net.load_state_dict(weights)
+        self.average.updates = 1000  # the average of a trained net is to be trusted from the start
 
 
 def save_checkpoint(path: Path, **states: Any) -> None:

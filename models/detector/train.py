@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from pathlib import Path
 
 import cv2
@@ -22,7 +21,7 @@ from models.common.datasets import AugmentedFields, LabelledField, collate_field
 from models.common.labels import DETECTOR_CLASSES, read_fields
 from models.common.metrics import FieldBoxes, detection_figures
 from models.common.simulated import simulated_fields
-from models.common.training import AveragedWeights, Schedule, log_figures, save_checkpoint, split_decay
+from models.common.training import Run
 from models.detector.loss import head_loss
 from models.nets.yolov10 import YoloV10n, decode_boxes, flatten, places
 
@@ -38,75 +37,35 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     net = YoloV10n(len(DETECTOR_CLASSES)).to(memory_format=torch.channels_last)
-    average = AveragedWeights(net, 0.998)
-    optimiser = torch.optim.AdamW(split_decay(net, 0.02), lr=args.rate)
-    schedule = Schedule(args.rate, args.minutes)
-    epoch, best = 0, 0.0
-    checkpoint = args.run / "last.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        net.load_state_dict(state["net"])
-        average.net.load_state_dict(state["average"])
-        average.updates = state["updates"]
-        optimiser.load_state_dict(state["optimiser"])
-        epoch, best, schedule.spent_s = state["epoch"], state["best"], state["spent_s"]
-
+    run = Run(args.run, net, args.rate, args.minutes)
     # Fields whose red cells are only half labelled would teach that the other half is background.
     train = load_fields([field for field in read_fields(args.data, "train") if field.is_complete])
     val = load_fields([field for field in read_fields(args.data, "val") if field.is_complete])
     simulated = simulated_fields(args.simulated, args.run.parent) if args.simulated else []
     batches, batch_size_px = None, 0
-    schedule.started = time.monotonic()
-    while schedule.progress < 1:
-        size_px = SMALL_PX if schedule.progress < args.small_share else SIZE_PX
+    run.schedule.start()
+    while not run.is_finished:
+        size_px = SMALL_PX if run.schedule.progress < args.small_share else SIZE_PX
         if size_px != batch_size_px:
             batch_size_px = size_px
-            fields = AugmentedFields(train, simulated, size_px, args.seed + epoch, simulated_share=0.2)
+            fields = AugmentedFields(train, simulated, size_px, args.seed + run.epoch, simulated_share=0.2)
             batches = iter(DataLoader(fields, BATCH, collate_fn=collate_fields, num_workers=1, prefetch_factor=4))
             centres, strides = places(size_px, size_px)
         net.train()
         losses = []
         for pixels, targets, real in itertools.islice(batches, STEPS):
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate
             x = (pixels.float() / 255).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 many, one = net.forward_both(x)
             loss = head_loss(many, centres, strides, targets, real, CLAIMS)
             loss = loss + head_loss(one, centres, strides, targets, real, 1)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 10)
-            optimiser.step()
-            average.update(net)
+            run.step(loss)
             losses.append(loss.item())
-            if schedule.progress >= 1:
+            if run.is_finished:
                 break
-        epoch += 1
-        figures = {}
-        if epoch % args.val_every == 0 or schedule.progress >= 1:
-            figures = {name: f.map50 for name, f in evaluate(average.net, val).items()}
-            if figures["all"] >= best:
-                best = figures["all"]
-                save_checkpoint(args.run / "best.pt", average=average.net.state_dict(), epoch=epoch)
-        log_figures(
-            args.run / "log.jsonl",
-            epoch=epoch,
-            size_px=size_px,
-            progress=schedule.progress,
-            loss=float(np.mean(losses)),
-            **figures,
-        )
-        save_checkpoint(
-            checkpoint,
-            net=net.state_dict(),
-            average=average.net.state_dict(),
-            updates=average.updates,
-            optimiser=optimiser.state_dict(),
-            epoch=epoch,
-            best=best,
-            spent_s=schedule.spent_s + time.monotonic() - schedule.started,
-        )
+        is_judged = run.is_finished or (run.epoch + 1) % args.val_every == 0
+        figures = {name: f.map50 for name, f in evaluate(run.average.net, val).items()} if is_judged else {}
+        run.end_epoch(figures.get("all"), size_px=size_px, loss=float(np.mean(losses)), **figures)
 
 
 @torch.inference_mode()
