@@ -55,6 +55,9 @@ RETRY_S = 1.0
 MOST_EVENTS_WAITING = 256
 """The newest events are kept while the outbox takes nothing; a camera that comes and goes each minute needs hours."""
 
+TELL_AGAIN_S = 60.0
+"""s; a live camera on a bad cable gives 25 unreadable pictures a second: each is counted, one a minute is told."""
+
 STAGES_OF_A_FRAME = ("capture", "quality", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
 
@@ -232,6 +235,7 @@ class Pipeline(threading.Thread):
         self._retry_s = retry_s
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
+        self._told_unreadable: tuple[str, float] = ("", 0.0)
 
     # ---- for other threads
 
@@ -274,6 +278,10 @@ class Pipeline(threading.Thread):
         self._store_events()
 
     def _report_unreadable(self, unreadable: UnreadableFrame) -> Outcome:
+        told_origin, told_at_s = self._told_unreadable
+        if unreadable.origin == told_origin and time.monotonic() - told_at_s < TELL_AGAIN_S:
+            return Outcome(self.sample, unreadable.key, dropped=UNREADABLE)
+        self._told_unreadable = (unreadable.origin, time.monotonic())
         logger.warning("frame unreadable: %s: %s", unreadable.origin, unreadable.reason)
         detail = {"origin": unreadable.origin, "reason": unreadable.reason}
         words = f"{unreadable.origin}: {unreadable.reason}"

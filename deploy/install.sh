@@ -93,10 +93,10 @@ install_program() {
     install -d -m 755 "$program"
     make_venv "$python" "$venv"
     say "Installing from $source into $venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade "$source" ||
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade "$source" ||
         fail "pip could not install the agent; its message stands above."
     if [ -f "$source" ]; then # pip leaves a wheel of the same version alone, changed or not
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "$source"
+        "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --force-reinstall --no-deps "$source"
     fi
     # The service's user may not write here, so Python could never store what it compiles.
     "$venv/bin/python" -m compileall -q "$venv/lib" >/dev/null || true
@@ -105,7 +105,7 @@ install_program() {
 }
 
 # The computer's name in the letters that a topic allows.
-name_of_computer() { hostname | tr '[:upper:]_.' '[:lower:]--' | tr -cd 'a-z0-9-' | cut -c 1-63; }
+name_of_computer() { uname -n | tr '[:upper:]_.' '[:lower:]--' | tr -cd 'a-z0-9-' | cut -c 1-63; }
 
 write_settings() {
     # Secrets lie here: root writes, the service reads, nobody else does.

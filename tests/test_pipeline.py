@@ -285,6 +285,21 @@ def test_an_unreadable_frame_is_an_event_and_done_with(outbox: Outbox) -> None:
     assert len(runner.of_kind("field")) == 1
 
 
+def test_a_camera_on_a_bad_cable_is_counted_each_time_and_told_once_a_minute(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(outbox)
+    runner.give(*(UnreadableFrame("camera 0", "torn") for _ in range(5)))
+    runner.run_to_end()
+    assert len(runner.of_kind("event")) == 1
+    assert runner.health.snapshot().dropped == {"unreadable": 5}
+    monkeypatch.setattr("agent.pipeline.TELL_AGAIN_S", 0)
+    again = Runner(outbox)
+    again.give(*(UnreadableFrame("camera 0", "torn") for _ in range(2)), UnreadableFrame("camera 1", "torn"))
+    again.run_to_end()
+    assert len(again.of_kind("event")) == 1 + 3
+
+
 def test_an_event_from_another_thread_is_stored(outbox: Outbox) -> None:
     runner = Runner(outbox)
     runner.pipeline.tell("camera-lost", "unplugged", "warning", {"attempt": 1})

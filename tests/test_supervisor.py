@@ -251,7 +251,7 @@ def test_a_running_agent_tells_systemd_ready_watchdog_stopping(tmp_path: Path, m
         manager.settimeout(1)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "1200000")
-        simulated = {"fields": 12, "interval_s": 0.3, "frame_width_px": 160, "frame_height_px": 120}
+        simulated = {"fields": 8, "interval_s": 0.25, "frame_width_px": 160, "frame_height_px": 120}
         assert run_agent(make_config(tmp_path / "o", camera={"simulated": simulated})) == 0
         told = []
         manager.setblocking(False)

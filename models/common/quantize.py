@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 Tensors = list[dict[str, Any]]
+NO_FLOORS: Mapping[str, float] = MappingProxyType({})
 
 
 def export_float(net: nn.Module, side_px: int, path: Path) -> None:
@@ -29,8 +31,14 @@ def export_float(net: nn.Module, side_px: int, path: Path) -> None:
     litert_torch.convert(net.eval(), (torch.rand(1, side_px, side_px, 3),)).export(str(path))
 
 
-def quantize_file(source: Path, target: Path, pictures: Iterable[NDArray[np.float32]]) -> None:
-    """Quantise a float file to int8. pictures: calibration inputs (1, side, side, 3) in [0, 1], from `train` only."""
+def quantize_file(
+    source: Path, target: Path, pictures: Iterable[NDArray[np.float32]], floors: Mapping[str, float] = NO_FLOORS
+) -> None:
+    """Quantise a float file to int8.
+
+    pictures: calibration inputs (1, side, side, 3) in [0, 1], from `train` only. floors: by output name the value below
+    which all is one: where nobody looks, steps are better spent elsewhere.
+    """
     from ai_edge_quantizer import calibrator, quantizer, recipe
     from ai_edge_quantizer.utils import qsv_utils
 
@@ -46,6 +54,8 @@ def quantize_file(source: Path, target: Path, pictures: Iterable[NDArray[np.floa
     input_name = Interpreter(str(source)).get_input_details()[0]["name"]
     ranges[input_name]["min"] = np.zeros_like(ranges[input_name]["min"])
     ranges[input_name]["max"] = np.ones_like(ranges[input_name]["max"])
+    for name, floor in floors.items():
+        ranges[name]["min"] = np.full_like(ranges[name]["min"], floor)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     quantizer.Quantizer(str(source), recipe.static_wi8_ai8()).quantize(ranges).export_model(str(target))

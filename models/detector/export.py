@@ -23,6 +23,8 @@ from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
 
 FILE = "detector/yolov10n.tflite"
 FILL = 114
+SCORE_FLOOR = -8.0
+"""Logit; a score of 0.0003. The empty background reaches -60, and would leave the cells steps of a quarter logit."""
 KINDS = ("box_distances", "class_scores")
 MEANINGS = {
     "box_distances": "distances to left, top, right and bottom side in strides, each a raw distribution over 16 bins",
@@ -53,7 +55,9 @@ def main() -> None:
     net.load_state_dict(torch.load(args.checkpoint, weights_only=True)["average"])
     float_file, int8_file = args.float_models / FILE, args.models / FILE
     export_float(RawMaps(net.eval()), SIZE_PX, float_file)
-    quantize_file(float_file, int8_file, calibration(args.data, args.pictures))
+    _, outputs = describe_tensors(float_file)
+    floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"])["kind"] == "class_scores"}
+    quantize_file(float_file, int8_file, calibration(args.data, args.pictures), floors)
     for folder in (args.float_models, args.models):
         write_entry(folder, args)
 

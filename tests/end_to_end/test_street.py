@@ -107,6 +107,31 @@ def test_a_watched_folder_sleeps_wakes_and_is_ended_by_sigterm(
     assert "asked to by a signal" in agent.log_text
 
 
+def test_a_camera_that_is_lost_is_told_and_taken_up_again(
+    bench: Bench, make_fields: Callable[..., Path], mosquitto: Any, subscriber: Any, tmp_path: Path
+) -> None:
+    fields = make_fields(2)
+    watched = tmp_path / "share"
+    watched.mkdir()
+    shutil.copy(fields / "field-1.png", watched)
+    broker = mosquitto()
+    ears = subscriber(broker, "hv/1/#")
+    bench.use_broker(broker.port)
+    bench.use_folder(watched, watch=True, settle_s=0)
+    agent = bench.start()
+    ears.wait_for(lambda heard: any(m.kind == "field" for m in heard), START_S)
+    watched.rename(tmp_path / "unplugged")
+    ears.wait_for(lambda heard: any(m.kind == "event" and m.body["kind"] == "camera-lost" for m in heard), START_S)
+    (tmp_path / "unplugged").rename(watched)
+    ears.wait_for(lambda heard: any(m.kind == "event" and m.body["kind"] == "camera-regained" for m in heard), START_S)
+    shutil.copy(fields / "field-2.png", watched)
+    ears.wait_for(lambda heard: sum(m.kind == "field" for m in heard) >= 2, START_S)
+    assert agent.terminate() == 0
+    ledger = Ledger(ears.wait_for(is_over, START_S))
+    ledger.check_all(pictures=2)  # the first one, still there, is not taken twice
+    assert "degraded" in ledger.states
+
+
 def test_with_the_broker_down_at_the_start_everything_is_counted_and_arrives_later(
     bench: Bench, make_fields: Callable[..., Path], mosquitto: Any, subscriber: Any
 ) -> None:
