@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from types import MappingProxyType
 
 import agent
-from agent.analysis.cells import count_cells, name_cell
+from agent.analysis.cells import count_cells, name_cell, place_on_slide
 from agent.analysis.crops import cut_crop
 from agent.analysis.quality import assess_quality
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
@@ -175,6 +175,7 @@ def analyse_frame(
                 (frame.width_px, frame.height_px),
                 least,
                 models.manifest.detector.agreeing,
+                place_on_slide(detection.box, frame.um_per_px, frame.stage_um),
             )
         )
     watch.add("total", frame.captured_monotonic_ns)
@@ -267,6 +268,9 @@ class Pipeline(threading.Thread):
             self._store_events()
             taken = self._frames.take(TURN_S)
             if taken is END_OF_FRAMES:
+                words = f"sample {self.sample.sid}: {self.sample.fields} fields"
+                self.tell("source-ended", words, detail={"sample": self.sample.sid, "fields": self.sample.fields})
+                self._store_events()
                 self.is_source_finished = True
                 break
             if taken is NOTHING_YET:

@@ -67,6 +67,12 @@ CAMERA_CLOSES_S = 2.0
 SELF_TEST_SIDE_PX = 256
 """px; side of the even grey frame on which both models must answer before the agent says that it is ready."""
 
+CLOCK_STEP_S = 2.0
+"""s; time servers slew smaller differences; a larger one between two looks was set."""
+
+DISK_LOW_FACTOR, DISK_FINE_FACTOR = 4, 5
+"""Multiples of outbox.min_free_mb: a warning comes while there is time to act, and again only after it was mended."""
+
 CAMERA_TROUBLE: tuple[CameraState, ...] = ("lost", "frozen")
 
 
@@ -99,6 +105,7 @@ def run_agent(config: Config) -> int:
         health.self_test(try_models(models))
         publisher.publish_info(describe(config, models, outbox.boot))
 
+        stored = outbox.sample_state()
         sample = begin_sample(outbox, config.sample.id, datetime.now(timezone.utc).date())
         frames = FrameQueue(config.camera.queue_frames)
         pipeline = Pipeline(
@@ -121,6 +128,9 @@ def run_agent(config: Config) -> int:
         logger.info("sample %s, boot %d, %d messages wait", sample.sid, outbox.boot, outbox.depth())
         if outbox.set_aside is not None:
             pipeline.tell("outbox-set-aside", f"damaged, kept as {outbox.set_aside}; a new one was begun", "error")
+        pipeline.tell("agent-started", f"agent {agent.__version__}, sample {sample.sid}", detail={"sample": sample.sid})
+        if stored is None or stored.sid != sample.sid:
+            pipeline.tell("sample-opened", f"sample {sample.sid}", detail={"sample": sample.sid})
         pipeline.start()
         grabber.start()
 
@@ -263,6 +273,7 @@ class Watch:
         pipeline: Pipeline,
         grabber: Grabber,
         open_outbox_here: Callable[[], Outbox],
+        wall_ahead_s: Callable[[], float] = lambda: time.time() - time.monotonic(),
     ) -> None:
         self._config = config
         self._folder = folder
@@ -280,6 +291,9 @@ class Watch:
         self._mark = health.snapshot()
         self._marked_at_s = time.monotonic()
         self._stalled: tuple[str, ...] = ()
+        self._read_wall_ahead_s = wall_ahead_s
+        self._wall_ahead_s = wall_ahead_s()
+        self._is_disk_low = False
 
     @property
     def has_died(self) -> bool:
@@ -296,12 +310,13 @@ class Watch:
         seen = self._health.snapshot()
         self._look_for_deaths(seen)
         self._tell_camera(seen)
+        self._tell_clock_step()
         self._tell_state(seen)
         self._tell_health(seen)
         self.feed_watchdog()
 
     def say_stopping(self) -> None:
-        """The last word of the watch."""
+        """The last word of the watch; the pipeline stores the event before it ends."""
         systemd.stopping()
         self._publisher.publish_state(AgentState.STOPPING)
         if self.has_died:
@@ -311,6 +326,8 @@ class Watch:
         else:
             reason = "asked to by a signal"
         logger.info("stopping: %s", reason)
+        if self._pipeline.is_alive():  # with its source it has ended already, and said so
+            self._tell("agent-stopping", reason)
 
     def feed_watchdog(self) -> None:
         """Tell systemd that all is alive: only when every stage has moved since the last time."""
@@ -367,10 +384,12 @@ class Watch:
         if self._state is AgentState.INIT or time.monotonic() - self._told_at_s < interval_s:
             return
         self._told_at_s = time.monotonic()
+        machine = read_machine(self._folder)
+        self._tell_disk(machine.disk_free_bytes)
         self._publisher.publish_health(
             health_body(
                 seen,
-                read_machine(self._folder),
+                machine,
                 device=self._config.device,
                 site=self._config.site,
                 boot=self._boot,
@@ -381,6 +400,24 @@ class Watch:
                 dead_letters=self._count_dead_letters(),
             )
         )
+
+    def _tell_clock_step(self) -> None:
+        before, self._wall_ahead_s = self._wall_ahead_s, self._read_wall_ahead_s()
+        step_s = self._wall_ahead_s - before
+        if abs(step_s) >= CLOCK_STEP_S:
+            words = f"the system clock was set {'forward' if step_s > 0 else 'back'} by {abs(step_s):.0f} s"
+            self._pipeline.tell("clock-step", words, "warning", {"step_s": round(step_s, 1)})
+
+    def _tell_disk(self, free_bytes: int | None) -> None:
+        floor_bytes = self._config.outbox.min_free_mb * 1024 * 1024
+        if free_bytes is None or floor_bytes == 0:
+            return
+        if not self._is_disk_low and free_bytes < DISK_LOW_FACTOR * floor_bytes:
+            self._is_disk_low = True
+            words = f"{free_bytes / 2**20:.0f} MB left; at outbox.min_free_mb = {floor_bytes / 2**20:g} intake stops"
+            self._pipeline.tell("disk-low", words, "warning", {"free_bytes": free_bytes})
+        elif self._is_disk_low and free_bytes > DISK_FINE_FACTOR * floor_bytes:
+            self._is_disk_low = False
 
     def _count_dead_letters(self) -> int | None:
         try:

@@ -151,6 +151,11 @@ class Runner:
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [message for message in self.messages if message["schema"] == f"hv/1/{kind}"]
 
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """The events, without the one that ends every finite source."""
+        return [event for event in self.of_kind("event") if event["kind"] != "source-ended"]
+
 
 # ------------------------------------------------------------------------------------------ what one frame gives
 
@@ -258,7 +263,15 @@ def test_field_sample_and_finished_key_are_stored_together(outbox: Outbox) -> No
     assert outbox.sample_state() == runner.pipeline.sample
     assert runner.pipeline.sample.fields == 2
     assert runner.health.snapshot().fields == 2
-    assert runner.stored == 2
+    assert runner.stored == 3  # the end of the source is an event
+
+
+def test_the_end_of_a_source_is_told_with_what_it_gave(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    runner.give(make_frame(1), make_frame(2))
+    runner.run_to_end()
+    (event,) = runner.of_kind("event")
+    assert (event["kind"], event["detail"]["fields"]) == ("source-ended", 2)
 
 
 def test_dropped_frames_are_counted_and_done_with(outbox: Outbox) -> None:
@@ -276,7 +289,7 @@ def test_an_unreadable_frame_is_an_event_and_done_with(outbox: Outbox) -> None:
     runner = Runner(outbox)
     runner.give(UnreadableFrame("a/b.png", "truncated", "key-b"), make_frame(2))
     runner.run_to_end()
-    (event,) = runner.of_kind("event")
+    (event,) = runner.told
     jsonschema.Draft202012Validator(load_schema("event")).validate(event)
     assert (event["kind"], event["severity"]) == ("frame-unreadable", "warning")
     assert "a/b.png: truncated" in event["message"]
@@ -291,20 +304,20 @@ def test_a_camera_on_a_bad_cable_is_counted_each_time_and_told_once_a_minute(
     runner = Runner(outbox)
     runner.give(*(UnreadableFrame("camera 0", "torn") for _ in range(5)))
     runner.run_to_end()
-    assert len(runner.of_kind("event")) == 1
+    assert len(runner.told) == 1
     assert runner.health.snapshot().dropped == {"unreadable": 5}
     monkeypatch.setattr("agent.pipeline.TELL_AGAIN_S", 0)
     again = Runner(outbox)
     again.give(*(UnreadableFrame("camera 0", "torn") for _ in range(2)), UnreadableFrame("camera 1", "torn"))
     again.run_to_end()
-    assert len(again.of_kind("event")) == 1 + 3
+    assert len(again.told) == 1 + 3
 
 
 def test_an_event_from_another_thread_is_stored(outbox: Outbox) -> None:
     runner = Runner(outbox)
     runner.pipeline.tell("camera-lost", "unplugged", "warning", {"attempt": 1})
     runner.run_to_end()
-    (event,) = runner.of_kind("event")
+    (event,) = runner.told
     assert (event["kind"], event["detail"]) == ("camera-lost", {"attempt": 1})
 
 
@@ -315,7 +328,7 @@ def test_a_result_that_json_cannot_say_is_told_and_does_not_come_again(outbox: O
     runner = Runner(outbox, make_bench(make_models((WHITE,), answer_nonsense)))
     runner.give(make_frame(1, key="one"))
     runner.run_to_end()
-    (event,) = runner.of_kind("event")
+    (event,) = runner.told
     assert (event["kind"], event["detail"]["frame"]) == ("field-rejected", "one")
     assert outbox.finished_keys() == {"one"}
     assert runner.health.snapshot().dropped == {UNSAYABLE: 1}
@@ -381,7 +394,7 @@ def test_while_the_disk_is_full_the_frame_in_hand_waits_and_nothing_is_lost(outb
     assert runner.pipeline.is_source_finished
     assert runner.health.snapshot().outbox == "ok"
     assert [field["frame"]["n"] for field in runner.of_kind("field")] == [1, 2, 3, 4]
-    assert [event["kind"] for event in runner.of_kind("event")] == ["outbox-stopped", "outbox-recovered"]
+    assert [event["kind"] for event in runner.told] == ["outbox-stopped", "outbox-recovered"]
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -408,8 +421,8 @@ def test_a_full_outbox_still_takes_the_word_that_it_is_full(tmp_path: Path) -> N
                 if not runner.frames.put_waiting(make_frame(seed), 0.5):
                     break
             runner.wait_until(lambda: runner.health.snapshot().outbox == "stopped")
-            runner.wait_until(lambda: bool(runner.of_kind("event")))
-            assert "outbox.max_mb" in runner.of_kind("event")[0]["message"]
+            runner.wait_until(lambda: bool(runner.told))
+            assert "outbox.max_mb" in runner.told[0]["message"]
             # The broker takes all that is there: intake goes on.
             with open_outbox(tmp_path, device="dev", verify=False) as publishers:
                 publishers.acknowledge([row.row_id for row in publishers.pending(0, 1_000_000)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -213,10 +214,43 @@ def test_models_that_answer_with_nonsense_do_not_start(models: Any) -> None:
 # -------------------------------------------------------------------------------------------------- the watchdog
 
 
-def make_watch(tmp_path: Path, health: Health) -> Watch:
-    part = SimpleNamespace(is_alive=lambda: True, failure=None, is_source_finished=False, tell=lambda *_: None)
+def make_watch(
+    tmp_path: Path,
+    health: Health,
+    told: list[tuple[Any, ...]] | None = None,
+    **more: Any,
+) -> Watch:
+    heard = [] if told is None else told
+    part = SimpleNamespace(
+        is_alive=lambda: True, failure=None, is_source_finished=False, tell=lambda *words: heard.append(words)
+    )
     publisher = SimpleNamespace(is_alive=lambda: True, failure=None, publish_state=print, publish_health=print)
-    return Watch(Config(), tmp_path, 1, health, publisher, part, part, open_outbox)  # type: ignore[arg-type]
+    return Watch(Config(), tmp_path, 1, health, publisher, part, part, open_outbox, **more)  # type: ignore[arg-type]
+
+
+def test_a_clock_that_is_set_is_told_once(tmp_path: Path) -> None:
+    ahead_s = [100.0]
+    told: list[tuple[Any, ...]] = []
+    watch = make_watch(tmp_path, Health(), told, wall_ahead_s=lambda: ahead_s[0])
+    watch.look()
+    ahead_s[0] += 1.0  # slewed
+    watch.look()
+    assert told == []
+    ahead_s[0] -= 86_400.0
+    watch.look()
+    watch.look()
+    assert told == [("clock-step", "the system clock was set back by 86400 s", "warning", {"step_s": -86400.0})]
+
+
+def test_a_disk_that_runs_low_is_told_before_intake_stops_and_again_only_after_it_was_mended(tmp_path: Path) -> None:
+    told: list[tuple[Any, ...]] = []
+    watch = make_watch(tmp_path, Health(), told)
+    for free_mb in (10_000, 255, 250, 300, 400, 200):  # outbox.min_free_mb is 64
+        watch._tell_disk(free_mb * 2**20)
+    assert [(kind, words.split(";")[0]) for kind, words, *_ in told] == [
+        ("disk-low", "255 MB left"),
+        ("disk-low", "200 MB left"),
+    ]
 
 
 def test_the_watchdog_is_fed_only_when_every_stage_has_moved(
@@ -364,6 +398,6 @@ def test_a_camera_that_is_not_there_is_retried_in_the_state_degraded(
         AgentState.STOPPING,
     ]
     with open_outbox(tmp_path / "outbox", device="dev", verify=False) as outbox:
-        (event,) = outbox.pending(0, 10)
-    assert b'"kind":"camera-lost"' in event.payload
-    assert b"no-such-folder" in event.payload
+        events = [json.loads(row.payload) for row in outbox.pending(0, 10)]
+    assert [event["kind"] for event in events] == ["agent-started", "sample-opened", "camera-lost", "agent-stopping"]
+    assert "no-such-folder" in events[2]["message"]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from agent.domain import Cell, CellStatus, Classification, Detection
+from agent.domain import Box, Cell, CellStatus, Classification, Detection
 
 UNIDENTIFIED = CellStatus.UNIDENTIFIED.value
 """Key of `counts` for cells that are counted without a class."""
@@ -22,11 +22,13 @@ def name_cell(
     frame_size_px: tuple[int, int],
     min_probability: float,
     agreeing: Mapping[str, tuple[str, ...]],
+    slide_um: tuple[float, float] | None = None,
 ) -> Cell:
     """One cell with its class and status.
 
     classification: None for what the detector names alone. frame_size_px: width, height. agreeing: by detector class
-    the classes that do not contradict it; a contradicted or improbable name makes the cell `unidentified`.
+    the classes that do not contradict it; a contradicted or improbable name makes the cell `unidentified`. slide_um:
+    its place on the slide, where that is known.
     """
     if classification is None:
         name, probability, is_trusted = detection.class_name, detection.score, True
@@ -37,7 +39,20 @@ def name_cell(
     status = CellStatus.UNIDENTIFIED
     if is_trusted:
         status = CellStatus.EDGE if _touches_edge(detection, frame_size_px) else CellStatus.ACCEPTED
-    return Cell(cell_id, detection, name, probability, classification, status)
+    return Cell(cell_id, detection, name, probability, classification, status, slide_um)
+
+
+def place_on_slide(
+    box: Box, um_per_px: float | None, stage_um: tuple[float, float] | None
+) -> tuple[float, float] | None:
+    """The middle of a box on the slide in um; None without a calibrated camera and a stage that tells its place.
+
+    stage_um: place of the frame's upper left corner.
+    """
+    if um_per_px is None or stage_um is None:
+        return None
+    x, y = box.centre_px
+    return stage_um[0] + x * um_per_px, stage_um[1] + y * um_per_px
 
 
 def count_cells(cells: Iterable[Cell]) -> Mapping[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.analysis.cells import count_cells, name_cell
+from agent.analysis.cells import count_cells, name_cell, place_on_slide
 from agent.domain import Box, Cell, CellStatus, Classification, Detection
 
 AGREEING = {"WBC": ("monocyte", "lymphocyte"), "platelet": ("platelet",)}
@@ -46,3 +46,14 @@ def test_a_box_at_the_frames_edge_shows_a_cut_cell(box: Box) -> None:
 def test_counts_hold_classes_and_the_unidentified_apart() -> None:
     cells = [cell(), cell(), cell("RBC", None), cell(probability=0.1), cell(box=Box(0, 0, 9, 9))]
     assert count_cells(cells) == {"RBC": 1, "monocyte": 3, "unidentified": 1}
+
+
+def test_a_cells_place_on_the_slide_follows_stage_and_scale() -> None:
+    assert place_on_slide(Box(10, 20, 30, 40), 0.5, (1000.0, -50.0)) == (1010.0, -35.0)
+
+
+@pytest.mark.parametrize(("um_per_px", "stage_um"), [(None, (0.0, 0.0)), (0.5, None)])
+def test_without_scale_or_stage_the_place_is_unknown(
+    um_per_px: float | None, stage_um: tuple[float, float] | None
+) -> None:
+    assert place_on_slide(Box(10, 20, 30, 40), um_per_px, stage_um) is None
