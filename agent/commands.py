@@ -227,7 +227,10 @@ def _quality_words(quality: Mapping[str, Any]) -> str:
 
 def _print_totals(totals: Mapping[str, int], fields: int, failed: int) -> None:
     title = f"{fields} field{'' if fields == 1 else 's'}" + (f", {failed} not readable" if failed else "")
-    console.print_table(console.counts_table(totals, title))
+    if totals:
+        console.print_table(console.counts_table(totals, title))
+    else:
+        print(f"{title}: no cells")
     print(RESEARCH_USE_ONLY)
 
 
