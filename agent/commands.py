@@ -102,6 +102,8 @@ def demo(arguments: argparse.Namespace) -> int:
             print("\n".join(view.heading), flush=True)
 
     def on_message(kind: str, body: Mapping[str, Any]) -> None:
+        if kind == "event" and body["severity"] == "info":
+            return  # that a demo starts and ends is seen
         view.take(kind, body)
         if kind == "cell" and not is_live:
             print(console.cell_line(body), flush=True)
