@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from types import MappingProxyType
 
 import agent
-from agent.analysis.cells import count_cells, name_cell, place_on_slide
+from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.analysis.crops import cut_crop
 from agent.analysis.quality import assess_quality
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
@@ -87,7 +87,7 @@ class Bench:
     models: Models
     quality: QualitySection
     min_score: float | None
-    min_probability: float | None
+    rules: NamingRules
     provenance: Provenance
     topics: Topics
     with_cells: bool
@@ -99,7 +99,7 @@ def make_bench(config: Config, models: Models) -> Bench:
         models=models,
         quality=config.quality,
         min_score=config.models.min_score,
-        min_probability=config.models.min_probability,
+        rules=models.naming_rules(config.models.min_probability),
         provenance=Provenance(
             agent_version=agent.__version__,
             detector=models.detector.identity,
@@ -154,15 +154,15 @@ def analyse_frame(
     `total` the time from the picture to the result.
     """
     models = bench.models
-    least = bench.min_probability
-    if least is None:
-        least = models.manifest.classifier.thresholds.min_probability
+    size_px = (frame.width_px, frame.height_px)
+    classified = models.manifest.detector.classified
     with watch.stage("detect"):
         detections = models.detector.detect(frame.pixels_bgr, bench.min_score)
+    red_cell_px = typical_red_cell_px(detections, classified, size_px)
     cells = []
     for number, detection in enumerate(detections, start=sample.next_cell_number):
         classification = None
-        if detection.class_name in models.manifest.detector.classified:
+        if detection.class_name in classified:
             with watch.stage("crop"):
                 crop = cut_crop(frame.pixels_bgr, detection.box, models.manifest.classifier.crop.margin)
             with watch.stage("classify"):
@@ -172,9 +172,9 @@ def analyse_frame(
                 f"{sample.sid}-{number}",
                 detection,
                 classification,
-                (frame.width_px, frame.height_px),
-                least,
-                models.manifest.detector.agreeing,
+                size_px,
+                bench.rules,
+                red_cell_px,
                 place_on_slide(detection.box, frame.um_per_px, frame.stage_um),
             )
         )

@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +38,29 @@ WANTED_ACCURACY = 0.99
 
 def main() -> None:
     args = parse()
-    path = args.models / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["detector"]["thresholds"]["same_cell_iou"] = None
-    manifest["classifier"]["thresholds"]["temperature"] = 1.0
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "models"
+        shutil.copytree(args.models, folder)
+        # First without any merging, then the classifier behind the detector as it will be.
+        change_thresholds(folder, "detector", {"same_cell_iou": None})
+        change_thresholds(folder, "classifier", {"temperature": 1.0})
+        detector = choose_detector(open_models(ModelsSection(folder=folder)), args.data)
+        change_thresholds(folder, "detector", detector)
+        classifier = choose_classifier(open_models(ModelsSection(folder=folder)), args.data)
+    for folder in (args.models, args.float_models):
+        if (folder / "manifest.json").exists():
+            change_thresholds(folder, "detector", detector)
+            change_thresholds(folder, "classifier", classifier)
 
-    models = open_models(ModelsSection(folder=args.models))
-    manifest["detector"]["thresholds"].update(choose_detector(models, args.data))
-    manifest["classifier"]["thresholds"].update(choose_classifier(models, args.data))
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+def change_thresholds(folder: Path, role: str, thresholds: Mapping[str, float | None]) -> None:
+    """Write thresholds into the manifest of a folder, whole or not at all."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest[role]["thresholds"].update(thresholds)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(manifest, indent=2) + "\n")
+    part.replace(path)
 
 
 def choose_detector(models: Models, data: Path) -> dict[str, float | None]:
@@ -120,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="gets the same thresholds")
     return parser.parse_args()
 
 

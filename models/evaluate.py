@@ -5,9 +5,9 @@
     python -m models.evaluate two-stage --split test
 
 detector: mAP on the `complete` fields of each source and of all; the half-labelled BCCD fields stand apart.
-classifier: each PBC picture as `hematovision classify` takes it. two-stage: the same as the agent works on a field, at
-the detector's own threshold; a cell that it does not find is wrong. Splits are by image (no patient or slide is known),
-so that figures inside one source are optimistic.
+classifier: each PBC picture as `hematovision classify` takes it. two-stage: as the agent counts on a field, with its
+thresholds and rules; a cell that it does not find or not trust is wrong. Splits are by image (no patient or slide is
+known), so that figures inside one source are optimistic.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agent.analysis.crops import central_detection, cut_crop
+from agent.analysis.cells import UNIDENTIFIED
+from agent.analysis.crops import central_detection
+from agent.camera.camera import SYSTEM_CLOCKS, make_frame
 from agent.camera.decoding import decode_file
-from agent.config import ModelsSection
+from agent.config import Config, ModelsSection
+from agent.domain import Cell, CellStatus, ClockReading, FrameQuality, Pixels, SampleState
 from agent.inference.models import Models, open_models
+from agent.pipeline import Stopwatch, analyse_frame, make_bench
 from models.common.labels import FieldImage, read_boxes, read_cells, read_fields
 from models.common.metrics import FieldBoxes, class_figures_by_name, detection_figures
 
 EVALUATION_SCORE = 0.01  # low enough that the precision-recall curve reaches its end
 MAX_MEGAPIXELS = 80
+MISSED = "missed"
 
 
 def main() -> None:
@@ -98,20 +103,57 @@ def evaluate_classifier(models: Models, data: Path, split: str) -> dict[str, Any
 
 
 def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]:
-    """The same for the cell in the middle of each picture as found and cut by the agent; a missed cell is wrong."""
-    answers, missed = [], 0
-    classified = models.manifest.detector.classified
+    """The cell in the middle of each picture as the agent counts it; one not found or not trusted is wrong."""
+    answers = []
     for cell in progress(read_cells(data, split), "pictures"):
-        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
-        height, width = pixels.shape[:2]
-        central = central_detection(models.detector.detect(pixels), classified, width, height)
-        if central is None:
-            missed += 1
-            answers.append((cell.class_name, "missed"))
-            continue
-        crop = cut_crop(pixels, central.box, models.manifest.classifier.crop.margin)
-        answers.append((cell.class_name, models.classifier.classify(crop).class_name))
-    return {"missed": missed, **class_figures_by_name(answers, models.manifest.classifier.classes)}
+        answers.append((cell.class_name, name_as_agent(models, decode_file(cell.path, MAX_MEGAPIXELS))))
+    given = [answer for _, answer in answers]
+    return {
+        "missed": given.count(MISSED),
+        "unidentified": given.count(UNIDENTIFIED),
+        "fields_unidentified": unidentified_by_source(models, data, split),
+        **class_figures_by_name(answers, models.manifest.classifier.classes),
+    }
+
+
+def name_as_agent(models: Models, pixels: Pixels) -> str:
+    """What the agent counts the cell in the middle of a picture as."""
+    cells = analyse_pixels(models, pixels)
+    central = central_detection(
+        [cell.detection for cell in cells],
+        models.manifest.detector.classified,
+        pixels.shape[1],
+        pixels.shape[0],
+    )
+    if central is None:
+        return MISSED
+    (cell,) = [cell for cell in cells if cell.detection is central]
+    return UNIDENTIFIED if cell.status is CellStatus.UNIDENTIFIED else cell.class_name
+
+
+def unidentified_by_source(models: Models, data: Path, split: str) -> dict[str, list[int]]:
+    """For the fields of each source: nucleated cells found, and how many of them have no class that is trusted.
+
+    No field has class labels of its nucleated cells, so this is what can be said of other microscopes.
+    """
+    by_source: dict[str, list[int]] = {}
+    for field in progress(read_fields(data, split), "fields"):
+        count = by_source.setdefault(field.source, [0, 0])
+        for cell in analyse_pixels(models, decode_file(field.path, MAX_MEGAPIXELS)):
+            if cell.detection.class_name == models.manifest.detector.classes[0]:
+                count[0] += 1
+                count[1] += cell.status is CellStatus.UNIDENTIFIED
+    return by_source
+
+
+def analyse_pixels(models: Models, pixels: Pixels) -> tuple[Cell, ...]:
+    """The cells of a picture, through the agent's own main path."""
+    config = Config()
+    frame = make_frame(1, pixels, source="evaluation", clocks=SYSTEM_CLOCKS)
+    quality = FrameQuality(is_accepted=True, reasons=(), focus=0.0, clipped_pct=0.0)
+    bench = make_bench(config, models)
+    clock = ClockReading(is_synchronised=False)
+    return analyse_frame(frame, quality, bench, SampleState("evaluation"), clock, Stopwatch()).cells
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -130,7 +172,7 @@ def show(figures: dict[str, Any]) -> None:
         return
     summary = f"accuracy {figures['accuracy']:.4f}, macro-F1 {figures['macro_f1']:.4f}, n {figures['n']}"
     if "missed" in figures:
-        summary += f", not found {figures['missed']}"
+        summary += f", not found {figures['missed']}, unidentified {figures['unidentified']}"
     table = Table("class", "n", "P", "R", "F1", title=summary)
     for key, f in figures["classes"].items():
         table.add_row(key, str(f["n"]), *(f"{f[k]:.4f}" for k in ("precision", "recall", "f1")))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.analysis.cells import NamingRules
 from agent.camera.camera import UnreadableFrame
 from agent.camera.grabber import FrameQueue
 from agent.camera.hashing import hash_pixels
@@ -72,10 +73,8 @@ def make_models(detections: tuple[Detection, ...], answer: Callable[[Pixels], Cl
         ),
         classifier=SimpleNamespace(classify=answer or classify, identity=ModelIdentity("c", "1", "1" * 64)),
         manifest=SimpleNamespace(
-            detector=SimpleNamespace(classified=("white",), agreeing={"white": ("round", "lobed")}),
-            classifier=SimpleNamespace(
-                crop=SimpleNamespace(margin=0.2), thresholds=SimpleNamespace(min_probability=0.5)
-            ),
+            detector=SimpleNamespace(classified=("white",)),
+            classifier=SimpleNamespace(crop=SimpleNamespace(margin=0.2)),
         ),
         runtime="double 1.0",
         delegate="none",
@@ -86,13 +85,13 @@ WHITE = Detection(Box(10, 10, 20, 22), "white", 0.9)
 RED = Detection(Box(30, 12, 40, 21), "red", 0.8)
 
 
-def make_bench(models: Any = None, *, with_cells: bool = True, min_probability: float | None = None) -> Bench:
+def make_bench(models: Any = None, *, with_cells: bool = True, min_probability: float = 0.5) -> Bench:
     models = models or make_models((WHITE, RED))
     return Bench(
         models=models,
         quality=QualitySection(),
         min_score=None,
-        min_probability=min_probability,
+        rules=NamingRules(min_probability, {"white": ("round", "lobed")}),
         provenance=Provenance(
             "0.0", models.detector.identity, models.classifier.identity, models.runtime, models.delegate, "2" * 64
         ),

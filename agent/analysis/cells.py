@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
 from types import MappingProxyType
 
 from agent.domain import Box, Cell, CellStatus, Classification, Detection
@@ -15,27 +18,43 @@ EDGE_PX = 1.0
 """A box that comes this near to the frame's edge shows a cut cell: boxes end within a pixel of the edge there."""
 
 
+@dataclass(frozen=True, slots=True)
+class NamingRules:
+    """When a name is believed, from the manifest and the configuration.
+
+    min_probability: 0 to 1. agreeing: by detector class the classes that do not contradict it. smaller_than_red_cells:
+    classes for which, where red cells are in sight, size decides instead: platelets measure 2 to 4 um, red cells 7 to
+    8, nucleated cells more.
+    """
+
+    min_probability: float
+    agreeing: Mapping[str, tuple[str, ...]]
+    smaller_than_red_cells: tuple[str, ...] = ()
+
+
 def name_cell(
     cell_id: str,
     detection: Detection,
     classification: Classification | None,
     frame_size_px: tuple[int, int],
-    min_probability: float,
-    agreeing: Mapping[str, tuple[str, ...]],
+    rules: NamingRules,
+    red_cell_px: float | None = None,
     slide_um: tuple[float, float] | None = None,
 ) -> Cell:
     """One cell with its class and status.
 
-    classification: None for what the detector names alone. frame_size_px: width, height. agreeing: by detector class
-    the classes that do not contradict it; a contradicted or improbable name makes the cell `unidentified`. slide_um:
-    its place on the slide, where that is known.
+    classification: None for what the detector names alone. frame_size_px: width, height. red_cell_px: from
+    `typical_red_cell_px`. A contradicted or improbable name makes the cell `unidentified`. slide_um: its place on the
+    slide, where that is known.
     """
     if classification is None:
         name, probability, is_trusted = detection.class_name, detection.score, True
     else:
         name, probability = classification.class_name, classification.probability
-        agrees = name in agreeing.get(detection.class_name, (name,))
-        is_trusted = agrees and probability >= min_probability
+        agrees = name in rules.agreeing.get(detection.class_name, (name,))
+        if name in rules.smaller_than_red_cells and red_cell_px is not None:
+            agrees = _size_px(detection.box) < red_cell_px
+        is_trusted = agrees and probability >= rules.min_probability
     status = CellStatus.UNIDENTIFIED
     if is_trusted:
         status = CellStatus.EDGE if _touches_edge(detection, frame_size_px) else CellStatus.ACCEPTED
@@ -55,6 +74,21 @@ def place_on_slide(
     return stage_um[0] + x * um_per_px, stage_um[1] + y * um_per_px
 
 
+def typical_red_cell_px(
+    detections: Iterable[Detection], classified: Collection[str], frame_size_px: tuple[int, int]
+) -> float | None:
+    """Median size in px (root of the box's area) of the whole red cells of a field; None where they are fewer than 3.
+
+    classified: the detector's classes that are not red cells.
+    """
+    sizes = [
+        _size_px(detection.box)
+        for detection in detections
+        if detection.class_name not in classified and not _touches_edge(detection, frame_size_px)
+    ]
+    return median(sizes) if len(sizes) >= 3 else None
+
+
 def count_cells(cells: Iterable[Cell]) -> Mapping[str, int]:
     """How many cells of each class, `edge` ones included, and under `unidentified` those without a trusted class."""
     counts: Counter[str] = Counter()
@@ -70,3 +104,7 @@ def _touches_edge(detection: Detection, frame_size_px: tuple[int, int]) -> bool:
     width, height = frame_size_px
     box = detection.box
     return min(box.x_min, box.y_min) < EDGE_PX or box.x_max > width - EDGE_PX or box.y_max > height - EDGE_PX
+
+
+def _size_px(box: Box) -> float:
+    return math.sqrt(box.width_px * box.height_px)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agent.domain import ModelIdentity
 from agent.errors import ModelError
@@ -93,8 +93,6 @@ class ModelEntry(ManifestPart):
     input: InputTensor
     outputs: tuple[OutputTensor, ...]
     classes: tuple[str, ...]
-    class_titles: dict[str, str] = {}
-    """Names for people, by class."""
     data: str
     command: str
 
@@ -106,13 +104,15 @@ class ModelEntry(ManifestPart):
 class DetectorEntry(ModelEntry):
     """Finds cells. `classified`: those of its classes that go on to the classifier; the others it names alone.
 
-    agreeing: for each classified class the classifier's classes that do not contradict it.
+    agreeing: for each classified class the classifier's classes that do not contradict it. smaller_than_red_cells:
+    classes of the classifier for which size decides where red cells are in sight.
     """
 
     role: Literal["detector"]
     thresholds: DetectorThresholds
     classified: tuple[str, ...]
     agreeing: dict[str, tuple[str, ...]] = {}
+    smaller_than_red_cells: tuple[str, ...] = ()
 
 
 class ClassifierEntry(ModelEntry):
@@ -129,6 +129,32 @@ class Manifest(ManifestPart):
     manifest: Literal[1]
     detector: DetectorEntry
     classifier: ClassifierEntry
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Manifest:
+        """What no single key can tell: classes, maps and rules must belong together."""
+        detector, classifier = self.detector, self.classifier
+        for entry in (detector, classifier):
+            _, height, width, channels = entry.input.shape if len(entry.input.shape) == 4 else (0, 0, 1, 0)
+            _require(height == width and channels == 3, f"{entry.role}.input.shape: must be 1, side, side, 3")
+        for output in (*detector.outputs, *classifier.outputs):
+            if output.kind in ("class_scores", "class_logits"):
+                classes = detector.classes if output.kind == "class_scores" else classifier.classes
+                _require(output.shape[-1] == len(classes), f"output {output.name}: its last size is not the classes'")
+            if output.kind != "class_logits":
+                is_grid = output.stride_px is not None and output.shape[1] * output.stride_px == detector.input.shape[1]
+                _require(is_grid, f"output {output.name}: rows times stride_px is not the input's side")
+        _require(len(classifier.outputs) == 1, "classifier.outputs: must be the logits alone")
+        _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
+        _require(set(detector.agreeing) <= set(detector.classified), "detector.agreeing: unknown class")
+        named = {name for names in detector.agreeing.values() for name in names} | set(detector.smaller_than_red_cells)
+        _require(named <= set(classifier.classes), "detector.agreeing, smaller_than_red_cells: unknown class")
+        return self
+
+
+def _require(is_met: bool, fault: str) -> None:
+    if not is_met:
+        raise ValueError(fault)
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from agent.analysis.cells import NamingRules
 from agent.analysis.crops import central_detection, cut_crop, whole_crop
 from agent.config import ModelsSection, models_folder
 from agent.domain import Classification, Pixels
@@ -12,8 +13,8 @@ from agent.inference.detector import Detector
 from agent.inference.interpreter import load_runtime
 from agent.inference.manifest import Manifest, load_manifest, read_model_file
 
-CENTRAL_CELL_SCORE = 0.2
-"""Somebody says that a cell is there: less evidence is asked for than in a field."""
+CENTRAL_CELL_SCORE = 0.1
+"""Somebody says that a cell is there: less evidence is asked for than the manifest's min_score for a field."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +26,13 @@ class Models:
     classifier: Classifier
     runtime: str
     delegate: str
+
+    def naming_rules(self, min_probability: float | None = None) -> NamingRules:
+        """When the manifest lets a name be believed; min_probability replaces the manifest's."""
+        if min_probability is None:
+            min_probability = self.manifest.classifier.thresholds.min_probability
+        detector = self.manifest.detector
+        return NamingRules(min_probability, detector.agreeing, detector.smaller_than_red_cells)
 
     def name_central_cell(self, pixels_bgr: Pixels) -> Classification:
         """The class of the one cell that a picture is about.

@@ -42,6 +42,7 @@ def main() -> None:
     classes = tuple(checkpoint["classes"])
     net = ShuffleNetV2(len(classes))
     net.load_state_dict(checkpoint["average"])
+    args.command = args.command or checkpoint["command"]
     float_file, int8_file = args.float_models / FILE, args.models / FILE
     export_float(ChannelsLast(net.eval()), SIZE_PX, float_file)
     quantize_file(float_file, int8_file, calibration(args.data, classes, args.pictures, args.boxes))
@@ -61,7 +62,6 @@ def write_entry(folder: Path, classes: tuple[str, ...], args: argparse.Namespace
         input={**entry, "meaning": "the square crop of one cell, real values 0 to 1", "colour_order": "RGB"},
         outputs=[{**logits, "kind": "class_logits", "meaning": "logit of each class"}],
         classes=classes,
-        class_titles={"ig": "immature granulocyte"},
         crop={"margin": CROP_MARGIN},
         thresholds={"min_probability": args.min_probability, "temperature": args.temperature},
         data="PBC (Acevedo et al. 2020), split train, and the simulated slide",
@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
     parser.add_argument("--min-probability", type=float, default=0.5, help="below it a cell is unidentified")
     parser.add_argument("--temperature", type=float, default=1.0, help="softmax temperature, fitted on val")
-    parser.add_argument("--command", default="", help="the training command, for the manifest")
+    parser.add_argument("--command", default=None, help="how it was trained; default: what the checkpoint says")
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from models.common.labels import Rgb
 
-# Columns: absorbance of haematoxylin-like (azure B), eosin and residual stain in R, G, B.
+# Rows: absorbance in R, G, B of haematoxylin (near the azure of a Giemsa stain), eosin, and DAB as the third direction.
 # Source: Ruifrok & Johnston, "Quantification of histochemical staining by color deconvolution", 2001.
 STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], np.float32)
 UNMIX = np.linalg.inv(STAINS).astype(np.float32)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+import agent.camera
 from models.common.datasets import LabelledField
 from models.common.labels import DETECTOR_CLASSES, Rgb
 
 
 def simulated_fields(count: int, cache: Path, seed: int = 7) -> list[LabelledField]:
     """`count` fields with boxes in the detector's classes, in a file below `cache`."""
-    file = cache / f"simulated-fields-{count}-{seed}.npz"
+    file = cache / f"simulated-fields-{count}-{seed}-{renderer_digest()}.npz"
     if not file.exists():
         from agent.camera import simulated
 
@@ -37,7 +39,7 @@ def simulated_fields(count: int, cache: Path, seed: int = 7) -> list[LabelledFie
 
 def simulated_crops(count: int, classes: tuple[str, ...], cache: Path, seed: int = 7) -> list[tuple[Rgb, str]]:
     """`count` single cells of each class with their class names, in a file below `cache`."""
-    file = cache / f"simulated-crops-{count}-{seed}.npz"
+    file = cache / f"simulated-crops-{count}-{seed}-{renderer_digest()}.npz"
     if not file.exists():
         from agent.camera import simulated
 
@@ -47,6 +49,13 @@ def simulated_crops(count: int, classes: tuple[str, ...], cache: Path, seed: int
         _store(file, pictures, names)
     stored = np.load(file, allow_pickle=True)
     return [(_decode(coded), str(name)) for coded, name in zip(stored["pictures"], stored["labels"], strict=True)]
+
+
+def renderer_digest() -> str:
+    """Changes with the renderer's code, so that nobody trains on pictures of an older one."""
+    camera = Path(agent.camera.__file__).parent
+    code = b"".join((camera / name).read_bytes() for name in ("smear.py", "simulated.py"))
+    return hashlib.sha256(code).hexdigest()[:8]
 
 
 def _detector_class(name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+COMMAND = " ".join(["python", *sys.orig_argv[1:]])
+"""How this process was started; goes with the weights into the manifest."""
 
 
 class AveragedWeights:
@@ -120,7 +124,9 @@ class Run:
         if score is not None and score >= self.best:
             self.best = score
             weights = self.average.net.state_dict()
-            save_checkpoint(self.folder / "best.pt", average=weights, epoch=self.epoch, **(facts or {}))
+            save_checkpoint(
+                self.folder / "best.pt", average=weights, epoch=self.epoch, command=COMMAND, **(facts or {})
+            )
         save_checkpoint(
             self.folder / "last.pt",
             net=self.net.state_dict(),

@@ -18,11 +18,10 @@ from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, load_fields
 from models.common.labels import DETECTOR_CLASSES, cell_classes, read_fields, read_rgb
 from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
-from models.detector.train import SIZE_PX
+from models.detector.train import FILL, SIZE_PX
 from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
 
 FILE = "detector/yolov10n.tflite"
-FILL = 114
 SCORE_FLOOR = -8.0
 """Logit; a score of 0.0003. The empty background reaches -60, and would leave the cells steps of a quarter logit."""
 KINDS = ("box_distances", "class_scores")
@@ -52,7 +51,9 @@ class RawMaps(nn.Module):
 def main() -> None:
     args = parse()
     net = YoloV10n(len(DETECTOR_CLASSES))
-    net.load_state_dict(torch.load(args.checkpoint, weights_only=True)["average"])
+    checkpoint = torch.load(args.checkpoint, weights_only=True)
+    net.load_state_dict(checkpoint["average"])
+    args.command = args.command or checkpoint["command"]
     float_file, int8_file = args.float_models / FILE, args.models / FILE
     export_float(RawMaps(net.eval()), SIZE_PX, float_file)
     _, outputs = describe_tensors(float_file)
@@ -79,12 +80,12 @@ def write_entry(folder: Path, args: argparse.Namespace) -> None:
         },
         outputs=[{**output, **role(output["shape"])} for output in outputs],
         classes=DETECTOR_CLASSES,
-        class_titles={"WBC": "nucleated cell", "RBC": "red cell", "platelet": "platelet"},
         classified=["WBC", "platelet"],
         agreeing={
             "WBC": [name for name in cell_classes(args.data) if name != "platelet"],
             "platelet": ["platelet"],
         },
+        smaller_than_red_cells=["platelet"],
         thresholds={"min_score": args.min_score, "same_cell_iou": args.same_cell_iou, "max_cells": 1000},
         data="TXL-PBC fields (BCCD, PBC, Raabin; complete labels, split train) and the simulated slide",
         command=args.command,
@@ -122,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=60, help="calibration pictures")
     parser.add_argument("--min-score", type=float, default=0.35, help="threshold, chosen on val")
     parser.add_argument("--same-cell-iou", type=float, default=None, help="overlap of two boxes of one cell")
-    parser.add_argument("--command", default="", help="the training command, for the manifest")
+    parser.add_argument("--command", default=None, help="how it was trained; default: what the checkpoint says")
     return parser.parse_args()
 
 

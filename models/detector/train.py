@@ -12,11 +12,11 @@ import argparse
 import itertools
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, LabelledField, collate_fields, load_fields
 from models.common.labels import DETECTOR_CLASSES, read_fields
 from models.common.metrics import FieldBoxes, detection_figures
@@ -27,6 +27,7 @@ from models.nets.yolov10 import YoloV10n, decode_boxes, flatten, places
 
 SIZE_PX = 416
 SMALL_PX = 320
+FILL = 114  # grey beside the frame; goes into the manifest
 BATCH = 16
 STEPS = 50  # an epoch: about the 700 complete training fields once
 CLAIMS = 10
@@ -75,16 +76,14 @@ def evaluate(net: YoloV10n, fields: list[LabelledField]) -> dict:
     centres, strides = places(SIZE_PX, SIZE_PX)
     results = []
     for field in fields:
-        height, width = field.pixels.shape[:2]
-        scale = SIZE_PX / max(height, width)
-        canvas = np.full((SIZE_PX, SIZE_PX, 3), 114, np.uint8)
-        small = cv2.resize(field.pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR)
-        canvas[: small.shape[0], : small.shape[1]] = small
-        x = torch.from_numpy(canvas.transpose(2, 0, 1).copy())[None].float() / 255
+        square, placed = letterbox(field.pixels, SIZE_PX, FILL)
+        offset = torch.tensor([placed.offset_x_px, placed.offset_y_px] * 2)
+        scale = torch.tensor([placed.scale_x, placed.scale_y] * 2)
+        x = torch.from_numpy(square.transpose(2, 0, 1).copy())[None].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
             maps = net(x.to(memory_format=torch.channels_last))
         distances, logits = flatten(maps)
-        boxes = decode_boxes(distances, centres, strides)[0] / scale
+        boxes = (decode_boxes(distances, centres, strides)[0] - offset) / scale
         score, index = logits[0].sigmoid().flatten().topk(300)
         place, label = index // logits.shape[-1], index % logits.shape[-1]
         found = torch.cat((label[:, None].float(), score[:, None], boxes[place]), 1).numpy()

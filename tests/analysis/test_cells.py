@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from agent.analysis.cells import count_cells, name_cell, place_on_slide
+from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.domain import Box, Cell, CellStatus, Classification, Detection
 
-AGREEING = {"WBC": ("monocyte", "lymphocyte"), "platelet": ("platelet",)}
+RULES = NamingRules(0.5, {"WBC": ("monocyte", "lymphocyte"), "platelet": ("platelet",)}, ("platelet",))
 
 
 def cell(
@@ -15,9 +15,10 @@ def cell(
     answer: str | None = "monocyte",
     probability: float = 0.9,
     box: Box = Box(10, 10, 40, 40),  # noqa: B008  (frozen)
+    red_cell_px: float | None = None,
 ) -> Cell:
     named = Classification(answer, probability, {answer: probability}) if answer else None
-    return name_cell("s-1", Detection(box, detector_class, 0.8), named, (100, 80), 0.5, AGREEING)
+    return name_cell("s-1", Detection(box, detector_class, 0.8), named, (100, 80), RULES, red_cell_px)
 
 
 def test_a_probable_name_is_accepted() -> None:
@@ -57,3 +58,20 @@ def test_without_scale_or_stage_the_place_is_unknown(
     um_per_px: float | None, stage_um: tuple[float, float] | None
 ) -> None:
     assert place_on_slide(Box(10, 20, 30, 40), um_per_px, stage_um) is None
+
+
+def test_where_red_cells_are_in_sight_size_decides_what_may_be_a_platelet() -> None:
+    small, large = Box(10, 10, 30, 30), Box(10, 10, 60, 60)
+    assert cell("WBC", "platelet", box=small, red_cell_px=40).status is CellStatus.ACCEPTED
+    assert cell("WBC", "platelet", box=large, red_cell_px=40).status is CellStatus.UNIDENTIFIED
+    assert cell("platelet", "platelet", box=large, red_cell_px=40).status is CellStatus.UNIDENTIFIED
+    assert cell("WBC", "platelet", box=small, red_cell_px=None).status is CellStatus.UNIDENTIFIED
+
+
+def test_the_typical_red_cell_is_the_median_of_whole_ones_and_needs_three() -> None:
+    def red(side: float, x: float = 20) -> Detection:
+        return Detection(Box(x, 20, x + side, 20 + side), "RBC", 0.9)
+
+    cut, white = red(30, x=0), Detection(Box(20, 20, 90, 90), "WBC", 0.9)
+    assert typical_red_cell_px([red(30), red(40), red(70), cut, white], ("WBC", "platelet"), (200, 200)) == 40
+    assert typical_red_cell_px([red(30), red(40), cut, white], ("WBC", "platelet"), (200, 200)) is None

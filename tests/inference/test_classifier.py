@@ -27,13 +27,6 @@ def test_probabilities_are_shares_in_the_manifests_order(models: Models) -> None
     assert 0 <= answer.margin <= 1
 
 
-def test_colour_order_matters_and_is_the_manifests(models: Models) -> None:
-    crop = np.zeros((128, 128, 3), np.uint8)
-    crop[..., 0] = 255
-    blue, red = models.classifier.classify(crop), models.classifier.classify(crop[..., ::-1].copy())
-    assert blue.probabilities != red.probabilities
-
-
 @pytest.mark.skipif(not DATA.is_dir(), reason="the labelled images of ../shared/data are not on this machine")
 def test_nine_in_ten_real_test_cells_are_named_rightly(models: Models) -> None:
     from models.common.labels import read_cells

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agent.config import ModelsSection, models_folder
@@ -126,3 +127,51 @@ def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setattr("agent.inference.interpreter.RUNTIMES", (("ai-edge-litert", "no_such_module"),))
     with pytest.raises(ModelError, match="pip install"):
         open_models(ModelsSection(runtime="ai-edge-litert"))
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "fault"),
+    [
+        ("classifier", {"classes": ["a", "b", "c", "d", "e", "f", "g"]}, "last size is not the classes"),
+        ("detector", {"classes": ["WBC", "RBC"], "classified": ["WBC"]}, "last size is not the classes"),
+        ("detector", {"classified": ["wbc"]}, "detector.classified: unknown class"),
+        ("detector", {"agreeing": {"WBC": ["monocite"]}}, "unknown class"),
+        ("detector", {"smaller_than_red_cells": ["thrombocyte"]}, "unknown class"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    folder: Path, role: str, changes: dict[str, object], fault: str
+) -> None:
+    edit_manifest(folder, role, **changes)
+    with pytest.raises(ModelError, match=fault):
+        load_manifest(folder)
+
+
+def test_a_wrong_stride_is_refused(folder: Path) -> None:
+    outputs = json.loads((folder / "manifest.json").read_text())["detector"]["outputs"]
+    for output in outputs:
+        output["stride_px"] *= 2
+    edit_manifest(folder, "detector", outputs=outputs)
+    with pytest.raises(ModelError, match="rows times stride_px"):
+        load_manifest(folder)
+
+
+@pytest.mark.parametrize("role", ["detector", "classifier"])
+def test_the_colour_order_of_the_manifest_is_what_the_model_gets(folder: Path, role: str) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (416, 416, 3), np.uint8)
+    entry = json.loads((folder / "manifest.json").read_text())[role]["input"]
+
+    def stored(colour_order: str) -> np.ndarray:
+        edit_manifest(folder, role, input={**entry, "colour_order": colour_order})
+        models = open_models(ModelsSection(folder=folder))
+        model = getattr(models, role)
+        given: list[np.ndarray] = []
+        run = model._interpreter.run
+        model._interpreter.run = lambda values: (given.append(values.copy()), run(values))
+        models.detector.detect(pixels) if role == "detector" else models.classifier.classify(pixels)
+        return given[0]
+
+    blue_first, red_first = stored("BGR"), stored("RGB")
+    assert np.array_equal(blue_first, red_first[..., ::-1])
+    if role == "detector":  # 416 px are not resized: what is stored is the level with its top bit flipped
+        assert np.array_equal(blue_first[0], (pixels ^ 0x80).view(np.int8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.common.metrics import FieldBoxes, box_overlaps, class_figures_by_name, detection_figures
+from models.common.metrics import FieldBoxes, box_overlaps, class_figures_by_name, detection_figures, f1_curve
 
 CLASSES = ("WBC", "RBC")
 
@@ -55,3 +55,8 @@ def test_names_right_and_wrong_are_counted_by_class() -> None:
     assert figures["accuracy"] == 0.5
     assert figures["classes"]["a"] == {"n": 2, "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
     assert figures["confusion"] == [[1, 1], [0, 1]]
+
+
+def test_f1_over_thresholds_weighs_found_against_missed() -> None:
+    one = field([(0, 0.9, 0, 0, 10, 10), (0, 0.4, 50, 50, 60, 60)], [(0, 0, 0, 10, 10), (0, 80, 80, 90, 90)])
+    assert f1_curve([one], CLASSES, np.array([0.1, 0.5, 0.95])).tolist() == pytest.approx([2 / 4, 2 / 3, 0])
