@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,8 @@ exit codes:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console command `hematovision`; ends the process with one of the documented exit codes."""
     parsed = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and frames that the terminal's encoding lacks
     try:
         # Imported after parsing: help and usage errors need neither OpenCV nor the models' runtime.
         from agent import commands
@@ -65,6 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # `hematovision infer ... | head`: nobody reads any more. Python would complain again while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        print(f"hematovision: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_CODE_OF[OutboxError]
     raise SystemExit(code)
 
 
@@ -193,6 +203,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 
 def _add_paths(command: argparse.ArgumentParser, words: str) -> None:
+    words += "; a name that begins with a dash as ./-name"
     command.add_argument("paths", nargs="+", metavar="PATH", help=words)
 
 

@@ -512,3 +512,23 @@ def test_run_ends_with_0_at_sigterm(tmp_path: Path, mosquitto: Callable[..., Any
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [("version",), ("check-config", "--schema"), ("check-config", "--template")])
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_5(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "agent", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 5
+    assert done.stderr == "hematovision: error: the output cannot be written: No space left on device\n"
+
+
+def test_names_outside_the_terminals_encoding_are_written_with_escapes(fields_folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "größe.png"
+    picture.write_bytes((fields_folder / "field2.png").read_bytes())
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "agent", "infer", str(picture)]
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr

@@ -18,6 +18,7 @@ and belongs to one thread at a time; each thread opens its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -427,6 +428,7 @@ class Outbox:
         Raises OutboxError when it cannot store now, MessageRejected for a body that JSON cannot say; then nothing of
         it is stored, no number is used up, and a later append works again.
         """
+        self._give_back_log()
         with self._writing() as connection:
             row_ids = self._store(drafts)
             connection.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in finished_keys))
@@ -585,6 +587,19 @@ class Outbox:
     def _insert(self, row: tuple[Any, ...]) -> int:
         cursor = self._connection.execute(f"INSERT INTO rows ({_COPIED}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         return int(cursor.lastrowid or 0)
+
+    def _give_back_log(self) -> None:
+        """Near the disk's floor, move the write-ahead log into the file: it may hold the very room that is missing.
+
+        SQLite does so by itself only every 1000 pages, and with the intake stopped nobody writes them. Not while rows
+        wait: taking them out needs the room that the log keeps.
+        """
+        log = self.path.with_name(f"{self.path.name}-wal")
+        near_bytes = max(self._min_free_bytes, LEAST_FREE_BYTES) + WAL_LIMIT_BYTES
+        if _disk_free_bytes(self.path) > near_bytes or not log.exists() or log.stat().st_size == 0 or self.depth() > 0:
+            return
+        with contextlib.suppress(sqlite3.OperationalError):  # a reader is busy, the disk is full: the append will tell
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _refuse_when_full(self, more_bytes: int, *, is_event: bool) -> None:
         if more_bytes == 0:

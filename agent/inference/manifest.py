@@ -174,7 +174,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise ModelError(f"{path}: not valid JSON, line {cause.lineno}: {cause.msg}") from cause
     except ValidationError as cause:
         faults = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in cause.errors())
-        raise ModelError(f"{path}: {faults}") from cause
+        raise ModelError(
+            f"{path}: not a manifest of this agent ({faults}); install the package again or set models.folder"
+        ) from cause
 
 
 def read_model_file(folder: Path, entry: ModelEntry) -> bytes:
