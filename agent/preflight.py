@@ -169,7 +169,7 @@ def _try_outbox(config: Config) -> str:
             outbox.append([Draft("event", "check", {"schema": "check"})])
     except OSError as error:
         raise OutboxError(
-            f"{place}: cannot be written: {error.strerror}; mend its rights or set outbox.folder"
+            f"{folder}: cannot be made or written: {place} says: {error.strerror}; mend its rights or set outbox.folder"
         ) from error
     if place != folder:
         return f"{folder} does not exist yet and can be made; the disk takes rows"
