@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -173,5 +174,6 @@ def test_the_colour_order_of_the_manifest_is_what_the_model_gets(folder: Path, r
 
     blue_first, red_first = stored("BGR"), stored("RGB")
     assert np.array_equal(blue_first, red_first[..., ::-1])
-    if role == "detector":  # 416 px are not resized: what is stored is the level with its top bit flipped
-        assert np.array_equal(blue_first[0], (pixels ^ 0x80).view(np.int8))
+    # What is stored is the level with its top bit flipped; 416 px is the detector's own size.
+    sized = cv2.resize(pixels, blue_first.shape[2:0:-1], interpolation=cv2.INTER_AREA)
+    assert np.array_equal(blue_first[0], (sized ^ 0x80).view(np.int8))
