@@ -31,13 +31,14 @@ from agent.camera.decoding import decode_file
 from agent.config import Config, ModelsSection
 from agent.domain import Cell, CellStatus, ClockReading, FrameQuality, Pixels, SampleState
 from agent.inference.models import Models, open_models
-from agent.pipeline import Stopwatch, analyse_frame, make_bench
-from models.common.labels import FieldImage, read_boxes, read_cells, read_fields
+from agent.pipeline import Bench, Stopwatch, analyse_frame, make_bench
+from models.common.labels import DETECTOR_CLASSES, FieldImage, read_boxes, read_cells, read_fields
 from models.common.metrics import FieldBoxes, class_figures_by_name, detection_figures
 
 EVALUATION_SCORE = 0.01  # low enough that the precision-recall curve reaches its end
 MAX_MEGAPIXELS = 80
 MISSED = "missed"
+NUCLEATED = DETECTOR_CLASSES[0]
 
 
 def main() -> None:
@@ -104,24 +105,25 @@ def evaluate_classifier(models: Models, data: Path, split: str) -> dict[str, Any
 
 def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The cell in the middle of each picture as the agent counts it; one not found or not trusted is wrong."""
+    bench = make_bench(Config(), models)
     answers = []
     for cell in progress(read_cells(data, split), "pictures"):
-        answers.append((cell.class_name, name_as_agent(models, decode_file(cell.path, MAX_MEGAPIXELS))))
+        answers.append((cell.class_name, name_as_agent(bench, decode_file(cell.path, MAX_MEGAPIXELS))))
     given = [answer for _, answer in answers]
     return {
         "missed": given.count(MISSED),
         "unidentified": given.count(UNIDENTIFIED),
-        "fields_unidentified": unidentified_by_source(models, data, split),
+        "fields_unidentified": unidentified_by_source(bench, data, split),
         **class_figures_by_name(answers, models.manifest.classifier.classes),
     }
 
 
-def name_as_agent(models: Models, pixels: Pixels) -> str:
+def name_as_agent(bench: Bench, pixels: Pixels) -> str:
     """What the agent counts the cell in the middle of a picture as."""
-    cells = analyse_pixels(models, pixels)
+    cells = analyse_pixels(bench, pixels)
     central = central_detection(
         [cell.detection for cell in cells],
-        models.manifest.detector.classified,
+        bench.models.manifest.detector.classified,
         pixels.shape[1],
         pixels.shape[0],
     )
@@ -131,7 +133,7 @@ def name_as_agent(models: Models, pixels: Pixels) -> str:
     return UNIDENTIFIED if cell.status is CellStatus.UNIDENTIFIED else cell.class_name
 
 
-def unidentified_by_source(models: Models, data: Path, split: str) -> dict[str, list[int]]:
+def unidentified_by_source(bench: Bench, data: Path, split: str) -> dict[str, list[int]]:
     """For the fields of each source: nucleated cells found, and how many of them have no class that is trusted.
 
     No field has class labels of its nucleated cells, so this is what can be said of other microscopes.
@@ -139,19 +141,17 @@ def unidentified_by_source(models: Models, data: Path, split: str) -> dict[str, 
     by_source: dict[str, list[int]] = {}
     for field in progress(read_fields(data, split), "fields"):
         count = by_source.setdefault(field.source, [0, 0])
-        for cell in analyse_pixels(models, decode_file(field.path, MAX_MEGAPIXELS)):
-            if cell.detection.class_name == models.manifest.detector.classes[0]:
+        for cell in analyse_pixels(bench, decode_file(field.path, MAX_MEGAPIXELS)):
+            if cell.detection.class_name == NUCLEATED:
                 count[0] += 1
                 count[1] += cell.status is CellStatus.UNIDENTIFIED
     return by_source
 
 
-def analyse_pixels(models: Models, pixels: Pixels) -> tuple[Cell, ...]:
+def analyse_pixels(bench: Bench, pixels: Pixels) -> tuple[Cell, ...]:
     """The cells of a picture, through the agent's own main path."""
-    config = Config()
     frame = make_frame(1, pixels, source="evaluation", clocks=SYSTEM_CLOCKS)
     quality = FrameQuality(is_accepted=True, reasons=(), focus=0.0, clipped_pct=0.0)
-    bench = make_bench(config, models)
     clock = ClockReading(is_synchronised=False)
     return analyse_frame(frame, quality, bench, SampleState("evaluation"), clock, Stopwatch()).cells
 
