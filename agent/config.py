@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from agent.config_reader import Clash, default_yaml, read_section
+from agent.config_reader import Clash, default_yaml, read_plain, read_section
+from agent.domain import AgeBand, ReferenceInterval
 from agent.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,15 @@ Identifier = Annotated[
     str, Field(pattern=r"^[a-z0-9-]{1,63}$", json_schema_extra={"x-allowed": "1 to 63 of a-z, 0-9 and hyphen"})
 ]
 """A part of an MQTT topic: no dots, because RabbitMQ and NATS map topics to keys in which a dot separates."""
+
+Accession = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        json_schema_extra={"x-allowed": "1 to 64 letters, digits, dots, hyphens and underscores"},
+    ),
+]
+"""A laboratory's token for a sample, as bar codes hold it: no blanks, so that no name of a person fits by accident."""
 
 
 class Section(BaseModel):
@@ -206,6 +216,35 @@ class SampleSection(Section):
 
     id: Identifier | None = None
     """The sample's id in topics; null = the agent makes one for each slide (date, boot and number)."""
+    start: Literal["auto", "command"] = "auto"
+    """auto = a sample begins when the agent starts and none is open; command = only cmd/start begins one."""
+    accession: Accession | None = None
+    """The laboratory's opaque token for the sample (a bar code); never a name, a birth date or a personal fact."""
+    age_band: AgeBand | None = None
+    """Age band of the person, which chooses the reference intervals; null = not told, nothing is judged."""
+    stop_at_cells: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Nucleated cells with a name at which a sample stops by itself, usually 100, 200 or 400; null = it goes on."""
+    stop_at_half_width_pct: Annotated[float, Field(ge=0.5, le=50)] | None = None
+    """% points; a sample stops by itself when the widest 95 % interval is +- this or narrower; null = it goes on."""
+
+
+class DifferentialSection(Section):
+    """How the counts become a differential."""
+
+    interval: Literal["clopper-pearson", "goodman"] = "clopper-pearson"
+    """95 % intervals of the shares: clopper-pearson = exact, each for itself; goodman = wider, all of them together."""
+    correct_confusions: bool = True
+    """Whether a column is added that takes out the classifier's known confusions, where the manifest has them."""
+    reference_file: Path | None = None
+    """The laboratory's own table of reference intervals; null = the one that came with the package."""
+    update_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
+    """s; shortest time between two running differentials of a sample. The final one never waits."""
+    field_area_mm2: Annotated[float, Field(gt=0, le=100)] | None = None
+    """mm2; area that a field shows; null = from camera.um_per_px, else unknown."""
+    chamber_depth_mm: Annotated[float, Field(gt=0, le=10)] | None = None
+    """mm; depth of a counting chamber (Neubauer 0.1): cells per microlitre are told. null = a smear, no chamber."""
+    dilution: Annotated[float, Field(ge=1, le=100_000)] = 1.0
+    """Dilution of the blood in the chamber: 20 = one part in twenty."""
 
 
 class OutboxSection(Section):
@@ -284,6 +323,7 @@ class Config(Section):
     quality: QualitySection = QualitySection()
     models: ModelsSection = ModelsSection()
     sample: SampleSection = SampleSection()
+    differential: DifferentialSection = DifferentialSection()
     outbox: OutboxSection = OutboxSection()
     broker: BrokerSection = BrokerSection()
     publish: PublishSection = PublishSection()
@@ -362,10 +402,52 @@ def _clashes(config: Config) -> Iterator[Clash]:
     if tls.key_file and tls.certificate_file is None:
         message = "a key without its certificate; set broker.tls.certificate_file too"
         yield Clash(("broker", "tls", "key_file"), (("broker", "tls", "certificate_file"),), message)
+    if config.differential.dilution != 1 and config.differential.chamber_depth_mm is None:
+        message = "a dilution without a chamber; set differential.chamber_depth_mm too"
+        yield Clash(("differential", "dilution"), (("differential", "chamber_depth_mm"),), message)
     for name in ("ca_file", "certificate_file", "key_file"):
         if getattr(tls, name) and not tls.enabled:
             message = "given, but broker.tls.enabled is false: the connection would not be encrypted; set it to true"
             yield Clash(("broker", "tls", name), (("broker", "tls", "enabled"),), message)
+
+
+class ReferenceRow(BaseModel):
+    """One line of the table of reference intervals."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    class_name: Annotated[str, Field(alias="class", min_length=1)]
+    age_band: AgeBand
+    low_pct: Annotated[float, Field(ge=0, le=100)]
+    high_pct: Annotated[float, Field(ge=0, le=100)]
+    source: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> ReferenceRow:
+        if self.low_pct > self.high_pct:
+            raise ValueError("low_pct is above high_pct")
+        return self
+
+
+def load_reference_intervals(path: Path | None = None) -> tuple[ReferenceInterval, ...]:
+    """The table of reference intervals of a file; None = the packaged one. Raises ConfigError with all its faults."""
+    path = path or Path(__file__).resolve().parent / "analysis" / "reference_intervals.yaml"
+    source = str(path)
+    try:
+        rows = TypeAdapter(list[ReferenceRow]).validate_python(read_plain(_read_text(path), source))
+    except ValidationError as error:
+        faults = (
+            f"row {int(fault['loc'][0]) + 1 if fault['loc'] else '?'}, "
+            f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'the whole'}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise ConfigError(source, tuple(faults)) from error
+    seen: set[tuple[str, str]] = set()
+    for number, row in enumerate(rows, start=1):
+        if (row.class_name, row.age_band) in seen:
+            raise ConfigError(source, (f"row {number}: {row.class_name}, {row.age_band} stands there twice",))
+        seen.add((row.class_name, row.age_band))
+    return tuple(ReferenceInterval(row.class_name, row.age_band, row.low_pct, row.high_pct, row.source) for row in rows)
 
 
 def read_secret(file: Path | None, variable: str, environment: Mapping[str, str] | None = None) -> str | None:

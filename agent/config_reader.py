@@ -239,6 +239,18 @@ def read_section(
     return section
 
 
+def read_plain(text: str, source: str) -> object:
+    """A YAML text as plain lists, mappings and scalars; for tables that are validated elsewhere. Raises ConfigError."""
+    node = _compose(text, source)
+    loader = yaml.SafeLoader("")
+    try:
+        return None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(source, (f"cannot be read: {error}",)) from error
+    finally:
+        loader.dispose()
+
+
 def _compose(text: str, source: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,12 +184,36 @@ class FieldResult:
     clock: ClockReading
 
 
+AgeBand = Literal["newborn", "infant", "child", "adolescent", "adult", "elder"]
+"""The only thing that the agent is told of a person. newborn: to 28 days; infant: to 23 months; child: to 10 years;
+adolescent: to 17 years; adult: to 64 years; elder: from 65 years."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceInterval:
+    """What is usual for one class and age band, in % of the leukocytes, and who says so."""
+
+    class_name: str
+    age_band: AgeBand
+    low_pct: float
+    high_pct: float
+    source: str
+
+
+SamplePhase = Literal["idle", "running", "paused", "finishing", "finished", "aborted"]
+"""Where a sample is in its life; what leads from one to the next stands in `agent.analysis.sample`."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampleState:
     """Where the counting of one sample stands; stored in the same transaction as the field that changed it.
 
     sid: the sample's id in topics. next_cell_number: the number of the next cell's id.
     last_sha256_16: hash of the last frame taken in, so that a repeat is known after a restart too.
+    accession: the laboratory's opaque token; with age_band all that is told of a person.
+    opened_at, ended_at: RFC 3339. end_reason: in a word, why it ends. reports: final and amended differentials so far.
+    target_cells: nucleated cells, target_half_width_pct: % points, at which it stops by itself; None = it does not.
+    area_um2: of all fields; None once a field of unknown size was counted. not_classed: cells seen and never named.
     """
 
     sid: str
@@ -196,6 +221,17 @@ class SampleState:
     fields: int = 0
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     last_sha256_16: str | None = None
+    phase: SamplePhase = "running"
+    accession: str | None = None
+    age_band: AgeBand | None = None
+    opened_at: str | None = None
+    ended_at: str | None = None
+    end_reason: str | None = None
+    target_cells: int | None = None
+    target_half_width_pct: float | None = None
+    reports: int = 0
+    area_um2: float | None = 0.0
+    not_classed: int = 0
 
 
 class AgentState(str, enum.Enum):

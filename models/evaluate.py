@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,20 @@ def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]
         "missed": given.count(MISSED),
         "unidentified": given.count(UNIDENTIFIED),
         "fields_unidentified": unidentified_by_source(bench, data, split),
+        "for_manifest": confusion_block(models, answers, f"split {split}"),
         **class_figures_by_name(answers, models.manifest.classifier.classes),
+    }
+
+
+def confusion_block(models: Models, answers: list[tuple[str, str]], measured_on: str) -> dict[str, Any]:
+    """What stands in the manifest as `classifier.confusion`, measured on (true class, name given by the agent)."""
+    counts: dict[str, Counter[str]] = {}
+    for true, given in answers:
+        counts.setdefault(true, Counter())[given] += 1
+    return {
+        "sha256": models.classifier.identity.sha256,
+        "measured_on": measured_on,
+        "counts": {true: dict(sorted(named.items())) for true, named in sorted(counts.items())},
     }
 
 

@@ -23,6 +23,7 @@ from agent.config import (
     config_sha256,
     json_schema,
     load_config,
+    load_reference_intervals,
     loads,
     models_folder,
     packaged_folder,
@@ -398,3 +399,37 @@ def test_in_a_checkout_the_packaged_folder_is_its_top():
     assert packaged_folder() == TOP
     assert models_folder(ModelsSection()) == TOP / "models"
     assert models_folder(ModelsSection(folder=Path("/m"))) == Path("/m")
+
+
+# ------------------------------------------------------------------------------------------- reference intervals
+
+
+def test_the_packaged_reference_table_is_sound():
+    table = load_reference_intervals()
+    assert all(0 <= row.low_pct <= row.high_pct <= 100 for row in table)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- {class: x, age_band: adult, low_pct: 9, high_pct: 2, source: s}", "row 1, the whole: .*low_pct is above"),
+        ("- {class: x, age_band: old, low_pct: 1, high_pct: 2, source: s}", "row 1, age_band: "),
+        ("- {class: x, age_band: adult, low_pct: 1, high_pct: 2}", "row 1, source: "),
+        (
+            "- &r {class: x, age_band: adult, low_pct: 1, high_pct: 2, source: s}\n- *r",
+            "row 2: x, adult stands there twice",
+        ),
+        ("class: x", "row ?"),
+        ("- [", "not YAML"),
+    ],
+)
+def test_a_faulty_reference_table_is_told_by_its_row(text: str, expected: str, tmp_path: Path):
+    path = tmp_path / "reference.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected.replace("?", "[?]")):
+        load_reference_intervals(path)
+
+
+def test_a_dilution_needs_a_chamber():
+    with pytest.raises(ConfigError, match="chamber_depth_mm"):
+        loads("differential: {dilution: 20}", "a text")

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from agent.analysis.differential import CellKind
 from agent.domain import ModelIdentity
 from agent.errors import ModelError
 
@@ -115,12 +116,31 @@ class DetectorEntry(ModelEntry):
     smaller_than_red_cells: tuple[str, ...] = ()
 
 
+class MeasuredConfusion(ManifestPart):
+    """How often each class was named what, as the agent counts it: with its thresholds and rules.
+
+    counts: by true class, then by name; `unidentified` and `missed` are names too. It is only true of the model that
+    it was measured on, so it carries that model's digest.
+    """
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    measured_on: str
+    counts: dict[str, dict[str, Annotated[int, Field(ge=0)]]]
+
+
 class ClassifierEntry(ModelEntry):
     """Names cells."""
 
     role: Literal["classifier"]
     thresholds: ClassifierThresholds
     crop: Crop
+    confusion: MeasuredConfusion | None = None
+    """For the corrected column of a differential; None = there is no such column."""
+
+    @property
+    def own_confusion(self) -> MeasuredConfusion | None:
+        """The confusion of this very file; one that was measured on another file says nothing of it."""
+        return self.confusion if self.confusion is not None and self.confusion.sha256 == self.sha256 else None
 
 
 class Manifest(ManifestPart):
@@ -129,6 +149,8 @@ class Manifest(ManifestPart):
     manifest: Literal[1]
     detector: DetectorEntry
     classifier: ClassifierEntry
+    cell_kinds: dict[str, CellKind] = {}
+    """What each class is to a differential; without it there is none."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Manifest:
@@ -149,6 +171,10 @@ class Manifest(ManifestPart):
         _require(set(detector.agreeing) <= set(detector.classified), "detector.agreeing: unknown class")
         named = {name for names in detector.agreeing.values() for name in names} | set(detector.smaller_than_red_cells)
         _require(named <= set(classifier.classes), "detector.agreeing, smaller_than_red_cells: unknown class")
+        counted = {*classifier.classes, *(name for name in detector.classes if name not in detector.classified)}
+        _require(set(self.cell_kinds) <= counted, "cell_kinds: a class that is never counted")
+        measured = set() if classifier.confusion is None else set(classifier.confusion.counts)
+        _require(measured <= set(classifier.classes), "classifier.confusion: unknown class")
         return self
 
 

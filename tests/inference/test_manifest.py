@@ -177,3 +177,23 @@ def test_the_colour_order_of_the_manifest_is_what_the_model_gets(folder: Path, r
     # What is stored is the level with its top bit flipped; 416 px is the detector's own size.
     sized = cv2.resize(pixels, blue_first.shape[2:0:-1], interpolation=cv2.INTER_AREA)
     assert np.array_equal(blue_first[0], (sized ^ 0x80).view(np.int8))
+
+
+def test_the_shipped_confusion_was_measured_on_the_shipped_classifier() -> None:
+    classifier = load_manifest(SHIPPED).classifier
+    assert classifier.own_confusion is not None
+    assert set(classifier.own_confusion.counts) == set(classifier.classes)
+
+
+def test_a_confusion_of_another_file_is_not_used(folder: Path) -> None:
+    edit_manifest(folder, "classifier", sha256="0" * 64)
+    assert load_manifest(folder).classifier.own_confusion is None
+
+
+def test_kinds_are_given_to_classes_that_are_counted_only(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["cell_kinds"]["WBC"] = "leukocyte"  # goes on to the classifier, which names it
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="cell_kinds: a class that is never counted"):
+        load_manifest(folder)
