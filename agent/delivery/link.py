@@ -15,10 +15,10 @@ import ssl
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import paho.mqtt.client as mqtt
 from paho.mqtt import MQTTException
@@ -29,6 +29,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.config import BROKER_PASSWORD_VARIABLE, BrokerSection, read_secret
 from agent.errors import BrokerRefused, BrokerUnavailable, ConfigError
+
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection, then again for the TLS handshake."""
@@ -71,6 +73,51 @@ class Acknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class Received:
+    """One message for us. mid: the broker's number for it on this connection; 0 with QoS 0.
+
+    is_repeat: the broker has sent it before and got no PUBACK. response_topic, correlation: where and under which name
+    the sender wants an answer; expires_in_s: for how long it still holds (MQTT 5; None = not told).
+    """
+
+    mid: int
+    topic: str
+    payload: bytes
+    qos: int
+    is_retained: bool
+    is_repeat: bool
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    expires_in_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """The broker's SUBACK for one filter. code: 0 to 2 = the QoS granted, from 128 = refused."""
+
+    topic_filter: str
+    code: int
+    reason: str
+
+    @property
+    def is_granted(self) -> bool:
+        return self.code < 0x80
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the broker is to keep for us between two connections: subscriptions and what was not acknowledged.
+
+    expiry_s: how long (MQTT 5; with 3.1.1 the broker decides). receive_maximum: most messages that it may send
+        unacknowledged (MQTT 5).
+    Messages that come in a session are acknowledged by `BrokerLink.confirm`, not on arrival.
+    """
+
+    expiry_s: int
+    receive_maximum: int
+
+
+@dataclass(frozen=True, slots=True)
 class Will:
     """What the broker is to publish, retained and with QoS 1, when this connection is lost."""
 
@@ -84,31 +131,41 @@ class BrokerLink:
     protocol: `5` or `3.1.1`. window: most messages that the broker takes unacknowledged. max_packet_bytes: None = the
     broker did not tell. closed_reason: why the connection is gone; None while it stands. was_hung_up: the
     broker or the network ended it; not we, and not the keep-alive. is_taken_over: by another client of the same name.
+    has_session: the broker has kept the session of the last connection. shares: it knows shared subscriptions.
     """
 
-    def __init__(self, section: BrokerSection, client_id: str, protocol: str) -> None:
+    def __init__(self, section: BrokerSection, client_id: str, protocol: str, session: Session | None = None) -> None:
         self.protocol = protocol
         self.window = MOST_UNACKNOWLEDGED
         self.max_packet_bytes: int | None = None
         self.closed_reason: str | None = None
         self.was_hung_up = False
         self.is_taken_over = False
+        self.has_session = False
+        self.shares = False
         self._host, self._port, self._keepalive_s = section.host, section.port, section.keepalive_s
         self._connack: tuple[int, str] | None = None
         self._acknowledged: deque[Acknowledged] = deque()
+        self._received: deque[Received] = deque()
+        self._subscribed: deque[Subscribed] = deque()
+        self._asked: dict[int, tuple[str, ...]] = {}
+        self._session = session
         self._properties: dict[int | None, tuple[Properties, int]] = {}
         self._client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
-            # Nothing of us stays at the broker between two connections: the outbox is the session.
-            clean_session=None if self.is_v5 else True,
+            # Nothing of an agent stays at the broker between two connections: the outbox is the session.
+            clean_session=None if self.is_v5 else session is None,
             protocol=MQTTProtocolVersion.MQTTv5 if self.is_v5 else MQTTProtocolVersion.MQTTv311,
             reconnect_on_failure=False,
+            manual_ack=session is not None,
         )
         self._client.max_inflight_messages_set(MOST_UNACKNOWLEDGED)
         self._client.connect_timeout = CONNECT_TIMEOUT_S
         self._client.on_connect = self._on_connect
         self._client.on_publish = self._on_publish
+        self._client.on_message = self._on_message
+        self._client.on_subscribe = self._on_subscribe
         self._client.on_disconnect = self._on_disconnect
 
     @property
@@ -123,6 +180,25 @@ class BrokerLink:
         """Send with QoS 1; the answer comes as `Acknowledged` with the number returned here."""
         properties = self._publish_properties(expiry_s)[0] if self.is_v5 else None
         return self._client.publish(topic, payload, qos=1, retain=retain, properties=properties).mid
+
+    def subscribe(self, topic_filters: Sequence[str]) -> None:
+        """Ask for topics with QoS 1; the answers come by `take_subscribed`, the messages by `take_received`."""
+        _, mid = self._client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])
+        if mid is not None:
+            self._asked[mid] = tuple(topic_filters)
+
+    def take_subscribed(self) -> list[Subscribed]:
+        """The answers that have come since the last time."""
+        return _taken(self._subscribed)
+
+    def take_received(self) -> list[Received]:
+        """The messages that have come since the last time, in the order of their coming."""
+        return _taken(self._received)
+
+    def confirm(self, received: Received) -> None:
+        """Send the PUBACK of a message of this connection: from now on the broker may forget it. See `Session`."""
+        if received.qos > 0:
+            self._client.ack(received.mid, received.qos)
 
     def packet_bytes(self, topic: str, payload: bytes, *, expiry_s: int | None = None) -> int:
         """How long the PUBLISH packet of this message is."""
@@ -142,9 +218,7 @@ class BrokerLink:
                 self._close(f"what came from the broker is not MQTT ({type(error).__name__}: {error})")
         if self._client.socket() is None:
             self._close("the connection was closed")
-        happened = list(self._acknowledged)
-        self._acknowledged.clear()
-        return happened
+        return _taken(self._acknowledged)
 
     def disconnect(self, timeout_s: float = 1.0) -> None:
         """Say goodbye, so that the broker does not publish the Will, and close."""
@@ -163,18 +237,17 @@ class BrokerLink:
 
     # ---- opening
 
-    def _open(self, will: Will, username: str | None, password: str | None, tls: ssl.SSLContext | None) -> None:
+    def _open(self, will: Will | None, username: str | None, password: str | None, tls: ssl.SSLContext | None) -> None:
         where = f"{self._host}:{self._port}"
         if username is not None:
             self._client.username_pw_set(username, password)
         if tls is not None:
             self._client.tls_set_context(tls)
-        will_properties = self._content_properties(PacketTypes.WILLMESSAGE) if self.is_v5 else None
-        self._client.will_set(will.topic, will.payload, qos=1, retain=True, properties=will_properties)
+        if will is not None:
+            will_properties = self._content_properties(PacketTypes.WILLMESSAGE) if self.is_v5 else None
+            self._client.will_set(will.topic, will.payload, qos=1, retain=True, properties=will_properties)
         try:
-            # The version's own arguments: paho refuses clean_start with 3.1.1.
-            only_v5: dict[str, Any] = {"clean_start": True} if self.is_v5 else {}
-            self._client.connect(self._host, self._port, keepalive=self._keepalive_s, **only_v5)
+            self._client.connect(self._host, self._port, keepalive=self._keepalive_s, **self._only_v5())
         except ssl.SSLCertVerificationError as error:
             raise BrokerRefused(
                 f"broker {where}: its certificate is not accepted ({error.verify_message}); see broker.tls.ca_file"
@@ -208,6 +281,17 @@ class BrokerLink:
                 f"broker {where}: refuses us ({reason}); see broker.username, broker.password_file and its own rights"
             )
         raise BrokerUnavailable(f"broker {where}: not ready ({reason})")
+
+    def _only_v5(self) -> dict[str, Any]:
+        """Arguments of CONNECT that paho refuses with 3.1.1."""
+        if not self.is_v5:
+            return {}
+        if self._session is None:
+            return {"clean_start": True}
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = self._session.expiry_s
+        properties.ReceiveMaximum = self._session.receive_maximum
+        return {"clean_start": False, "properties": properties}
 
     # ---- inside
 
@@ -251,15 +335,45 @@ class BrokerLink:
     # Called by paho, under its locks: they only note what happened.
 
     def _on_connect(
-        self, _client: mqtt.Client, _userdata: Any, _flags: Any, code: ReasonCode, properties: Properties | None
+        self,
+        _client: mqtt.Client,
+        _userdata: Any,
+        flags: mqtt.ConnectFlags,
+        code: ReasonCode,
+        properties: Properties | None,
     ) -> None:
         self._connack = (code.value, str(code))
+        self.has_session = bool(flags.session_present)
+        # MQTT 5: available unless the broker says no.
+        self.shares = self.is_v5 and bool(getattr(properties, "SharedSubscriptionAvailable", 1))
         self.window = int(getattr(properties, "ReceiveMaximum", MOST_UNACKNOWLEDGED))
         max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
         self.max_packet_bytes = None if max_packet_bytes is None else int(max_packet_bytes)
 
     def _on_publish(self, _client: mqtt.Client, _userdata: Any, mid: int, code: ReasonCode, _properties: Any) -> None:
         self._acknowledged.append(Acknowledged(mid, code.value, str(code)))
+
+    def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        properties = getattr(message, "properties", None)  # none with 3.1.1
+        self._received.append(
+            Received(
+                message.mid,
+                _topic_of(message),
+                bytes(message.payload),
+                message.qos,
+                bool(message.retain),
+                bool(message.dup),
+                getattr(properties, "ResponseTopic", None),
+                getattr(properties, "CorrelationData", None),
+                getattr(properties, "MessageExpiryInterval", None),
+            )
+        )
+
+    def _on_subscribe(
+        self, _client: mqtt.Client, _userdata: Any, mid: int, codes: list[ReasonCode], _properties: Any
+    ) -> None:
+        for topic_filter, code in zip(self._asked.pop(mid, ()), codes, strict=False):
+            self._subscribed.append(Subscribed(topic_filter, code.value, str(code)))
 
     def _on_disconnect(
         self, _client: mqtt.Client, _userdata: Any, flags: mqtt.DisconnectFlags, code: ReasonCode, _properties: Any
@@ -275,14 +389,16 @@ def open_link(
     *,
     client_id: str,
     protocol: str,
-    will: Will,
+    will: Will | None,
+    session: Session | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> BrokerLink:
     """Connect and wait for the broker's word. The secrets are read anew each time, so that they can be mended.
 
+    will: None = the broker says nothing when the connection is lost. session: None = nothing is kept.
     Raises BrokerRefused (password, certificate, rights), ProtocolRefused (version), BrokerUnavailable (all else).
     """
-    link = BrokerLink(section, client_id, protocol)
+    link = BrokerLink(section, client_id, protocol, session)
     link._open(will, section.username, _password(section, environ), _tls_context(section))
     return link
 
@@ -320,6 +436,20 @@ def _loaded(key: str, path: Path | None, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise BrokerRefused(f"{key} {path}: cannot be used ({error})") from error
+
+
+def _topic_of(message: mqtt.MQTTMessage) -> str:
+    try:
+        return message.topic
+    except UnicodeDecodeError:  # MQTT forbids it; not every broker looks
+        return "?"
+
+
+def _taken(waiting: deque[T]) -> list[T]:
+    """What is there, taken out."""
+    taken = list(waiting)
+    waiting.clear()
+    return taken
 
 
 class Waker:
