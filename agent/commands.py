@@ -17,9 +17,11 @@ from rich.live import Live
 
 from agent import RESEARCH_USE_ONLY, __version__, console
 from agent.config import Config, json_schema, load_config, state_folder, template
+from agent.delivery.audit import verify
 from agent.delivery.messages import round_probabilities, serialise
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.demo import DemoOptions, run_demo
+from agent.errors import HematoVisionError
 from agent.inference.models import Models, open_models
 from agent.offline import (
     Album,
@@ -184,6 +186,28 @@ def _outbox_requeue(outbox: Outbox, _arguments: argparse.Namespace) -> None:
 def _outbox_export(outbox: Outbox, arguments: argparse.Namespace) -> None:
     for line in outbox.export_rows(dead_letters=arguments.dead):
         print(line)
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    """Whether the audit of a device is whole."""
+    try:
+        if str(arguments.file) == "-":
+            verdict = verify(sys.stdin)
+        else:
+            with arguments.file.open(encoding="utf-8", errors="replace") as lines:
+                verdict = verify(lines)
+    except OSError as error:
+        raise HematoVisionError(
+            f"{arguments.file}: cannot be read: {error.strerror}; name a file of messages"
+        ) from error
+    for fault in verdict.faults:
+        print(f"FAIL  {fault}")
+    span = f"{verdict.first} to {verdict.last}" if verdict.entries else "none"
+    print(f"{verdict.entries} entries ({span}), {verdict.repeats} repeats, {verdict.missing} missing")
+    print(
+        f"{'pass: an unbroken chain' if verdict.is_sound else 'FAIL: not what the device wrote'}. {RESEARCH_USE_ONLY}"
+    )
+    return OK if verdict.is_sound else SOME_FAILED
 
 
 def version(arguments: argparse.Namespace) -> int:

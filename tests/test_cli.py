@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from agent import RESEARCH_USE_ONLY, __version__
 from agent.camera.camera import open_camera
 from agent.cli import build_parser, main
 from agent.config import CameraSection, SimulatedSection, json_schema, packaged_folder
+from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.messages import Draft, load_schema
 from agent.delivery.outbox import begin_boot, open_outbox
+from agent.delivery.topics import Topics
 from agent.demo import AgentEnded
 from agent.domain import Frame
 from agent.errors import (
@@ -41,7 +44,7 @@ from agent.inference.manifest import load_manifest
 from agent.offline import AlbumError
 
 TOP = Path(__file__).resolve().parent.parent
-COMMANDS = ("run", "infer", "classify", "demo", "check-config", "outbox", "version")
+COMMANDS = ("run", "infer", "classify", "demo", "check-config", "outbox", "audit", "version")
 
 needs_models = pytest.mark.skipif(
     not (packaged_folder() / "models" / "manifest.json").is_file(), reason="the models are not there"
@@ -426,6 +429,34 @@ def test_check_config_tries_everything_and_says_what_fails(tmp_path: Path, call:
 def test_check_config_prints_the_schema_and_the_template(call: Callable[..., tuple[int, str, str]]):
     assert json.loads(call("check-config", "--schema")[1]) == json_schema()
     assert call("check-config", "--template")[1] == (TOP / "config.yaml").read_text()
+
+
+# audit ----------------------------------------------------------------------------------------------------------------
+
+
+def test_audit_verify_tells_an_unbroken_chain_from_a_changed_one(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+):
+    drafts, _ = chain(
+        [Entry("cmd.start", "done", f"sample s-{n}") for n in range(3)],
+        ChainHead(),
+        Topics("lab", "scope"),
+        boot=1,
+        at=datetime(2026, 11, 25, tzinfo=timezone.utc),
+    )
+    lines = [json.dumps({**draft.body, "seq": n, "historical": False}) for n, draft in enumerate(drafts)]
+    file = tmp_path / "audit.jsonl"
+    file.write_text("\n".join(lines))
+    code, out, _ = call("audit", "verify", file)
+    assert (code, "3 entries (1 to 3)" in out, "pass: an unbroken chain" in out) == (0, True, True)
+    file.write_text("\n".join(lines).replace("s-1", "s-9"))
+    code, out, _ = call("audit", "verify", file)
+    assert (code, "entry 2 was changed" in out) == (1, True)
+
+
+def test_audit_verify_of_a_missing_file_is_told(tmp_path: Path, call: Callable[..., tuple[int, str, str]]):
+    code, _, err = call("audit", "verify", tmp_path / "none.jsonl")
+    assert (code, "cannot be read" in err) == (1, True)
 
 
 # outbox ---------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,14 @@ from agent.health import HealthSnapshot, MachineReading
 Body = dict[str, Any]
 """A message as it will stand in JSON."""
 
-KINDS = ("state", "info", "health", "field", "cell", "event")
+KINDS = (
+    *("state", "info", "health", "field", "cell", "event"),
+    *("sample", "differential", "alert", "audit", "reply"),
+)
 """The kinds of message of this version, each with a schema in `schemas/`."""
+
+PUBLISHED = KINDS[:6]
+"""The kinds that this agent sends today."""
 
 Severity = Literal["info", "warning", "error"]
 
@@ -232,7 +238,7 @@ def info_body(
     config_sha256: str,
     runtime: str,
     delegate: str,
-    capabilities: Iterable[str] = KINDS,
+    capabilities: Iterable[str] = PUBLISHED,
 ) -> Body:
     """The birth certificate: who counts here, with which models. capabilities: what this agent does, as words."""
     return {

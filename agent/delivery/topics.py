@@ -42,6 +42,32 @@ class Topics:
     def event(self) -> str:
         return f"{self.base}/event"
 
+    @property
+    def audit(self) -> str:
+        return f"{self.base}/audit"
+
+    @property
+    def commands(self) -> str:
+        """Filter of all commands to this device."""
+        return f"{self.base}/cmd/+"
+
+    def reply(self, command: str) -> str:
+        """Where a command is answered that named no response topic. command: a word of the command list."""
+        return f"{self.base}/reply/{command}"
+
+    def alert(self, alert_id: str) -> str:
+        return f"{self.base}/alert/{_checked(alert_id)}"
+
+    def sample(self, sid: str) -> str:
+        return f"{self.base}/sample/{_checked(sid)}"
+
+    def differential(self, sid: str) -> str:
+        return f"{self.base}/differential/{_checked(sid)}"
+
+    def image(self, sid: str, picture: str) -> str:
+        """picture: a cell_id, or `frame-{n}` for a whole frame."""
+        return f"{self.base}/image/{_checked(sid)}/{_checked(picture)}"
+
     def field(self, sid: str) -> str:
         return f"{self.base}/field/{_checked(sid)}"
 
