@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
         "check the chain of audit messages",
         "Reads the messages of one device as JSON Lines\n"
         "(mosquitto_sub, an export); fails when something was changed, left out or put in.",
-        "mosquitto_sub -t 'hv/1/lab/scope/audit' > audit.jsonl; hematovision audit verify audit.jsonl",
+        "hematovision audit verify audit.jsonl",
     )
     audit.add_argument("action", choices=("verify",), help="verify: follow the chain from entry to entry")
     audit.add_argument("file", type=Path, metavar="FILE", help="JSON Lines; - = standard input")
