@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from agent.camera.camera import NOTHING_YET, open_camera
@@ -18,6 +19,7 @@ from agent.config import (
     read_secret,
     state_folder,
 )
+from agent.delivery.certificates import read_expiries
 from agent.delivery.link import BrokerLink, Will, open_link
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import DATABASE_NAME, open_outbox
@@ -111,7 +113,8 @@ def _try_broker(config: Config) -> str:
     with closing(_Goodbye(_open_first(broker, f"hv-{config.site}-{config.device}-check", protocols, will))) as link:
         user = "without a user" if broker.username is None else f"as user {broker.username}"
         lock = "encrypted" if broker.tls.enabled else "not encrypted"
-        return f"{broker.host}:{broker.port} takes us {user}, MQTT {link.protocol}, {lock}"
+        near = [expiry.words for expiry in read_expiries(broker.tls, datetime.now(timezone.utc)) if expiry.is_near]
+        return "; ".join((f"{broker.host}:{broker.port} takes us {user}, MQTT {link.protocol}, {lock}", *near))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date, datetime, timezone
 from functools import partial
@@ -32,6 +32,7 @@ from agent import systemd
 from agent.camera.camera import Camera, open_camera
 from agent.camera.grabber import FrameQueue, Grabber
 from agent.config import CameraSection, Config, config_sha256, state_folder
+from agent.delivery.certificates import Expiry, read_expiries
 from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body
 from agent.delivery.outbox import Outbox, begin_boot, lock_folder, open_outbox
 from agent.delivery.publisher import Publisher
@@ -294,6 +295,7 @@ class Watch:
         self._read_wall_ahead_s = wall_ahead_s
         self._wall_ahead_s = wall_ahead_s()
         self._is_disk_low = False
+        self._told_expiries: set[str] = set()
 
     @property
     def has_died(self) -> bool:
@@ -386,6 +388,8 @@ class Watch:
         self._told_at_s = time.monotonic()
         machine = read_machine(self._folder)
         self._tell_disk(machine.disk_free_bytes)
+        expiries = read_expiries(self._config.broker.tls, datetime.now(timezone.utc))
+        self._tell_expiries(expiries)
         self._publisher.publish_health(
             health_body(
                 seen,
@@ -398,6 +402,7 @@ class Watch:
                 interval_s=interval_s,
                 restarts=self._boot - 1,
                 dead_letters=self._count_dead_letters(),
+                certificate_days_left=expiries[0].days_left if expiries else None,
             )
         )
 
@@ -418,6 +423,14 @@ class Watch:
             self._pipeline.tell("disk-low", words, "warning", {"free_bytes": free_bytes})
         elif self._is_disk_low and free_bytes > DISK_FINE_FACTOR * floor_bytes:
             self._is_disk_low = False
+
+    def _tell_expiries(self, expiries: Sequence[Expiry]) -> None:
+        """Once for each file in a run; a renewed one may be told of again when its own time comes."""
+        for expiry in expiries:
+            if expiry.is_near and expiry.key not in self._told_expiries:
+                detail = {"key": expiry.key, "days_left": round(expiry.days_left, 1)}
+                self._pipeline.tell("certificate-expiring", expiry.words, "warning", detail)
+        self._told_expiries = {expiry.key for expiry in expiries if expiry.is_near}
 
     def _count_dead_letters(self) -> int | None:
         try:

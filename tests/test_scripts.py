@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ROOT / name for name in ("deploy/install.sh", "deploy/quickstart.sh", "tests/run.sh", ".ci/run")]
+SCRIPTS = [
+    ROOT / name
+    for name in ("deploy/install.sh", "deploy/quickstart.sh", "deploy/broker/make-site.sh", "tests/run.sh", ".ci/run")
+]
 SOURCED = ROOT / "deploy" / "python.sh"
 
 

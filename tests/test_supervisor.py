@@ -19,6 +19,7 @@ import pytest
 
 from agent import supervisor
 from agent.config import Config, models_folder
+from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
 from agent.domain import AgentState, Classification, SampleState
 from agent.errors import ModelError, OutboxError
@@ -250,6 +251,18 @@ def test_a_disk_that_runs_low_is_told_before_intake_stops_and_again_only_after_i
     assert [(kind, words.split(";")[0]) for kind, words, *_ in told] == [
         ("disk-low", "255 MB left"),
         ("disk-low", "200 MB left"),
+    ]
+
+
+def test_a_certificate_that_ends_soon_is_told_once_for_each_file(tmp_path: Path) -> None:
+    told: list[tuple[Any, ...]] = []
+    watch = make_watch(tmp_path, Health(), told)
+    near, far = (Expiry("broker.tls.certificate_file", tmp_path / "scope.pem", days) for days in (29.96, 31.0))
+    authority = Expiry("broker.tls.ca_file", tmp_path / "ca.pem", 3000)
+    for expiries in ((far, authority), (near, authority), (near, authority), (), (far, authority), (near, authority)):
+        watch._tell_expiries(expiries)
+    assert [(kind, severity, detail) for kind, _, severity, detail in told] == 2 * [
+        ("certificate-expiring", "warning", {"key": "broker.tls.certificate_file", "days_left": 30.0})
     ]
 
 

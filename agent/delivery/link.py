@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.config import BROKER_PASSWORD_VARIABLE, BrokerSection, read_secret
+from agent.delivery.certificates import NotingSocket, refusal_of_ours, refusal_of_theirs
 from agent.errors import BrokerRefused, BrokerUnavailable, ConfigError
 
 T = TypeVar("T")
@@ -144,6 +146,7 @@ class BrokerLink:
         self.has_session = False
         self.shares = False
         self._host, self._port, self._keepalive_s = section.host, section.port, section.keepalive_s
+        self._sock: mqtt.SocketLike | None = None
         self._connack: tuple[int, str] | None = None
         self._acknowledged: deque[Acknowledged] = deque()
         self._received: deque[Received] = deque()
@@ -162,6 +165,7 @@ class BrokerLink:
         )
         self._client.max_inflight_messages_set(MOST_UNACKNOWLEDGED)
         self._client.connect_timeout = CONNECT_TIMEOUT_S
+        self._client.on_socket_open = self._on_socket_open
         self._client.on_connect = self._on_connect
         self._client.on_publish = self._on_publish
         self._client.on_message = self._on_message
@@ -249,10 +253,10 @@ class BrokerLink:
         try:
             self._client.connect(self._host, self._port, keepalive=self._keepalive_s, **self._only_v5())
         except ssl.SSLCertVerificationError as error:
-            raise BrokerRefused(
-                f"broker {where}: its certificate is not accepted ({error.verify_message}); see broker.tls.ca_file"
-            ) from error
+            raise BrokerRefused(f"broker {where}: {refusal_of_theirs(error, datetime.now(timezone.utc))}") from error
         except ssl.SSLError as error:
+            if (told := refusal_of_ours(error)) is not None:
+                raise BrokerRefused(f"broker {where}: refuses us: {told}") from error
             raise BrokerUnavailable(
                 f"broker {where}: no TLS connection ({error.reason or error}); does this port speak TLS?"
             ) from error
@@ -269,7 +273,10 @@ class BrokerLink:
                 raise BrokerUnavailable(f"broker {where}: took the connection and did not answer")
             self.turn(left_s)
         if self._connack is None:
-            raise HungUp(f"broker {where}: closed the connection without an answer ({self.closed_reason})")
+            if (told := refusal_of_ours(getattr(self._sock, "alert", None))) is not None:
+                raise BrokerRefused(f"broker {where}: refuses us: {told}")
+            hint = "accept this device's certificate" if isinstance(self._sock, ssl.SSLSocket) else "ask for TLS"
+            raise HungUp(f"broker {where}: closed the connection without an answer; does it {hint}?")
         code, reason = self._connack
         if code == 0:
             return
@@ -333,6 +340,9 @@ class BrokerLink:
             self.closed_reason = reason
 
     # Called by paho, under its locks: they only note what happened.
+
+    def _on_socket_open(self, _client: mqtt.Client, _userdata: Any, sock: mqtt.SocketLike) -> None:
+        self._sock = sock  # the library forgets it when it closes it
 
     def _on_connect(
         self,
@@ -420,6 +430,7 @@ def _tls_context(section: BrokerSection) -> ssl.SSLContext | None:
     )
     # From Python 3.13 on this is set, and refuses authorities that laboratories made by many a guide (no key usage).
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.sslsocket_class = NotingSocket
     if tls.certificate_file is not None:
         certificate_file, key_file = tls.certificate_file, tls.key_file
         _loaded(

@@ -274,6 +274,7 @@ def health_body(
     interval_s: float,
     restarts: int | None = None,
     dead_letters: int | None = None,
+    certificate_days_left: float | None = None,
 ) -> Body:
     """The numbers by which the agent is watched. What this machine cannot tell is null, never left out."""
     throttling = machine.throttling
@@ -304,6 +305,7 @@ def health_body(
             "oldest_age_s": _rounded_or_none(snapshot.outbox_oldest_age_s, 1),
             "dead_letters": dead_letters,
         },
+        "certificate_days_left": _rounded_or_none(certificate_days_left, 1),
         "temperature_c": _rounded_or_none(machine.temperature_c, 1),
         "throttling": None
         if throttling is None
