@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.config import Accession, Identifier
+from agent.delivery.topics import Topics
 from agent.domain import AgeBand
 
 EXPIRES_S = 30.0
@@ -32,6 +34,8 @@ EXPIRES_S = 30.0
 
 LARGEST_COMMAND_BYTES = 16 * 1024
 """The longest honest command has some hundred bytes."""
+
+LONGEST_TOPIC = 256
 
 LARGEST_REPLAY_ROWS = 1_000_000
 """A range beyond it was typed wrongly."""
@@ -275,6 +279,20 @@ def read_command(
     if kind.role == "operator" and (fault := _why_no_operator(inbound.name, spoken, request, gatekeeper)):
         return refuse("not-allowed", fault)
     return Command(inbound.name, request, kind, _digest(spoken))
+
+
+def reply_topic(inbound: InboundCommand, topics: Topics) -> str:
+    """Where the reply goes: the response topic that was asked for, else `reply/{name}`.
+
+    Nobody may have this device write below `hv/` with the device's rights, except to its own replies.
+    """
+    asked = inbound.response_topic
+    is_word = re.fullmatch(r"[a-z.-]{1,32}", inbound.name) is not None
+    own = topics.reply(inbound.name if is_word else "unknown")
+    if asked is None or not 0 < len(asked) <= LONGEST_TOPIC or any(mark in asked for mark in "+#\0"):
+        return own
+    is_foreign = not asked.startswith(("hv/", "$"))
+    return asked if is_foreign or asked.startswith(f"{topics.base}/reply/") else own
 
 
 def sign(name: str, request: Mapping[str, Any], base: str, key: bytes) -> str:

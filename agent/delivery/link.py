@@ -127,6 +127,16 @@ class Will:
     payload: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """A message that is said once and not kept: a reply, a picture. correlation: the asker's mark (MQTT 5)."""
+
+    topic: str
+    payload: bytes
+    content_type: str = CONTENT_TYPE
+    correlation: bytes | None = None
+
+
 class BrokerLink:
     """One connection, made by `open_link`; belongs to one thread.
 
@@ -184,6 +194,18 @@ class BrokerLink:
         """Send with QoS 1; the answer comes as `Acknowledged` with the number returned here."""
         properties = self._publish_properties(expiry_s)[0] if self.is_v5 else None
         return self._client.publish(topic, payload, qos=1, retain=retain, properties=properties).mid
+
+    def publish_passing(self, passing: Passing) -> int:
+        """Send something that is said once and not kept, with QoS 1; the answer comes as `Acknowledged`."""
+        properties = self._passing_properties(passing) if self.is_v5 else None
+        return self._client.publish(passing.topic, passing.payload, qos=1, properties=properties).mid
+
+    def passing_bytes(self, passing: Passing) -> int:
+        """How long the PUBLISH packet of this is, at most."""
+        rest = 2 + len(passing.topic.encode()) + 2 + len(passing.payload)
+        if self.is_v5:
+            rest += len(self._passing_properties(passing).pack())  # type: ignore[no-untyped-call]
+        return 5 + rest
 
     def subscribe(self, topic_filters: Sequence[str]) -> None:
         """Ask for topics with QoS 1; the answers come by `take_subscribed`, the messages by `take_received`."""
@@ -327,6 +349,15 @@ class BrokerLink:
                 properties.MessageExpiryInterval = expiry_s
             self._properties[expiry_s] = properties, len(properties.pack())  # type: ignore[no-untyped-call]
         return self._properties[expiry_s]
+
+    @staticmethod
+    def _passing_properties(passing: Passing) -> Properties:
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.PayloadFormatIndicator = int(passing.content_type == CONTENT_TYPE)
+        properties.ContentType = passing.content_type
+        if passing.correlation is not None:
+            properties.CorrelationData = passing.correlation
+        return properties
 
     @staticmethod
     def _content_properties(packet_type: int) -> Properties:

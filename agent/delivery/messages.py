@@ -61,6 +61,14 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class RetainedDocument:
+    """The newest word on a retained topic, which outlives restarts. body: None = the topic is to be cleared."""
+
+    topic: str
+    body: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
 class DescribedModel:
     """A model as `info` tells of it. role: `detector` or `classifier`; classes: names in the order of its output."""
 

@@ -4,6 +4,7 @@ What it promises
   * All drafts of one `append`, the sample's state and the finished frame are stored together or not at all.
   * When `append` returns, they survive a power cut (`synchronous=FULL`).
   * Numbers (`seq`) are without gaps in each stream, over restarts too.
+  * The newest word on each retained topic, notes and answers to transactions are stored in the same transaction.
   * A row leaves only by `acknowledge` or, with its reason, by `reject` into the dead letters. Nothing is dropped for
     room: a full outbox refuses the next append, and takes it again when the broker has taken some.
 
@@ -26,7 +27,7 @@ import shutil
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -34,7 +35,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
-from agent.delivery.messages import Draft, message_id, serialise, stamp
+from agent.delivery.messages import Draft, RetainedDocument, message_id, serialise, stamp
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
 
@@ -45,7 +46,7 @@ LOCK_NAME = "lock"
 APPLICATION_ID = 0x48764F62
 """`HvOb`; tells our file from any other SQLite database."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 BUSY_TIMEOUT_S = 10.0
 """A commit takes milliseconds; a checkpoint of a large write-ahead log on a slow card takes seconds."""
@@ -65,6 +66,13 @@ VACUUM_STEP_PAGES = 256
 it are empty. Sooner would be costly: full pages at the end of the file have to be moved first."""
 
 EXPORT_STEP_ROWS = 200
+
+MOST_ANSWERS = 512
+"""Transactions that are remembered: more than a person or a program sends while any repeat of them is under way."""
+
+MOST_DOCUMENTS = 1000
+
+NO_NOTES: Mapping[str, str | None] = MappingProxyType({})
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "lustre", "beegfs", "glusterfs", "vboxsf", "davfs"}
@@ -102,6 +110,12 @@ _TABLES = (
     "CREATE TABLE tally (only INTEGER PRIMARY KEY CHECK (only = 1), depth INTEGER NOT NULL, boot INTEGER NOT NULL)",
     "INSERT INTO tally VALUES (1, 0, 0)",
 )
+_TABLES_OF_2 = (
+    # payload NULL: the topic is to be cleared; the row goes when the broker has done so.
+    "CREATE TABLE documents (version INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT UNIQUE NOT NULL, payload BLOB)",
+    "CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE answers (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE NOT NULL, text TEXT NOT NULL)",
+)
 _COPIED = "stream, boot, seq, topic, captured_monotonic_ns, appended_unix_s, payload, crc32"
 
 
@@ -117,6 +131,15 @@ class Row:
     captured_monotonic_ns: int
     payload: bytes
     is_intact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """The newest of a retained topic. payload: None = the topic is to be cleared. version: rises with each change."""
+
+    topic: str
+    payload: bytes | None
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +324,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, verify: bool) -> Non
         raise OutboxError(f"{path}: this file system cannot keep a write-ahead log ({mode}); use a local disk")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
-    if is_empty:
+    if version < SCHEMA_VERSION:
         _make_tables(connection)
     if verify:
         _verify(connection, path)
@@ -309,9 +332,10 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, verify: bool) -> Non
 
 def _make_tables(connection: sqlite3.Connection) -> None:
     with _transaction(connection):
-        if _pragma(connection, "user_version") == SCHEMA_VERSION:
+        version = _pragma(connection, "user_version")
+        if version == SCHEMA_VERSION:
             return  # another thread was first
-        for statement in _TABLES:
+        for statement in (*(_TABLES if version == 0 else ()), *_TABLES_OF_2):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -420,11 +444,17 @@ class Outbox:
         sample: SampleState | None = None,
         finished_keys: Sequence[str] = (),
         closes_sample: bool = False,
+        documents: Sequence[RetainedDocument] = (),
+        notes: Mapping[str, str | None] = NO_NOTES,
+        answer: tuple[str, str] | None = None,
     ) -> tuple[int, ...]:
         """Number and store the drafts, the sample's state and the finished frames, all in one transaction.
 
         sample: None = leave the stored state as it is. closes_sample: forget the state and all finished frames, so
-        that the next run begins a new sample.   Returns the row ids in the order of the drafts.
+        that the next run begins a new sample. documents: the newest words on retained topics. notes: small facts to
+        remember by key; None = forget it, and with a key that ends in `/` all below it. answer: (name, text) of a
+        transaction that must not be done twice; the newest MOST_ANSWERS are kept.
+        Returns the row ids in the order of the drafts.
         Raises OutboxError when it cannot store now, MessageRejected for a body that JSON cannot say; then nothing of
         it is stored, no number is used up, and a later append works again.
         """
@@ -436,7 +466,23 @@ class Outbox:
                 connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (_sample_text(sample),))
             if closes_sample:
                 _forget_sample(connection)
+            self._store_documents(documents)
+            for key, value in notes.items():
+                _note(connection, key, value)
+            if answer is not None:
+                connection.execute("INSERT OR REPLACE INTO answers (name, text) VALUES (?, ?)", answer)
+                connection.execute(
+                    "DELETE FROM answers WHERE number <= (SELECT MAX(number) FROM answers) - ?", (MOST_ANSWERS,)
+                )
         return row_ids
+
+    def settle_document(self, document: StoredDocument) -> None:
+        """The broker has cleared the topic of this document: it need not be told again, unless it was written anew."""
+        with self._writing() as connection:
+            connection.execute(
+                "DELETE FROM documents WHERE topic = ? AND version = ? AND payload IS NULL",
+                (document.topic, document.version),
+            )
 
     def acknowledge(self, row_ids: Sequence[int]) -> None:
         """The broker has these rows; they leave. Unknown ids are passed over."""
@@ -487,6 +533,36 @@ class Outbox:
             _forget_sample(connection)
 
     # ---- reading
+
+    def documents(self, after_version: int = 0, limit: int = MOST_DOCUMENTS) -> list[StoredDocument]:
+        """The retained documents that were written after this version, in the order of writing."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT topic, payload, version FROM documents WHERE version > ? ORDER BY version LIMIT ?",
+                (after_version, limit),
+            ).fetchall()
+        return [StoredDocument(*columns) for columns in found]
+
+    def notes(self, prefix: str) -> dict[str, str]:
+        """All notes whose key begins so."""
+        with self._explaining():
+            return dict(
+                self._connection.execute(
+                    "SELECT key, value FROM notes WHERE key >= ? AND key < ? ORDER BY key", _from_to(prefix)
+                )
+            )
+
+    def note(self, key: str) -> str | None:
+        """What was noted under this key."""
+        with self._explaining():
+            found = self._connection.execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def answer(self, name: str) -> str | None:
+        """What was answered to this transaction, if it was done and not too long ago."""
+        with self._explaining():
+            found = self._connection.execute("SELECT text FROM answers WHERE name = ?", (name,)).fetchone()
+        return None if found is None else str(found[0])
 
     def pending(self, after_row: int, limit: int) -> list[Row]:
         """The next rows to send, in order; after_row: 0, or the last row id that was taken."""
@@ -553,6 +629,14 @@ class Outbox:
             after_row = rows[-1].row_id
 
     # ---- inside
+
+    def _store_documents(self, documents: Sequence[RetainedDocument]) -> None:
+        for document in documents:
+            payload = None if document.body is None else serialise(document.body, document.topic)
+            # The old row goes, the new one gets a higher version than any before.
+            self._connection.execute(
+                "INSERT OR REPLACE INTO documents (topic, payload) VALUES (?, ?)", (document.topic, payload)
+            )
 
     def _store(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
         """Insert the drafts; inside a transaction."""
@@ -681,6 +765,20 @@ def _explained(path: Path) -> Iterator[None]:
             raise  # a fault of this program, not of the file
         # Only "not a database" and "malformed" come as the base class itself.
         raise OutboxDamaged(f"{path}: damaged ({error}); the next start of the agent sets it aside") from error
+
+
+def _note(connection: sqlite3.Connection, key: str, value: str | None) -> None:
+    if value is not None:
+        connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (key, value))
+    elif key.endswith("/"):
+        connection.execute("DELETE FROM notes WHERE key >= ? AND key < ?", _from_to(key))
+    else:
+        connection.execute("DELETE FROM notes WHERE key = ?", (key,))
+
+
+def _from_to(prefix: str) -> tuple[str, str]:
+    """Bounds of all keys that begin so; keys are ASCII."""
+    return prefix, f"{prefix}\x7f"
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

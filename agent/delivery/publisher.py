@@ -2,7 +2,9 @@
 
     outbox rows ------------------------> window ------> broker
     state, info, health (newest of each) ---^               |
+    retained documents, replies ------------^               |
     outbox.acknowledge <----------------- PUBACK -----------+
+    queue of commands <------------------ cmd/{name} -------+
 
 Rules
   * A row leaves the outbox on its own PUBACK and on nothing else. After every new connection sending begins again at
@@ -26,11 +28,13 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 
 from agent.config import BrokerSection
-from agent.delivery.link import BrokerLink, HungUp, ProtocolRefused, Waker, Will, open_link
+from agent.delivery.commands import InboundCommand, reply_topic
+from agent.delivery.link import BrokerLink, HungUp, Passing, ProtocolRefused, Received, Waker, Will, open_link
 from agent.delivery.messages import Body, serialise, state_body
 from agent.delivery.outbox import Outbox
+from agent.delivery.reports import Alert, Reply, alert_body, reply_body
 from agent.delivery.topics import Topics
-from agent.delivery.window import IDLE_TURN_S, PAUSE_S, Documents, Window
+from agent.delivery.window import IDLE_TURN_S, PAUSE_S, Documents, Passings, Window
 from agent.domain import AgentState
 from agent.errors import BrokerRefused, BrokerUnavailable, OutboxDamaged, OutboxError
 from agent.health import BrokerState, Health
@@ -83,6 +87,7 @@ class Publisher(threading.Thread):
     """The thread. Make it, `start` it, `stop` it; `failure` holds what ended it if that was not `stop`.
 
     open_outbox: opens this thread's own connection to the outbox (`open_outbox(..., verify=False)`).
+    take_command: is given each arrived command and says whether there was room for it; None = we listen to none.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Publisher(threading.Thread):
         open_outbox: Callable[[], Outbox],
         health: Health,
         health_interval_s: float = 30.0,
+        take_command: Callable[[InboundCommand], bool] | None = None,
         environ: Mapping[str, str] = os.environ,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
@@ -119,6 +125,8 @@ class Publisher(threading.Thread):
         self._told = ""
         self._waker = Waker()
         self._documents = Documents()
+        self._passings = Passings()
+        self._take_command = take_command
         self._state_lock = threading.Lock()
         self._state: AgentState | None = None
         self._stop_at_s: float | None = None
@@ -146,6 +154,22 @@ class Publisher(threading.Thread):
     def publish_health(self, body: Body) -> None:
         """Publish these numbers; with MQTT 5 they expire after three intervals."""
         self._documents.put("health", self._topics.health, body, self._health_expiry_s)
+        self._waker.wake()
+
+    def publish_alert(self, alert_id: str, alert: Alert | None) -> None:
+        """Raise an alert, or clear it: now and on every new connection, whether the outbox takes anything or not."""
+        body = None if alert is None else alert_body(alert, self._topics, boot=self._boot)
+        self._documents.put(f"alert/{alert_id}", self._topics.alert(alert_id), body)
+        self._waker.wake()
+
+    def publish_reply(self, topic: str, body: Body, correlation: bytes | None = None) -> None:
+        """Answer a command. Not kept: while no broker is there, the newest answers wait."""
+        self._passings.put(Passing(topic, serialise(body, topic), correlation=correlation))
+        self._waker.wake()
+
+    def publish_picture(self, topic: str, jpeg: bytes) -> None:
+        """Publish a picture as it is. Not kept, as replies."""
+        self._passings.put(Passing(topic, jpeg, content_type="image/jpeg"))
         self._waker.wake()
 
     def wake(self) -> None:
@@ -184,6 +208,7 @@ class Publisher(threading.Thread):
                 outbox,
                 self._documents,
                 self._topics,
+                passings=self._passings,
                 limit=self._broker.window,
                 monotonic_ns=self._monotonic_ns,
                 now=self._now,
@@ -225,6 +250,8 @@ class Publisher(threading.Thread):
         connected_at_s = time.monotonic()
         is_ending = False
         window.begin(link)
+        if self._take_command is not None:
+            link.subscribe((self._topics.commands,))
         try:
             while not link.is_closed:
                 self._report(outbox)
@@ -238,11 +265,38 @@ class Publisher(threading.Thread):
                     self._say_goodbye(link, window)
                     return True
                 window.turn(link, self._waker)
+                self._hear(link)
         finally:
             link.abandon()
             window.end(link)
         self._note_the_end(link, has_progressed=window.has_progressed)
         return False
+
+    def _hear(self, link: BrokerLink) -> None:
+        """Hand the commands on that have come. They are judged, and done, by the pipeline between two frames."""
+        for subscribed in link.take_subscribed():
+            if not subscribed.is_granted:
+                logger.error("the broker lets us hear no commands: %s: %s", subscribed.topic_filter, subscribed.reason)
+        for received in link.take_received():
+            command = self._command(received)
+            if command is not None and self._take_command is not None and not self._take_command(command):
+                reply = Reply(command.name, None, "refused", "busy", "too many commands wait; send it again later", {})
+                body = reply_body(reply, self._topics, boot=self._boot, at=self._now())
+                self.publish_reply(reply_topic(command, self._topics), body, command.correlation)
+
+    def _command(self, received: Received) -> InboundCommand | None:
+        prefix = self._topics.commands.removesuffix("+")
+        if not received.topic.startswith(prefix):
+            return None
+        return InboundCommand(
+            name=received.topic.removeprefix(prefix),
+            payload=received.payload,
+            is_retained=received.is_retained,
+            response_topic=received.response_topic,
+            correlation=received.correlation,
+            received_monotonic_s=time.monotonic(),
+            expires_in_s=received.expires_in_s,
+        )
 
     def _say_goodbye(self, link: BrokerLink, window: Window) -> None:
         self.publish_state(AgentState.DISCONNECTED)

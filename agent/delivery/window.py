@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from agent.delivery.link import Acknowledged, BrokerLink, Waker
+from agent.delivery.link import Acknowledged, BrokerLink, Passing, Waker
 from agent.delivery.messages import Body, as_historical, event_draft, message_id, serialise
-from agent.delivery.outbox import Outbox, Row
+from agent.delivery.outbox import Outbox, Row, StoredDocument
 from agent.delivery.topics import Topics
 from agent.errors import OutboxDamaged, OutboxError
 
@@ -34,6 +34,10 @@ FETCH_ROWS = 64
 
 ACKNOWLEDGE_TIMEOUT_S = 30.0
 """A broker that answers pings and acknowledges nothing for this long is left and tried anew."""
+
+MOST_PASSINGS = 256
+MOST_PASSING_BYTES = 8 * 1024 * 1024
+"""Replies and pictures that may wait: the answers to all commands in the queue, and some pictures."""
 
 PAUSE_S = 1.0
 """Before a message is sent again that the broker refused for now (quota), or after the outbox failed."""
@@ -64,26 +68,67 @@ class Document:
 
 
 class Documents:
-    """The newest state, info and health; written by any thread, sent by the publisher."""
+    """The newest state, info, health and alerts; written by any thread, sent by the publisher."""
 
-    _ORDER = ("state", "info", "health")
+    _FIRST = ("state", "info", "health")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._newest: dict[str, Document] = {}
         self._versions = 0
 
-    def put(self, name: str, topic: str, body: Body, expiry_s: int | None = None) -> None:
-        """Replace the one of this name."""
-        payload = serialise(body, topic)
+    def put(self, name: str, topic: str, body: Body | None, expiry_s: int | None = None) -> None:
+        """Replace the one of this name. body: None = the topic is to be cleared."""
+        payload = b"" if body is None else serialise(body, topic)
         with self._lock:
             self._versions += 1
             self._newest[name] = Document(topic, payload, self._versions, expiry_s)
 
+    def settle(self, document: Document) -> None:
+        """The broker has taken it; one that clears its topic need not be said on the next connection."""
+        with self._lock:
+            for name, newest in self._newest.items():
+                if newest is document and not document.payload:
+                    del self._newest[name]
+                    return
+
     def newest(self) -> tuple[Document, ...]:
         """All that are known: the state first, so that a subscriber hears of the agent before it hears of anything."""
         with self._lock:
-            return tuple(self._newest[name] for name in self._ORDER if name in self._newest)
+            names = (*self._FIRST, *sorted(self._newest.keys() - set(self._FIRST)))
+            return tuple(self._newest[name] for name in names if name in self._newest)
+
+
+class Passings:
+    """Replies and pictures on their way to the publisher: a few, the oldest go first when nobody takes them.
+
+    What is under way when the connection breaks is not sent again: who asked has given up, or asks again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[Passing] = deque()
+        self._bytes = 0
+
+    def put(self, passing: Passing) -> None:
+        with self._lock:
+            self._waiting.append(passing)
+            self._bytes += len(passing.payload)
+            while len(self._waiting) > MOST_PASSINGS or self._bytes > MOST_PASSING_BYTES:
+                self._bytes -= len(self._waiting.popleft().payload)
+
+    def take(self) -> Passing | None:
+        with self._lock:
+            if not self._waiting:
+                return None
+            passing = self._waiting.popleft()
+            self._bytes -= len(passing.payload)
+            return passing
+
+    @property
+    def is_empty(self) -> bool:
+        with self._lock:
+            return not self._waiting
 
 
 @dataclass(slots=True)
@@ -107,12 +152,14 @@ class Window:
         documents: Documents,
         topics: Topics,
         *,
+        passings: Passings | None = None,
         limit: int,
         monotonic_ns: Callable[[], int],
         now: Callable[[], datetime],
     ) -> None:
         self._outbox = outbox
         self._documents = documents
+        self._passings = passings or Passings()
         self._topics = topics
         self._own_limit = limit
         self._monotonic_ns = monotonic_ns
@@ -127,7 +174,9 @@ class Window:
         # Of one connection:
         self.has_progressed = False
         self._limit = limit
-        self._under_way: dict[int, Row | Document] = {}
+        self._under_way: dict[int, Row | Document | StoredDocument | Passing] = {}
+        self._stored_after = 0  # version of the last stored document that was sent
+        self._may_have_stored = True
         self._sent_versions: dict[str, int] = {}
         self._heard_at_s = 0.0
         self._sent_row_at_s = 0.0
@@ -143,32 +192,44 @@ class Window:
         self._limit = min(self._own_limit, link.window)
         self._under_way.clear()
         self._sent_versions.clear()
+        self._stored_after = 0
         self._heard_at_s = time.monotonic()
         self._from_the_first_row()
 
     def look(self) -> None:
-        """There may be new rows."""
+        """There may be new rows and documents."""
         self._may_have_more = True
+        self._may_have_stored = True
         self._looked_at_s = time.monotonic()
 
     @property
     def is_empty(self) -> bool:
         """Whether all documents and rows known now were sent and answered."""
         return self.are_documents_taken and not (
-            self._under_way or self._ready or self._may_have_more or self._acknowledged
+            self._under_way or self._ready or self._may_have_more or self._acknowledged or self._may_have_stored
         )
 
     @property
     def are_documents_taken(self) -> bool:
-        """Whether the newest documents were sent and answered."""
-        is_under_way = any(isinstance(sent, Document) for sent in self._under_way.values())
-        return not is_under_way and all(
-            self._sent_versions.get(document.topic) == document.version for document in self._documents.newest()
+        """Whether the newest documents and all replies were sent and answered."""
+        is_under_way = any(isinstance(sent, (Document, Passing)) for sent in self._under_way.values())
+        return (
+            not is_under_way
+            and self._passings.is_empty
+            and all(
+                self._sent_versions.get(document.topic) == document.version for document in self._documents.newest()
+            )
         )
 
     def fill(self, link: BrokerLink) -> None:
-        """Send documents, then rows, until the window is full or nothing is left."""
-        if not self.send_documents(link) or self._is_pausing:
+        """Send documents and replies, then rows, until the window is full or nothing is left."""
+        if not (self.send_documents(link) and self._send_passings(link)) or self._is_pausing:
+            return
+        try:
+            if not self._send_stored_documents(link):
+                return
+        except OutboxError as error:
+            self._outbox_failed(error)
             return
         limit = 1 if self._is_careful else self._limit
         try:
@@ -196,6 +257,39 @@ class Window:
                 continue
             mid = link.publish(document.topic, document.payload, retain=True, expiry_s=document.expiry_s)
             self._note_sent(mid, document)
+        return True
+
+    def _send_passings(self, link: BrokerLink) -> bool:
+        """Send the replies and pictures that wait. Returns whether none is left, so that rows may follow."""
+        while not self._passings.is_empty:
+            if link.is_closed or len(self._under_way) >= self._limit:
+                return False
+            passing = self._passings.take()
+            if passing is None:
+                break
+            length = link.passing_bytes(passing)
+            if link.max_packet_bytes is not None and length > link.max_packet_bytes:
+                logger.warning("%s: %d bytes, the broker takes %d", passing.topic, length, link.max_packet_bytes)
+                continue
+            self._note_sent(link.publish_passing(passing), passing)
+        return True
+
+    def _send_stored_documents(self, link: BrokerLink) -> bool:
+        """Send the documents of the outbox that are new. Returns whether all are on their way; raises OutboxError."""
+        while self._may_have_stored:
+            stored = self._outbox.documents(self._stored_after, FETCH_ROWS)
+            self._may_have_stored = len(stored) == FETCH_ROWS
+            for document in stored:
+                if link.is_closed or len(self._under_way) >= self._limit:
+                    self._may_have_stored = True
+                    return False
+                self._stored_after = document.version
+                payload = document.payload or b""
+                length = link.packet_bytes(document.topic, payload)
+                if link.max_packet_bytes is not None and length > link.max_packet_bytes:
+                    logger.warning("%s: %d bytes, the broker takes %d", document.topic, length, link.max_packet_bytes)
+                    continue
+                self._note_sent(link.publish(document.topic, payload, retain=True), document)
         return True
 
     def turn(self, link: BrokerLink, waker: Waker) -> None:
@@ -251,7 +345,7 @@ class Window:
             self._note_sent(link.publish(row.topic, payload), row)
             self._sent_row_at_s = time.monotonic()
 
-    def _note_sent(self, mid: int, sent: Row | Document) -> None:
+    def _note_sent(self, mid: int, sent: Row | Document | StoredDocument | Passing) -> None:
         if not self._under_way:
             self._heard_at_s = time.monotonic()  # the time to answer begins now
         self._under_way[mid] = sent
@@ -295,10 +389,14 @@ class Window:
         for answer in answers:
             self._heard_at_s = time.monotonic()
             sent = self._under_way.pop(answer.mid, None)
-            if isinstance(sent, Document) and not answer.is_taken:
-                logger.warning("%s: the broker refuses it (%s)", sent.topic, answer.reason)
             if isinstance(sent, Row):
                 self._settle_row(sent, answer)
+            elif sent is not None and not answer.is_taken:
+                logger.warning("%s: the broker refuses it (%s)", sent.topic, answer.reason)
+            elif isinstance(sent, Document):
+                self._documents.settle(sent)
+            elif isinstance(sent, StoredDocument) and sent.payload is None:
+                self._settle_cleared(sent)
         if not self._is_pausing:
             self.store_acknowledgements()
 
@@ -315,6 +413,14 @@ class Window:
         else:
             logger.debug("%s: refused for now (%s)", row.topic, answer.reason)
             self._pause()
+
+    def _settle_cleared(self, document: StoredDocument) -> None:
+        try:
+            self._outbox.settle_document(document)
+        except OutboxDamaged:
+            raise
+        except OutboxError as error:  # it is cleared again on the next connection
+            logger.debug("%s", error)
 
     def _set_aside(self, row: Row, reason: str, *, kind: str = "broker-rejected") -> None:
         """Move a row to the dead letters and tell; raises OutboxError when that cannot be stored now."""

@@ -20,8 +20,10 @@ from agent.delivery.commands import (
     Refusal,
     Start,
     read_command,
+    reply_topic,
     sign,
 )
+from agent.delivery.topics import Topics
 
 NOW = datetime(2026, 11, 25, 8, 0, tzinfo=timezone.utc)
 BASE = "hv/1/lab/scope"
@@ -210,3 +212,30 @@ def test_any_json_gives_a_command_or_a_refusal(name: str, body: dict[str, Any]) 
     payload = json.dumps(body).encode()
     for gatekeeper in (ANYONE, BY_KEY, Gatekeeper(BASE, "broker")):
         assert isinstance(read(inbound(name, payload), gatekeeper), (Command, Refusal))
+
+
+TOPICS = Topics("lab", "scope")
+
+
+@pytest.mark.parametrize(
+    ("asked", "topic"),
+    [
+        (None, f"{BASE}/reply/ping"),
+        ("desk/7/answers", "desk/7/answers"),
+        (f"{BASE}/reply/ping/desk-7", f"{BASE}/reply/ping/desk-7"),
+        (f"{BASE}/state", f"{BASE}/reply/ping"),
+        ("hv/1/lab/other/cmd/stop", f"{BASE}/reply/ping"),
+        ("$SYS/x", f"{BASE}/reply/ping"),
+        ("a/#", f"{BASE}/reply/ping"),
+        ("", f"{BASE}/reply/ping"),
+        ("a" * 500, f"{BASE}/reply/ping"),
+    ],
+)
+def test_a_reply_goes_where_it_was_asked_for_and_never_into_other_topics_of_devices(
+    asked: str | None, topic: str
+) -> None:
+    assert reply_topic(inbound(response_topic=asked), TOPICS) == topic
+
+
+def test_a_command_whose_name_is_no_word_is_answered_all_the_same() -> None:
+    assert reply_topic(inbound("x+\0" * 40), TOPICS) == f"{BASE}/reply/unknown"

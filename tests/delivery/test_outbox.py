@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agent.delivery.messages import Draft
+from agent.delivery.messages import Draft, RetainedDocument
 from agent.delivery.outbox import (
     EVENT_RESERVE_BYTES,
     Outbox,
@@ -149,7 +149,7 @@ def test_a_state_written_by_a_newer_agent_is_read_as_far_as_it_is_known(outbox: 
 KILLED = """
 import sys
 from pathlib import Path
-from agent.delivery.messages import Draft
+from agent.delivery.messages import Draft, RetainedDocument
 from agent.delivery.outbox import begin_boot, open_outbox
 from agent.domain import SampleState
 folder = Path(sys.argv[1])
@@ -519,7 +519,7 @@ def test_a_row_that_the_disk_has_changed_is_seen_and_stays_out_of_the_queue(outb
 def test_a_file_of_a_newer_agent_is_left_alone(tmp_path: Path) -> None:
     path = fill(tmp_path)
     with sqlite3.connect(path) as newer:
-        newer.execute("PRAGMA user_version=2")
+        newer.execute("PRAGMA user_version=99")
     newer.close()
     with pytest.raises(OutboxError, match="newer agent"):
         make_outbox(tmp_path)
@@ -679,3 +679,77 @@ OutboxAgainstAList.TestCase.settings = settings(
     max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestOutboxAgainstAList = OutboxAgainstAList.TestCase
+
+
+# ------------------------------------------------------------------------------------- documents, notes and answers
+
+
+def test_a_document_keeps_its_newest_word_and_every_change_has_a_higher_version(outbox: Outbox) -> None:
+    for number in range(3):
+        outbox.append((), documents=[RetainedDocument("hv/1/lab/scope/sample/s1", {"n": number})])
+    outbox.append((), documents=[RetainedDocument("hv/1/lab/scope/sample/s2", {"n": 9})])
+    first, second = outbox.documents()
+    assert (first.topic, json.loads(first.payload or b"")) == ("hv/1/lab/scope/sample/s1", {"n": 2})
+    assert first.version < second.version
+    assert outbox.documents(first.version) == [second]
+
+
+def test_a_cleared_document_is_told_until_the_broker_has_cleared_it(outbox: Outbox) -> None:
+    outbox.append((), documents=[RetainedDocument("t", {"n": 1})])
+    outbox.append((), documents=[RetainedDocument("t", None)])
+    (cleared,) = outbox.documents()
+    assert cleared.payload is None
+    outbox.append((), documents=[RetainedDocument("t", {"n": 2})])
+    outbox.settle_document(cleared)
+    (again,) = outbox.documents()
+    assert json.loads(again.payload or b"") == {"n": 2}, "it was written anew meanwhile"
+    outbox.append((), documents=[RetainedDocument("t", None)])
+    (last,) = outbox.documents()
+    outbox.settle_document(last)
+    assert outbox.documents() == []
+    outbox.append((), documents=[RetainedDocument("u", {})])
+    assert outbox.documents()[0].version > last.version, "a publisher that saw the last one must see this one"
+
+
+def test_notes_are_remembered_over_a_restart_and_forgotten_one_by_one_or_all_below_a_key(tmp_path: Path) -> None:
+    with make_outbox(tmp_path) as outbox:
+        outbox.append((), notes={"a/1": "x", "a/2": "y", "ab": "z"})
+    with make_outbox(tmp_path) as outbox:
+        assert outbox.notes("a/") == {"a/1": "x", "a/2": "y"}
+        outbox.append((), notes={"a/1": None})
+        assert (outbox.note("a/1"), outbox.note("a/2")) == (None, "y")
+        outbox.append((), notes={"a/": None})
+        assert outbox.notes("a") == {"ab": "z"}
+
+
+def test_of_the_answers_the_newest_are_kept(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.delivery.outbox.MOST_ANSWERS", 3)
+    for number in range(6):
+        outbox.append((), answer=(f"t-{number}", f"answer {number}"))
+    assert [outbox.answer(f"t-{number}") is not None for number in range(6)] == [False] * 3 + [True] * 3
+    assert outbox.answer("t-5") == "answer 5"
+
+
+def test_what_cannot_be_said_leaves_nothing_of_the_whole_append(outbox: Outbox) -> None:
+    with pytest.raises(MessageRejected):
+        outbox.append(
+            [make_draft()],
+            documents=[RetainedDocument("t", {"n": float("nan")})],
+            notes={"k": "v"},
+            answer=("t-1", "x"),
+        )
+    assert (outbox.depth(), outbox.documents(), outbox.note("k"), outbox.answer("t-1")) == (0, [], None, None)
+
+
+def test_an_outbox_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    with make_outbox(tmp_path) as outbox:
+        outbox.append([make_draft()])
+    with sqlite3.connect(tmp_path / "outbox.db") as old:
+        for table in ("documents", "notes", "answers"):
+            old.execute(f"DROP TABLE {table}")
+        old.execute("PRAGMA user_version=1")
+    old.close()
+    with make_outbox(tmp_path) as outbox:
+        assert outbox.depth() == 1
+        outbox.append((), notes={"k": "v"})
+        assert outbox.note("k") == "v"
