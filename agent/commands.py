@@ -10,6 +10,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The agent itself, until it has ended."""
     config = load_config(arguments.config)
     _start_logging(config)
-    return run_agent(config)
+    return run_agent(config, partial(load_config, arguments.config))
 
 
 def infer(arguments: argparse.Namespace) -> int:

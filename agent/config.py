@@ -46,8 +46,8 @@ Identifier = Annotated[
 Accession = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        json_schema_extra={"x-allowed": "1 to 64 letters, digits, dots, hyphens and underscores"},
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        json_schema_extra={"x-allowed": "1 to 64 letters, digits, hyphens and underscores"},
     ),
 ]
 """A laboratory's token for a sample, as bar codes hold it: no blanks, so that no name of a person fits by accident."""
@@ -301,8 +301,26 @@ class PublishSection(Section):
 
     cells: bool = True
     """Whether each cell is published on cell/{sample} too; the field message holds all of them anyway."""
+    images: bool = False
+    """Whether the crop of each nucleated cell and platelet is published on image/{sample}/{cell} as JPEG. They are not
+    kept: what no broker takes at once is dropped."""
     health_interval_s: Annotated[float, Field(ge=1, le=3600)] = 30
     """s; time between two health messages."""
+
+
+class CommandsSection(Section):
+    """Commands that come over MQTT."""
+
+    enabled: bool = True
+    """Whether the agent listens to cmd/{name} at all."""
+    operator: Literal["none", "broker", "key"] = "none"
+    """What shows that reload and model.* come from an operator: none = they are refused; broker = its access list says
+    who may write to these topics; key = they are signed with the key below."""
+    operator_key_file: Path | None = None
+    """File with the operators' key in one line (32 characters or more), for operator: key."""
+    staging_folder: Path | None = None
+    """Folder in which new models are put, each in a folder of its own, for model.stage; null = models/staging beside
+    the outbox."""
 
 
 class LogSection(Section):
@@ -327,6 +345,7 @@ class Config(Section):
     outbox: OutboxSection = OutboxSection()
     broker: BrokerSection = BrokerSection()
     publish: PublishSection = PublishSection()
+    commands: CommandsSection = CommandsSection()
     log: LogSection = LogSection()
 
 
@@ -402,6 +421,9 @@ def _clashes(config: Config) -> Iterator[Clash]:
     if tls.key_file and tls.certificate_file is None:
         message = "a key without its certificate; set broker.tls.certificate_file too"
         yield Clash(("broker", "tls", "key_file"), (("broker", "tls", "certificate_file"),), message)
+    if config.commands.operator == "key" and config.commands.operator_key_file is None:
+        message = "found 'key', which needs commands.operator_key_file; put the file with the key there"
+        yield Clash(("commands", "operator"), (("commands", "operator_key_file"),), message)
     if config.differential.dilution != 1 and config.differential.chamber_depth_mm is None:
         message = "a dilution without a chamber; set differential.chamber_depth_mm too"
         yield Clash(("differential", "dilution"), (("differential", "chamber_depth_mm"),), message)

@@ -211,7 +211,8 @@ class SampleState:
     sid: the sample's id in topics. next_cell_number: the number of the next cell's id.
     last_sha256_16: hash of the last frame taken in, so that a repeat is known after a restart too.
     accession: the laboratory's opaque token; with age_band all that is told of a person.
-    opened_at, ended_at: RFC 3339. end_reason: in a word, why it ends. reports: final and amended differentials so far.
+    opened_at, ended_at: RFC 3339. end_reason: in a word, why it ends. reports: final and amended differentials so far;
+    amendments: cells that a person named anew.
     target_cells: nucleated cells, target_half_width_pct: % points, at which it stops by itself; None = it does not.
     area_um2: of all fields; None once a field of unknown size was counted. not_classed: cells seen and never named.
     """
@@ -230,6 +231,7 @@ class SampleState:
     target_cells: int | None = None
     target_half_width_pct: float | None = None
     reports: int = 0
+    amendments: int = 0
     area_um2: float | None = 0.0
     not_classed: int = 0
 

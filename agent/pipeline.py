@@ -1,47 +1,62 @@
 """From a frame to stored results: the main path on one page. Newcomers start here, then read `agent.domain`.
 
     camera --Frame--> [ same as before? -> sharp and lit? -> detect -> crop -> classify -> name -> count ] --> outbox
-                           | frozen             | refused                                                       |
-                           +--------------------+--- counted, marked as finished -------------------------------+
+             | no sample   | frozen           | refused                                      | enough: report     |
+             +-------------+------------------+--- counted, marked as finished --------------+--------------------+
 
 `process_frame` is that line and has no effect outside; `analyse_frame` is its middle, used by `hematovision infer` too.
 `Pipeline` is the thread around it: it takes frames from the queue and stores what each one gave in one transaction, so
-that a frame is either done with or has not been begun. While the outbox cannot store, the frame in hand waits here, the
-queue behind it fills, and the camera waits (or its newest frame wins): nothing that was counted is lost.
+that a frame is either done with or has not been begun. Between two frames it does the commands that have come
+(`agent.desk`). While the outbox cannot store, the frame in hand waits here, the queue behind it fills, and the camera
+waits (or its newest frame wins): nothing that was counted is lost.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from dataclasses import field as with_default
 from datetime import datetime, timezone
 from types import MappingProxyType
 
 import agent
 from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
-from agent.analysis.crops import cut_crop
+from agent.analysis.crops import cut_crop, encode_jpeg
+from agent.analysis.differential import Chamber, Confusion, Rules, kinds_in_order, sum_areas
 from agent.analysis.quality import assess_quality
+from agent.analysis.sample import COUNTING, reached_target
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
-from agent.config import Config, QualitySection, config_sha256
-from agent.delivery.messages import Draft, Severity, event_draft, field_drafts
-from agent.delivery.outbox import Outbox
+from agent.config import Config, QualitySection, config_sha256, load_reference_intervals
+from agent.delivery.audit import ChainHead, Entry, chain
+from agent.delivery.commands import Command, InboundCommand, Refusal, reply_topic
+from agent.delivery.messages import Body, Draft, RetainedDocument, Severity, event_draft, field_drafts
+from agent.delivery.outbox import NO_NOTES, Outbox
+from agent.delivery.reports import Reply, reply_body
 from agent.delivery.topics import Topics
-from agent.domain import ClockReading, FieldResult, Frame, FrameQuality, Provenance, SampleState
+from agent.desk import Deed, Desk
+from agent.domain import CellStatus, ClockReading, FieldResult, Frame, FrameQuality, Provenance, SampleState
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
 from agent.health import Health
+from agent.inference.manifest import Manifest
 from agent.inference.models import Models
 from agent.machine import read_clock
+from agent.reporting import Reporter, note_cells, tally_of
 
 logger = logging.getLogger(__name__)
 
 NOT_STORED = "not-stored"
 """Why a live frame is dropped that the outbox could not take before the agent was stopped."""
+
+NO_SAMPLE = "no-sample"
+"""Why a frame is dropped while no sample is open, or the open one is paused."""
 
 UNSAYABLE = "unsayable"
 """Why a frame is dropped whose results JSON cannot say (a model that answers with no number)."""
@@ -60,6 +75,10 @@ TELL_AGAIN_S = 60.0
 
 STAGES_OF_A_FRAME = ("capture", "quality", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
+
+
+NO_KINDS = Rules({})
+"""Where the manifest does not say what each class is, a differential has no shares."""
 
 
 class Stopwatch:
@@ -91,6 +110,14 @@ class Bench:
     provenance: Provenance
     topics: Topics
     with_cells: bool
+    with_images: bool = False
+    counting: Rules = NO_KINDS
+    field_area_um2: float | None = None
+
+    @property
+    def reporter(self) -> Reporter:
+        """How samples are reported that are counted here."""
+        return Reporter(self.topics, self.counting, self.provenance)
 
 
 def make_bench(config: Config, models: Models) -> Bench:
@@ -110,6 +137,24 @@ def make_bench(config: Config, models: Models) -> Bench:
         ),
         topics=Topics(config.site, config.device),
         with_cells=config.publish.cells,
+        with_images=config.publish.images,
+        counting=counting_rules(config, models.manifest),
+        field_area_um2=_um2(config.differential.field_area_mm2),
+    )
+
+
+def counting_rules(config: Config, manifest: Manifest) -> Rules:
+    """How the differential is made: the manifest tells what each class is, the configuration what is asked."""
+    section, confusion = config.differential, manifest.classifier.own_confusion
+    has_column = section.correct_confusions and confusion is not None
+    return Rules(
+        kinds=kinds_in_order([*manifest.classifier.classes, *manifest.detector.classes], manifest.cell_kinds),
+        method=section.interval,
+        confusion=Confusion(confusion.counts) if has_column and confusion is not None else None,
+        reference=load_reference_intervals(section.reference_file),
+        chamber=None
+        if section.chamber_depth_mm is None
+        else Chamber(depth_mm=section.chamber_depth_mm, dilution=section.dilution),
     )
 
 
@@ -125,6 +170,7 @@ class Outcome:
     drafts: tuple[Draft, ...] = ()
     field: FieldResult | None = None
     dropped: str | None = None
+    notes: Mapping[str, str | None] = with_default(default_factory=lambda: NO_NOTES)
 
 
 def process_frame(
@@ -133,6 +179,8 @@ def process_frame(
     """Everything that one frame gives: its field with all its cells, or the reason why it gives none."""
     watch = Stopwatch(now_ns)
     watch.add("capture", frame.captured_monotonic_ns)
+    if sample.phase not in COUNTING:
+        return Outcome(sample, frame.origin_key, dropped=NO_SAMPLE)
     if frame.repeats_last or frame.sha256_16 == sample.last_sha256_16:
         return Outcome(sample, frame.origin_key, dropped=FROZEN)
     seen = replace(sample, last_sha256_16=frame.sha256_16)
@@ -141,8 +189,20 @@ def process_frame(
     if not quality.is_accepted:
         return Outcome(seen, frame.origin_key, dropped=quality.reasons[0])
     field = analyse_frame(frame, quality, bench, sample, clock, watch)
-    drafts = field_drafts(field, bench.topics, sample.sid, with_cells=bench.with_cells)
-    return Outcome(add_field(seen, field), frame.origin_key, drafts, field)
+    drafts = field_drafts(field, bench.topics, sample.sid, with_cells=bench.with_cells, accession=sample.accession)
+    notes = note_cells(sample.sid, field.cells, bench.counting.kinds)
+    outcome = Outcome(add_field(seen, field, bench.field_area_um2), frame.origin_key, drafts, field, notes=notes)
+    return stop_when_enough(outcome, bench, frame.captured_at)
+
+
+def stop_when_enough(outcome: Outcome, bench: Bench, at: datetime) -> Outcome:
+    """The outcome of a frame, with the sample finished and reported where it has as many cells as were asked for."""
+    reason = reached_target(outcome.sample, tally_of(outcome.sample).counts, bench.counting.kinds)
+    if reason is None:
+        return outcome
+    ending = bench.reporter.finish(outcome.sample, at, reason)
+    drafts, notes = (*outcome.drafts, *ending.drafts), {**outcome.notes, **ending.notes}
+    return replace(outcome, sample=ending.sample, drafts=drafts, notes=notes)
 
 
 def analyse_frame(
@@ -192,18 +252,37 @@ def analyse_frame(
     )
 
 
-def add_field(sample: SampleState, field: FieldResult) -> SampleState:
-    """The sample with one field more."""
+def add_field(sample: SampleState, field: FieldResult, area_um2: float | None = None) -> SampleState:
+    """The sample with one field more. area_um2: of the field; None = from the calibration, where there is one."""
+    frame = field.frame
+    if area_um2 is None and frame.um_per_px is not None:
+        area_um2 = frame.width_px * frame.height_px * frame.um_per_px**2
     return replace(
         sample,
         next_cell_number=sample.next_cell_number + len(field.cells),
         fields=sample.fields + 1,
         counts=_sum_counts(sample.counts, field.counts),
+        area_um2=sum_areas(sample.area_um2, area_um2),
+        not_classed=sample.not_classed + sum(cell.status is CellStatus.ARTEFACT for cell in field.cells),
     )
+
+
+def _um2(area_mm2: float | None) -> float | None:
+    return None if area_mm2 is None else area_mm2 * 1e6
 
 
 def _sum_counts(first: Mapping[str, int], second: Mapping[str, int]) -> Mapping[str, int]:
     return MappingProxyType(dict(sorted((Counter(first) + Counter(second)).items())))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Service:
+    """Where commands come from and answers go. reply: topic, body, correlation; show: topic, JPEG bytes."""
+
+    commands: queue.Queue[InboundCommand]
+    desk: Desk
+    reply: Callable[[str, Body, bytes | None], None]
+    show: Callable[[str, bytes], None]
 
 
 class Pipeline(threading.Thread):
@@ -211,6 +290,7 @@ class Pipeline(threading.Thread):
 
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
+    on_counted: called after each stored field. service: None = no commands are heard.
     """
 
     def __init__(
@@ -222,6 +302,9 @@ class Pipeline(threading.Thread):
         sample: SampleState,
         health: Health,
         on_stored: Callable[[], None] = lambda: None,
+        on_counted: Callable[[], None] = lambda: None,
+        service: Service | None = None,
+        documents_every_s: float = 5.0,
         retry_s: float = RETRY_S,
     ) -> None:
         super().__init__(name="pipeline", daemon=True)
@@ -233,10 +316,19 @@ class Pipeline(threading.Thread):
         self._bench = bench
         self._health = health
         self._on_stored = on_stored
+        self._on_counted = on_counted
+        self._service = service
         self._retry_s = retry_s
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
+        self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
         self._told_unreadable: tuple[str, float] = ("", 0.0)
+        self._documents_every_s = documents_every_s
+        self._told_sample: tuple[object, ...] = ()
+        self._told_sample_at_s = -math.inf
+        self._stopped_ns = 0  # when the sample was told to stop; frames taken before still belong to it
+        self._wants_snapshot = False
+        self._chain_head = read_chain_head(outbox)
 
     # ---- for other threads
 
@@ -245,6 +337,24 @@ class Pipeline(threading.Thread):
     ) -> None:
         """Have an event stored: something has happened now. It is, before the next frame."""
         self._events.append(_event(self._bench.topics, kind, message, severity, detail))
+
+    def remember(self, key: str, value: str) -> None:
+        """Have a note stored, before the next frame."""
+        self._memos.append((key, value))
+
+    def use_service(self, service: Service) -> None:
+        """Hear commands; before the thread is started."""
+        self._service = service
+
+    def record(self, entry: Entry, notes: Mapping[str, str | None] = NO_NOTES) -> None:
+        """Write an audit entry; before the thread is started. Raises OutboxError."""
+        audit, head, chained = self._chained((entry,))
+        self._outbox.append(audit, notes={**notes, **chained})
+        self._chain_head = head
+
+    def use_bench(self, bench: Bench) -> None:
+        """Work with other models or thresholds from the next frame on; on this thread, or before it is started."""
+        self._bench = bench
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the frame in hand and end; the frames behind it are left. Returns whether it has ended in time."""
@@ -266,20 +376,148 @@ class Pipeline(threading.Thread):
         while not self._stopping.is_set():
             self._health.beat("pipeline")
             self._store_events()
+            self._serve_commands()
             taken = self._frames.take(TURN_S)
+            self._finish_when_drained(taken)
             if taken is END_OF_FRAMES:
-                words = f"sample {self.sample.sid}: {self.sample.fields} fields"
-                self.tell("source-ended", words, detail={"sample": self.sample.sid, "fields": self.sample.fields})
-                self._store_events()
-                self.is_source_finished = True
+                self._end_of_source()
                 break
             if taken is NOTHING_YET:
-                continue
-            if isinstance(taken, UnreadableFrame):
+                self._tell_sample()
+            elif isinstance(taken, UnreadableFrame):
                 self._store(self._report_unreadable(taken))
-            else:
+            elif isinstance(taken, Frame):
+                self._take_snapshot(taken)
                 self._store(process_frame(taken, self.sample, self._bench, read_clock()))
         self._store_events()
+
+    def _end_of_source(self) -> None:
+        if self.sample.phase in ("running", "paused"):
+            self._finish("source-ended")
+        words = f"sample {self.sample.sid}: {self.sample.fields} fields"
+        self.tell("source-ended", words, detail={"sample": self.sample.sid, "fields": self.sample.fields})
+        self._store_events()
+        self.is_source_finished = True
+
+    # ---- the sample
+
+    def _finish_when_drained(self, taken: object) -> None:
+        """A sample that was told to stop is finished when no frame from before that is left."""
+        if self.sample.phase != "finishing":
+            return
+        is_before = isinstance(taken, Frame) and taken.captured_monotonic_ns <= self._stopped_ns
+        if not is_before:
+            self._finish("command")
+
+    def _finish(self, reason: str) -> None:
+        ending = self._bench.reporter.finish(self.sample, datetime.now(timezone.utc), reason)
+        self._store(Outcome(ending.sample, None, ending.drafts, notes=ending.notes))
+
+    def _tell_sample(self) -> None:
+        """While no frame comes: the documents that were not due with the last one."""
+        documents = self._due_documents(self.sample)
+        if documents:
+            self._store(Outcome(self.sample, None))
+
+    def _due_documents(self, sample: SampleState) -> tuple[RetainedDocument, ...]:
+        """The sample's documents, at once when its phase or its report is new, else only every few seconds."""
+        key = _sample_key(sample)
+        is_new = key[:4] != self._told_sample[:4]
+        is_due = time.monotonic() - self._told_sample_at_s >= self._documents_every_s
+        if key == self._told_sample or not (is_new or is_due):
+            return ()
+        return self._bench.reporter.documents(sample, boot=self._outbox.boot, at=datetime.now(timezone.utc))
+
+    def _note_told(self, sample: SampleState) -> None:
+        self._told_sample, self._told_sample_at_s = _sample_key(sample), time.monotonic()
+
+    def _take_snapshot(self, frame: Frame) -> None:
+        if self._wants_snapshot and self._service is not None:
+            self._wants_snapshot = False
+            topic = self._bench.topics.image(self.sample.sid, f"frame-{frame.number}")
+            self._service.show(topic, encode_jpeg(frame.pixels_bgr))
+
+    # ---- commands
+
+    def _serve_commands(self, *, can_store: bool = True) -> None:
+        """Do the commands that have come, in their order."""
+        if self._service is None:
+            return
+        while True:
+            try:
+                inbound = self._service.commands.get_nowait()
+            except queue.Empty:
+                return
+            self._serve(inbound, self._service, can_store=can_store)
+
+    def _serve(self, inbound: InboundCommand, service: Service, *, can_store: bool) -> None:
+        judged = service.desk.judge(inbound)
+        try:
+            if isinstance(judged, Refusal):
+                deed = service.desk.refuse(judged, self._bench.reporter)
+            elif can_store or not judged.kind.is_audited:
+                deed = service.desk.do(judged, self.sample, self._bench.reporter)
+            else:
+                deed = _not_stored(judged, "the outbox takes nothing now")
+            if deed.must_be_stored and can_store:
+                # What has changed models or configuration is done; that it was must be stored, however long it takes.
+                is_operators = isinstance(judged, Command) and judged.kind.role == "operator"
+                self._store_deed(deed, keeps_trying=is_operators)
+        except OutboxDamaged:
+            raise
+        except OutboxError as error:
+            self._mark_stopped(error)
+            deed = _not_stored(judged, str(error))
+        self._wants_snapshot |= deed.wants_snapshot
+        body = reply_body(
+            deed.reply,
+            self._bench.topics,
+            boot=self._outbox.boot,
+            at=datetime.now(timezone.utc),
+            is_repeated=deed.is_repeated,
+        )
+        service.reply(reply_topic(inbound, self._bench.topics), body, inbound.correlation)
+
+    def _store_deed(self, deed: Deed, *, keeps_trying: bool) -> None:
+        """All that a command gives, in one transaction; raises OutboxError, unless it keeps trying."""
+        while True:
+            try:
+                self._append_deed(deed)
+            except OutboxDamaged:
+                raise
+            except OutboxError as error:
+                if not keeps_trying or self._stopping.wait(self._retry_s):
+                    raise
+                self._mark_stopped(error)
+                self._health.beat("pipeline")
+            else:
+                return
+
+    def _append_deed(self, deed: Deed) -> None:
+        entries = () if deed.entry is None else (deed.entry,)
+        audit, head, notes = self._chained(entries)
+        sample = self.sample if deed.sample is None else deed.sample
+        documents = () if deed.sample is None else self._due_documents(sample)
+        self._outbox.append(
+            (*deed.drafts, *audit),
+            sample=deed.sample,
+            documents=(*deed.documents, *documents),
+            notes={**(deed.notes or {}), **notes},
+            answer=None if deed.answer_to is None else (deed.answer_to, deed.answer),
+        )
+        self._chain_head = head
+        if sample.phase == "finishing" and self.sample.phase != "finishing":
+            self._stopped_ns = time.monotonic_ns()
+        self.sample = sample
+        if documents:
+            self._note_told(sample)
+        self._on_stored()
+
+    def _chained(self, entries: Sequence[Entry]) -> tuple[tuple[Draft, ...], ChainHead, Mapping[str, str | None]]:
+        """The audit messages of these entries, where the chain ends then, and the note that says so."""
+        now = datetime.now(timezone.utc)
+        drafts, head = chain(entries, self._chain_head, self._bench.topics, boot=self._outbox.boot, at=now)
+        return drafts, head, {CHAIN_KEY: f"{head.n} {head.hash}"} if entries else NO_NOTES
 
     def _report_unreadable(self, unreadable: UnreadableFrame) -> Outcome:
         told_origin, told_at_s = self._told_unreadable
@@ -298,6 +536,7 @@ class Pipeline(threading.Thread):
         """Store all that a frame gave, for as long as it takes; a stop while the outbox takes nothing gives it up."""
         while not self._has_stored(outcome):
             self._health.beat("pipeline")
+            self._serve_commands(can_store=False)
             if self._stopping.wait(self._retry_s):
                 logger.warning("stopped while the outbox takes nothing: the frame in hand is not stored")
                 self._health.count_dropped(NOT_STORED)
@@ -317,17 +556,32 @@ class Pipeline(threading.Thread):
         self.sample = outcome.sample
         if outcome.field is not None:
             self._health.count_field(outcome.field.timing_ms)
+            self._on_counted()
         if outcome.dropped is not None:
             self._health.count_dropped(outcome.dropped)
         if outcome.drafts:
             self._on_stored()
+        if outcome.field is not None and self._bench.with_images and self._service is not None:
+            for topic, jpeg in pictures_of(outcome.field, outcome.sample.sid, self._bench):
+                self._service.show(topic, jpeg)
         return True
 
     def _append(self, outcome: Outcome) -> None:
-        if not outcome.drafts and outcome.finished_key is None:
+        documents = self._due_documents(outcome.sample)
+        if not outcome.drafts and outcome.finished_key is None and not documents:
             return  # a live frame that gave nothing need not wear the disk
         keys = () if outcome.finished_key is None else (outcome.finished_key,)
-        self._outbox.append(outcome.drafts, sample=outcome.sample, finished_keys=keys)
+        self._outbox.append(
+            outcome.drafts,
+            sample=outcome.sample,
+            finished_keys=keys,
+            documents=documents,
+            notes=outcome.notes,
+        )
+        if documents:
+            self._note_told(outcome.sample)
+            if not outcome.drafts:
+                self._on_stored()
 
     def _report_unsayable(self, outcome: Outcome, error: MessageRejected) -> Outcome:
         logger.error("a field cannot be stored: %s", error)
@@ -350,7 +604,8 @@ class Pipeline(threading.Thread):
         self.tell("outbox-recovered", "results are stored again; none was lost")
 
     def _store_events(self) -> None:
-        """Store the events that wait, in order; those that the outbox does not take now wait on."""
+        """Store the notes and events that wait, in order; those that the outbox does not take now wait on."""
+        self._store_memos()
         while self._events:
             event = self._events[0]
             try:
@@ -363,6 +618,47 @@ class Pipeline(threading.Thread):
             self._on_stored()
             if self._events[0] is event:  # else a newer one has pushed it out meanwhile
                 self._events.popleft()
+
+    def _store_memos(self) -> None:
+        while self._memos:
+            key, value = self._memos[0]
+            try:
+                self._outbox.append((), notes={key: value})
+            except OutboxDamaged:
+                raise
+            except OutboxError as error:
+                logger.debug("note waits: %s", error)
+                return
+            self._memos.popleft()
+
+
+CHAIN_KEY = "audit/head"
+"""Note: number and hash of the last entry of the audit chain."""
+
+
+def read_chain_head(outbox: Outbox) -> ChainHead:
+    """Where the audit chain of this outbox ends."""
+    n, _, digest = (outbox.note(CHAIN_KEY) or "").partition(" ")
+    return ChainHead(int(n), digest) if digest else ChainHead()
+
+
+def pictures_of(field: FieldResult, sid: str, bench: Bench) -> Iterator[tuple[str, bytes]]:
+    """Topic and JPEG bytes of each cell of a field that went to the classifier."""
+    margin = bench.models.manifest.classifier.crop.margin
+    for cell in field.cells:
+        if cell.classification is not None:
+            crop = cut_crop(field.frame.pixels_bgr, cell.detection.box, margin)
+            yield bench.topics.image(sid, cell.cell_id), encode_jpeg(crop)
+
+
+def _sample_key(sample: SampleState) -> tuple[object, ...]:
+    """What its documents depend on; the first four change seldom and are told at once."""
+    return sample.sid, sample.phase, sample.reports, sample.amendments, sample.fields
+
+
+def _not_stored(judged: Command | Refusal, reason: str) -> Deed:
+    message = f"nothing was done: {reason}; send it again, as another transaction, when the alert is gone"
+    return Deed(Reply(judged.name, judged.transaction, "failed", "outbox-stopped", message, {}))
 
 
 def _event(

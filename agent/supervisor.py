@@ -1,6 +1,6 @@
 """The main thread: builds the agent from its configuration, sink first, watches it, and ends it, source first.
 
-    start   outbox -> publisher -> models -> pipeline -> camera -> READY
+    start   outbox -> publisher -> workshop (models) -> pipeline -> camera -> READY
     stop    camera -> the frame in hand -> publisher drains -> outbox
 
 A thread may end only when it was asked to, or with its finite source. Any other end of one ends the process with an
@@ -13,36 +13,53 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import queue
 import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import date, datetime, timezone
+from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-
 import agent
 from agent import systemd
+from agent.alerts import CAMERA_TROUBLE, Problem, open_problems
+from agent.analysis.sample import begin
 from agent.camera.camera import Camera, open_camera
 from agent.camera.grabber import FrameQueue, Grabber
-from agent.config import CameraSection, Config, config_sha256, state_folder
+from agent.config import (
+    CameraSection,
+    Config,
+    SampleSection,
+    config_sha256,
+    models_folder,
+    read_secret,
+    state_folder,
+)
+from agent.delivery.audit import Entry
 from agent.delivery.certificates import Expiry, read_expiries
-from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body
+from agent.delivery.commands import Gatekeeper, InboundCommand, canonical_json
+from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body, rfc3339_ms
 from agent.delivery.outbox import Outbox, begin_boot, lock_folder, open_outbox
 from agent.delivery.publisher import Publisher
+from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
+from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, Refused, fresh_sample, new_sid
 from agent.domain import AgentState, SampleState
-from agent.errors import CameraError, ModelError, OutboxError
-from agent.health import CameraState, Health, HealthSnapshot, SelfTest
-from agent.inference.models import Models, open_models
-from agent.machine import read_machine
-from agent.pipeline import Pipeline, make_bench
+from agent.errors import CameraError, ConfigError, OutboxError
+from agent.health import CameraState, Health, HealthSnapshot
+from agent.inference.models import Models
+from agent.inference.slots import ModelSlots
+from agent.machine import read_clock, read_machine
+from agent.pipeline import Pipeline, Service
+from agent.reporting import Reporter
+from agent.workshop import Work, Workshop
 
 logger = logging.getLogger(__name__)
 
@@ -65,22 +82,30 @@ FRAME_IN_HAND_S = 10.0
 CAMERA_CLOSES_S = 2.0
 """s; a camera that does not let go within this is left to the end of the process."""
 
-SELF_TEST_SIDE_PX = 256
-"""px; side of the even grey frame on which both models must answer before the agent says that it is ready."""
-
 CLOCK_STEP_S = 2.0
 """s; time servers slew smaller differences; a larger one between two looks was set."""
 
 DISK_LOW_FACTOR, DISK_FINE_FACTOR = 4, 5
 """Multiples of outbox.min_free_mb: a warning comes while there is time to act, and again only after it was mended."""
 
-CAMERA_TROUBLE: tuple[CameraState, ...] = ("lost", "frozen")
+MOST_COMMANDS_WAITING = 64
+"""Persons send one; a program that sends more than this at once is told to wait."""
+
+SHORTEST_KEY = 32
+"""Characters of the operators' key: 128 bits in hexadecimal."""
+
+WORK_KEY = "audit/work"
+"""Note: the agent, configuration and models of the last start."""
+
+RAISED_KEY = "alerts"
+"""Note: the ids of the alerts that stand at the broker."""
 
 
-def run_agent(config: Config) -> int:
+def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int:
     """Run until a signal, the end of a finite source, or the death of a thread; returns the exit code.
 
-    Raises what stands in the way of a start: ModelError, OutboxError.
+    reread: the configuration as it stands in its file at the time of the command `reload`; None = as it is.
+    Raises what stands in the way of a start: ModelError, OutboxError, ConfigError.
     """
     with stop_on_signals() as stop, ExitStack() as cleanup:
         folder = state_folder(config.outbox)
@@ -91,6 +116,7 @@ def run_agent(config: Config) -> int:
         open_another = partial(open_here, verify=False)
 
         health = Health()
+        commands: queue.Queue[InboundCommand] = queue.Queue(MOST_COMMANDS_WAITING)
         publisher = Publisher(
             topics=Topics(config.site, config.device),
             broker=config.broker,
@@ -98,25 +124,36 @@ def run_agent(config: Config) -> int:
             open_outbox=open_another,
             health=health,
             health_interval_s=config.publish.health_interval_s,
+            take_command=partial(_put_if_room, commands) if config.commands.enabled else None,
         )
         publisher.start()
         cleanup.callback(publisher.stop, 0)  # for a start that fails below; a second stop does nothing
 
-        models = open_models(config.models)
-        health.self_test(try_models(models))
-        publisher.publish_info(describe(config, models, outbox.boot))
+        workshop = Workshop(config, model_slots(config, folder), health, reread or (lambda: config))
+        publisher.publish_info(describe(config, workshop.work.models, outbox.boot))
 
-        stored = outbox.sample_state()
-        sample = begin_sample(outbox, config.sample.id, datetime.now(timezone.utc).date())
+        bench = workshop.work.bench
+        sample, is_new = begin_sample(outbox, config.sample, datetime.now(timezone.utc), bench.reporter)
         frames = FrameQueue(config.camera.queue_frames)
         pipeline = Pipeline(
             frames=frames,
             outbox=outbox,
-            bench=make_bench(config, models),
+            bench=bench,
             sample=sample,
             health=health,
             on_stored=publisher.wake,
+            on_counted=workshop.mark_proven,
+            documents_every_s=config.differential.update_s,
         )
+        if config.commands.enabled:
+            desk = make_desk(config, outbox, workshop)
+            pipeline.use_service(Service(commands, desk, publisher.publish_reply, publisher.publish_picture))
+
+        def on_change(work: Work) -> None:
+            pipeline.use_bench(work.bench)
+            publisher.publish_info(describe(work.config, work.models, outbox.boot))
+
+        workshop.on_change = on_change
         stop_camera = threading.Event()
         grabber = Grabber(
             partial(open_unfinished, config.camera, open_another),
@@ -125,12 +162,26 @@ def run_agent(config: Config) -> int:
             stop_camera,
             last_sha256_16=sample.last_sha256_16,
         )
-        watch = Watch(config, folder, outbox.boot, health, publisher, pipeline, grabber, open_another)
+        watch = Watch(
+            config,
+            folder,
+            outbox.boot,
+            health,
+            publisher,
+            pipeline,
+            grabber,
+            open_another,
+            alerts=AlertBoard(publisher, pipeline, stale=read_raised(outbox)),
+            went_back=workshop.went_back,
+        )
         logger.info("sample %s, boot %d, %d messages wait", sample.sid, outbox.boot, outbox.depth())
+        record_work(pipeline, outbox, workshop)
         if outbox.set_aside is not None:
             pipeline.tell("outbox-set-aside", f"damaged, kept as {outbox.set_aside}; a new one was begun", "error")
+        if workshop.went_back is not None:
+            pipeline.tell("model-rolled-back", workshop.went_back, "error")
         pipeline.tell("agent-started", f"agent {agent.__version__}, sample {sample.sid}", detail={"sample": sample.sid})
-        if stored is None or stored.sid != sample.sid:
+        if is_new:
             pipeline.tell("sample-opened", f"sample {sample.sid}", detail={"sample": sample.sid})
         pipeline.start()
         grabber.start()
@@ -162,19 +213,65 @@ def run_agent(config: Config) -> int:
 # ------------------------------------------------------------------------------------------------------- the parts
 
 
-def try_models(models: Models) -> SelfTest:
-    """Both models must answer with numbers on an even grey frame. Raises ModelError where one does not."""
-    grey = np.full((SELF_TEST_SIDE_PX, SELF_TEST_SIDE_PX, 3), 128, np.uint8)
-    begun_s = time.monotonic()
-    scores = [detection.score for detection in models.detector.detect(grey)]
-    probabilities = models.classifier.classify(grey).probabilities
-    took_ms = (time.monotonic() - begun_s) * 1000
-    if not all(0 <= score <= 1 for score in scores) or not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
-        raise ModelError(
-            f"self-test: the models answer, but not with shares from 0 to 1 ({models.runtime}, {models.delegate}); "
-            "install the package again, or choose another models.runtime"
-        )
-    return SelfTest(datetime.now(timezone.utc), is_passed=True, detail=f"both models answer, {took_ms:.0f} ms")
+def model_slots(config: Config, folder: Path) -> ModelSlots:
+    """The slots of this device, beside its outbox."""
+    place = folder / "models"
+    return ModelSlots(place, models_folder(config.models), config.commands.staging_folder or place / "staging")
+
+
+def make_desk(config: Config, outbox: Outbox, workshop: Workshop) -> Desk:
+    """The desk at which this agent's commands are done. Raises ConfigError for an operator key that is none."""
+    section = config.commands
+    key = None
+    if section.operator == "key" and section.operator_key_file is not None:
+        secret = read_secret(section.operator_key_file, "") or ""
+        if len(secret) < SHORTEST_KEY:
+            fault = f"the operators' key must have {SHORTEST_KEY} characters or more"
+            raise ConfigError(str(section.operator_key_file), (fault,))
+        key = secret.encode()
+    return Desk(
+        outbox,
+        Gatekeeper(Topics(config.site, config.device).base, section.operator, key),
+        lambda: workshop.sample_section,
+        Instruments(
+            self_test=workshop.self_test,
+            reload=workshop.reload,
+            stage=workshop.stage,
+            activate=workshop.activate,
+            roll_back=workshop.roll_back,
+            replay=_replay,
+            describe=workshop.describe,
+        ),
+        clock=lambda: datetime.now(timezone.utc),
+        is_clock_true=lambda: read_clock().is_synchronised,
+        monotonic_s=time.monotonic,
+    )
+
+
+def _replay(stream: str, first: int, last: int) -> Done:
+    raise Refused("not-kept", f"{stream} {first} to {last}: this agent keeps nothing that was acknowledged")
+
+
+def _put_if_room(commands: queue.Queue[InboundCommand], command: InboundCommand) -> bool:
+    try:
+        commands.put_nowait(command)
+    except queue.Full:
+        return False
+    return True
+
+
+def record_work(pipeline: Pipeline, outbox: Outbox, workshop: Workshop) -> None:
+    """Audit that this start works with another configuration or other models than the last one did."""
+    now = canonical_json(workshop.describe()).decode()
+    before = outbox.note(WORK_KEY)
+    if before == now:
+        return
+    facts = {**workshop.describe(), "before": before}
+    words = "the agent works with another version, configuration or models than before" if before else "first start"
+    try:
+        pipeline.record(Entry("work-changed", "done", words, detail=facts), {WORK_KEY: now})
+    except OutboxError as error:
+        logger.error("the audit cannot be written now: %s", error)  # noqa: TRY400 - its words say all; next start again
 
 
 def describe(config: Config, models: Models, boot: int) -> Body:
@@ -203,15 +300,33 @@ def open_unfinished(section: CameraSection, open_outbox_here: Callable[[], Outbo
     return open_camera(section, done=done)
 
 
-def begin_sample(outbox: Outbox, wanted_id: str | None, today: date) -> SampleState:
-    """The sample that was not closed, else a new one. Another id in the configuration begins another sample."""
+def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter: Reporter) -> tuple[SampleState, bool]:
+    """The sample that was not closed, else a new one, and whether it is new.
+
+    Another id in the configuration ends the sample before and begins another. With `sample.start: command` none is
+    begun.
+    """
     stored = outbox.sample_state()
-    if stored is not None and wanted_id in (None, stored.sid):
-        return stored
-    if stored is not None:
-        logger.info("sample %s gives way to %s, which the configuration names", stored.sid, wanted_id)
+    is_asked = stored is not None and section.id in (None, stored.sid)
+    if stored is not None and is_asked and stored.phase != "idle":
+        return stored, False
+    if stored is not None and not is_asked:
+        logger.info("sample %s gives way to %s, which the configuration names", stored.sid, section.id)
+        if stored.phase in ("running", "paused", "finishing"):
+            ending = reporter.finish(stored, now, "replaced")
+            documents = reporter.documents(ending.sample, boot=outbox.boot, at=now)
+            outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes=ending.notes)
         outbox.clear_finished()
-    return SampleState(wanted_id or f"s-{today:%Y%m%d}-b{outbox.boot}")
+        stored = None
+    if section.start == "command":
+        return stored or NO_SAMPLE_YET, False
+    number = int(outbox.note(NUMBER_KEY) or 0) + 1
+    fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), section)
+    if stored is not None:  # of the same name: no cell_id and no report is given twice
+        fresh = replace(fresh, next_cell_number=stored.next_cell_number, reports=stored.reports)
+    begun = begin(None, fresh, rfc3339_ms(now))
+    outbox.append((), sample=begun, notes={NUMBER_KEY: str(number)})
+    return begun, True
 
 
 def close_sample(outbox: Outbox, sample: SampleState, wanted_id: str | None) -> None:
@@ -223,7 +338,10 @@ def close_sample(outbox: Outbox, sample: SampleState, wanted_id: str | None) -> 
     try:
         outbox.clear_finished()
         if wanted_id is not None:
-            outbox.append((), sample=SampleState(sample.sid, next_cell_number=sample.next_cell_number))
+            closed = SampleState(
+                sample.sid, next_cell_number=sample.next_cell_number, reports=sample.reports, phase="idle"
+            )
+            outbox.append((), sample=closed)
     except OutboxError as error:
         logger.error("sample %s cannot be closed: %s", sample.sid, error)  # noqa: TRY400 - its words say all
 
@@ -256,9 +374,41 @@ def derive_state(health: HealthSnapshot, *, is_started: bool) -> AgentState:
     """The agent's state in one word. A broker that is merely away is no fault of this device: results wait on disk."""
     if not is_started:
         return AgentState.INIT
-    if health.camera in CAMERA_TROUBLE or health.broker == "refused" or health.outbox == "stopped":
+    is_test_failed = health.last_self_test is not None and not health.last_self_test.is_passed
+    if health.camera in CAMERA_TROUBLE or health.broker == "refused" or health.outbox == "stopped" or is_test_failed:
         return AgentState.DEGRADED
     return AgentState.SLEEPING if health.camera == "idle" else AgentState.READY
+
+
+class AlertBoard:
+    """Raises and clears alerts as problems come and go. stale: ids that an earlier run left raised at the broker."""
+
+    def __init__(self, publisher: Publisher, pipeline: Pipeline, stale: Iterable[str] = ()) -> None:
+        self._publisher = publisher
+        self._pipeline = pipeline
+        self._stale = set(stale)
+        self._raised: dict[str, Alert] = {}
+
+    def show(self, problems: Mapping[str, Problem], now: datetime) -> None:
+        """These are open now, and no others."""
+        before = set(self._raised) | self._stale
+        for alert_id in before - set(problems):
+            self._raised.pop(alert_id, None)
+            self._publisher.publish_alert(alert_id, None)
+        for alert_id, problem in problems.items():
+            known = self._raised.get(alert_id)
+            if known is None or (known.severity, known.message) != (problem.severity, problem.message):
+                since = now if known is None else known.since
+                self._raised[alert_id] = Alert(alert_id, problem.severity, problem.message, since)
+                self._publisher.publish_alert(alert_id, self._raised[alert_id])
+        self._stale.clear()
+        if before != set(self._raised):
+            self._pipeline.remember(RAISED_KEY, " ".join(sorted(self._raised)))
+
+
+def read_raised(outbox: Outbox) -> tuple[str, ...]:
+    """The alerts that were raised when the agent ended the last time."""
+    return tuple((outbox.note(RAISED_KEY) or "").split())
 
 
 class Watch:
@@ -275,6 +425,9 @@ class Watch:
         grabber: Grabber,
         open_outbox_here: Callable[[], Outbox],
         wall_ahead_s: Callable[[], float] = lambda: time.time() - time.monotonic(),
+        *,
+        alerts: AlertBoard | None = None,
+        went_back: str | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -296,6 +449,11 @@ class Watch:
         self._wall_ahead_s = wall_ahead_s()
         self._is_disk_low = False
         self._told_expiries: set[str] = set()
+        self._alerts = alerts
+        self._went_back = went_back
+        self._dead_letters: int | None = None
+        self._near_expiries: tuple[str, ...] = ()
+        self._is_clock_true = True
 
     @property
     def has_died(self) -> bool:
@@ -315,6 +473,7 @@ class Watch:
         self._tell_clock_step()
         self._tell_state(seen)
         self._tell_health(seen)
+        self._show_alerts(seen)
         self.feed_watchdog()
 
     def say_stopping(self) -> None:
@@ -390,6 +549,9 @@ class Watch:
         self._tell_disk(machine.disk_free_bytes)
         expiries = read_expiries(self._config.broker.tls, datetime.now(timezone.utc))
         self._tell_expiries(expiries)
+        self._near_expiries = tuple(expiry.words for expiry in expiries if expiry.is_near)
+        self._dead_letters = self._count_dead_letters()
+        self._is_clock_true = machine.clock.is_synchronised
         self._publisher.publish_health(
             health_body(
                 seen,
@@ -401,10 +563,23 @@ class Watch:
                 state=self._state,
                 interval_s=interval_s,
                 restarts=self._boot - 1,
-                dead_letters=self._count_dead_letters(),
+                dead_letters=self._dead_letters,
                 certificate_days_left=expiries[0].days_left if expiries else None,
             )
         )
+
+    def _show_alerts(self, seen: HealthSnapshot) -> None:
+        if self._alerts is None:
+            return
+        problems = open_problems(
+            seen,
+            is_disk_low=self._is_disk_low,
+            dead_letters=self._dead_letters,
+            near_expiries=self._near_expiries,
+            went_back=self._went_back,
+            is_clock_true=self._is_clock_true,
+        )
+        self._alerts.show(problems, datetime.now(timezone.utc))
 
     def _tell_clock_step(self) -> None:
         before, self._wall_ahead_s = self._wall_ahead_s, self._read_wall_ahead_s()

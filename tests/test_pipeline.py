@@ -152,8 +152,8 @@ class Runner:
 
     @property
     def told(self) -> list[dict[str, Any]]:
-        """The events, without the one that ends every finite source."""
-        return [event for event in self.of_kind("event") if event["kind"] != "source-ended"]
+        """The events, without the two that end every finite source."""
+        return [event for event in self.of_kind("event") if event["kind"] not in ("sample-finished", "source-ended")]
 
 
 # ------------------------------------------------------------------------------------------ what one frame gives
@@ -262,15 +262,16 @@ def test_field_sample_and_finished_key_are_stored_together(outbox: Outbox) -> No
     assert outbox.sample_state() == runner.pipeline.sample
     assert runner.pipeline.sample.fields == 2
     assert runner.health.snapshot().fields == 2
-    assert runner.stored == 3  # the end of the source is an event
+    assert runner.stored == 4  # the end of the sample, and of the source
 
 
 def test_the_end_of_a_source_is_told_with_what_it_gave(outbox: Outbox) -> None:
     runner = Runner(outbox)
     runner.give(make_frame(1), make_frame(2))
     runner.run_to_end()
-    (event,) = runner.of_kind("event")
-    assert (event["kind"], event["detail"]["fields"]) == ("source-ended", 2)
+    finished, ended = runner.of_kind("event")
+    assert (finished["kind"], finished["detail"]["reason"]) == ("sample-finished", "source-ended")
+    assert (ended["kind"], ended["detail"]["fields"]) == ("source-ended", 2)
 
 
 def test_dropped_frames_are_counted_and_done_with(outbox: Outbox) -> None:

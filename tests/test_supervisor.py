@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 
 from agent import supervisor
-from agent.config import Config, models_folder
+from agent.analysis.differential import Rules
+from agent.config import Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
-from agent.domain import AgentState, Classification, SampleState
+from agent.delivery.topics import Topics
+from agent.domain import AgentState, Classification, ModelIdentity, Provenance, SampleState
 from agent.errors import ModelError, OutboxError
 from agent.health import Health
+from agent.reporting import Reporter
 from agent.supervisor import (
     THREAD_DIED,
     StopSignal,
@@ -33,10 +36,15 @@ from agent.supervisor import (
     derive_state,
     run_agent,
     stop_on_signals,
-    try_models,
 )
+from agent.workshop import try_models
 
-TODAY = date(2026, 11, 23)
+TODAY = datetime(2026, 11, 23, 8, tzinfo=timezone.utc)
+REPORTER = Reporter(
+    Topics("lab", "dev"),
+    Rules({}),
+    Provenance("0", ModelIdentity("d", "1", "a" * 64), ModelIdentity("c", "1", "b" * 64), "r", "none", "c" * 64),
+)
 
 needs_models = pytest.mark.skipif(
     not (models_folder(Config().models) / "manifest.json").exists(), reason="the shipped models are not in models/"
@@ -102,35 +110,60 @@ def test_the_state_follows_from_health(camera: Any, broker: Any, outbox_state: A
 # ---------------------------------------------------------------------------------------------------- the sample
 
 
-def test_a_new_sample_is_named_by_date_and_boot(outbox: Outbox) -> None:
-    assert begin_sample(outbox, None, TODAY) == SampleState(f"s-20261123-b{outbox.boot}")
+def begin(outbox: Outbox, sid: str | None = None, **section: Any) -> tuple[SampleState, bool]:
+    return begin_sample(outbox, SampleSection(id=sid, **section), TODAY, REPORTER)
+
+
+def test_a_new_sample_is_named_by_date_and_boot_and_runs(outbox: Outbox) -> None:
+    sample, is_new = begin(outbox, stop_at_cells=200, age_band="child", accession="A-1")
+    assert is_new
+    assert (sample.sid, sample.phase, sample.target_cells) == (f"s-20261123-b{outbox.boot}", "running", 200)
+    assert (sample.age_band, sample.accession, sample.opened_at) == ("child", "A-1", "2026-11-23T08:00:00.000Z")
+    assert outbox.sample_state() == sample
 
 
 def test_a_sample_that_was_not_closed_goes_on_after_a_restart(outbox: Outbox) -> None:
     stored = SampleState("s-20261122-b1", next_cell_number=40, fields=3, counts={"rbc": 39}, last_sha256_16="ab")
     outbox.append((), sample=stored, finished_keys=("one",))
-    assert begin_sample(outbox, None, TODAY) == stored
-    assert begin_sample(outbox, "s-20261122-b1", TODAY) == stored
+    assert begin(outbox) == (stored, False)
+    assert begin(outbox, "s-20261122-b1") == (stored, False)
     assert outbox.finished_keys() == {"one"}
 
 
-def test_another_id_in_the_configuration_begins_another_sample(outbox: Outbox) -> None:
+def test_another_id_in_the_configuration_ends_the_sample_with_its_report_and_begins_another(outbox: Outbox) -> None:
     outbox.append((), sample=SampleState("first", next_cell_number=40), finished_keys=("one",))
-    assert begin_sample(outbox, "second", TODAY) == SampleState("second")
+    second, is_new = begin(outbox, "second")
+    assert (second.sid, second.next_cell_number, is_new) == ("second", 1, True)
     assert outbox.finished_keys() == frozenset(), "the second sample takes the folder from its beginning"
+    (report, event) = [json.loads(row.payload) for row in outbox.pending(0, 9)]
+    assert (report["status"], report["report"]) == ("final", "first-r1")
+    assert event["detail"]["reason"] == "replaced"
 
 
-def test_a_closed_sample_is_followed_by_a_new_one(outbox: Outbox) -> None:
-    outbox.append((), sample=SampleState("s-20261122-b1", next_cell_number=40), finished_keys=("one",))
-    close_sample(outbox, SampleState("s-20261122-b1", next_cell_number=40), None)
+def test_a_closed_sample_is_followed_by_a_new_one_with_another_id(outbox: Outbox) -> None:
+    first, _ = begin(outbox)
+    close_sample(outbox, first, None)
     assert outbox.finished_keys() == frozenset()
-    assert begin_sample(outbox, None, TODAY).sid == f"s-20261123-b{outbox.boot}"
+    assert begin(outbox)[0].sid == f"s-20261123-b{outbox.boot}-2"
 
 
-def test_no_cell_id_is_given_twice_when_a_named_sample_runs_again(outbox: Outbox) -> None:
-    close_sample(outbox, SampleState("named", next_cell_number=40, fields=3, counts={"rbc": 39}), "named")
-    again = begin_sample(outbox, "named", TODAY)
+def test_no_cell_id_and_no_report_is_given_twice_when_a_named_sample_runs_again(outbox: Outbox) -> None:
+    close_sample(outbox, SampleState("named", next_cell_number=40, fields=3, counts={"rbc": 39}, reports=1), "named")
+    again, is_new = begin(outbox, "named")
+    assert is_new
     assert (again.sid, again.next_cell_number, again.fields, again.counts) == ("named", 40, 0, {})
+    assert (again.reports, again.phase) == (1, "running")
+
+
+def test_where_commands_begin_samples_none_begins_by_itself(outbox: Outbox) -> None:
+    assert begin(outbox, start="command")[0].phase == "idle"
+    assert outbox.sample_state() is None
+
+
+def test_a_sample_that_has_ended_is_not_begun_again_by_a_restart(outbox: Outbox) -> None:
+    ended = SampleState("s-1", phase="finished", fields=9)
+    outbox.append((), sample=ended)
+    assert begin(outbox) == (ended, False)
 
 
 # --------------------------------------------------------------------------------------------------- the signals
@@ -374,7 +407,8 @@ def test_the_death_of_a_thread_ends_the_process_with_its_own_code(
     assert run_agent(make_config(tmp_path)) == THREAD_DIED
     assert f"the {name} thread has died: a fault of ours" in caplog.text
     with open_outbox(tmp_path, device="dev", verify=False) as outbox:
-        assert outbox.sample_state() is None or name == "publisher"
+        sample = outbox.sample_state()
+        assert sample is None or sample.fields == 0 or name == "publisher"
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -411,6 +445,6 @@ def test_a_camera_that_is_not_there_is_retried_in_the_state_degraded(
         AgentState.STOPPING,
     ]
     with open_outbox(tmp_path / "outbox", device="dev", verify=False) as outbox:
-        events = [json.loads(row.payload) for row in outbox.pending(0, 10)]
+        events = [json.loads(row.payload) for row in outbox.pending(0, 10) if row.stream == "event"]
     assert [event["kind"] for event in events] == ["agent-started", "sample-opened", "camera-lost", "agent-stopping"]
     assert "no-such-folder" in events[2]["message"]

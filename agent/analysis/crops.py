@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import cast
 
 import cv2
 import numpy as np
@@ -50,3 +51,21 @@ def central_detection(
         key=lambda detection: (detection.box.centre_px[0] - x) ** 2 + (detection.box.centre_px[1] - y) ** 2,
         default=None,
     )
+
+
+LARGEST_JPEG_BYTES = 256 * 1024
+"""What brokers take without being asked; a crop has some 10 kB, a frame is made to fit."""
+
+
+def encode_jpeg(pixels_bgr: Pixels, largest_bytes: int = LARGEST_JPEG_BYTES) -> bytes:
+    """A picture as JPEG, first with less quality, then smaller, until it has at most so many bytes."""
+    quality = 90
+    while True:
+        is_done, encoded = cv2.imencode(".jpg", pixels_bgr, (cv2.IMWRITE_JPEG_QUALITY, quality))
+        jpeg = encoded.tobytes() if is_done else b""
+        if len(jpeg) <= largest_bytes or max(pixels_bgr.shape[:2]) < 2:
+            return jpeg
+        if quality > 70:
+            quality -= 10
+        else:
+            pixels_bgr = cast("Pixels", cv2.resize(pixels_bgr, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA))

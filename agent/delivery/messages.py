@@ -31,9 +31,6 @@ KINDS = (
 )
 """The kinds of message of this version, each with a schema in `schemas/`."""
 
-PUBLISHED = KINDS[:6]
-"""The kinds that this agent sends today."""
-
 Severity = Literal["info", "warning", "error"]
 
 LONGEST_TEXT = 2000
@@ -80,7 +77,7 @@ class DescribedModel:
 # ---------------------------------------------------------------------------------------------- numbered messages
 
 
-def field_body(result: FieldResult, device: str, site: str, sid: str) -> Body:
+def field_body(result: FieldResult, device: str, site: str, sid: str, accession: str | None = None) -> Body:
     """The durable record of one accepted frame with all its cells. Unknown optional keys are left out."""
     frame = result.frame
     return {
@@ -88,6 +85,7 @@ def field_body(result: FieldResult, device: str, site: str, sid: str) -> Body:
         "device": device,
         "site": site,
         "sample": sid,
+        **({} if accession is None else {"accession": accession}),
         "captured_at": rfc3339_ms(frame.captured_at),
         "captured_monotonic_ns": int(frame.captured_monotonic_ns),
         "clock": _clock_body(result.clock),
@@ -152,13 +150,15 @@ def event_body(
     }
 
 
-def field_drafts(result: FieldResult, topics: Topics, sid: str, *, with_cells: bool) -> tuple[Draft, ...]:
+def field_drafts(
+    result: FieldResult, topics: Topics, sid: str, *, with_cells: bool, accession: str | None = None
+) -> tuple[Draft, ...]:
     """All that one frame says on MQTT: the field, then, if asked for, each of its cells."""
     captured_ns = int(result.frame.captured_monotonic_ns)
     field = Draft(
         "field",
         topics.field(sid),
-        field_body(result, topics.device, topics.site, sid),
+        field_body(result, topics.device, topics.site, sid, accession),
         captured_monotonic_ns=captured_ns,
     )
     if not with_cells:
@@ -246,7 +246,7 @@ def info_body(
     config_sha256: str,
     runtime: str,
     delegate: str,
-    capabilities: Iterable[str] = PUBLISHED,
+    capabilities: Iterable[str] = (*KINDS, "image", "cmd"),
 ) -> Body:
     """The birth certificate: who counts here, with which models. capabilities: what this agent does, as words."""
     return {
@@ -409,6 +409,11 @@ def _provenance_body(provenance: Provenance) -> Body:
 
 def _model_body(identity: ModelIdentity) -> Body:
     return {"name": identity.name, "version": identity.version, "sha256": identity.sha256}
+
+
+def model_words(identity: ModelIdentity) -> str:
+    """A model in one line: name, version and the first digits of its digest."""
+    return f"{identity.name} {identity.version} ({identity.sha256[:16]})"
 
 
 def _clock_body(clock: ClockReading) -> Body:

@@ -463,7 +463,7 @@ class Outbox:
             row_ids = self._store(drafts)
             connection.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in finished_keys))
             if sample is not None:
-                connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (_sample_text(sample),))
+                connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (sample_text(sample),))
             if closes_sample:
                 _forget_sample(connection)
             self._store_documents(documents)
@@ -600,7 +600,7 @@ class Outbox:
     def sample_state(self) -> SampleState | None:
         """The state stored with the last field; None before the first and after the sample was closed."""
         text = self._value("SELECT state FROM sample")
-        return None if text is None else _sample_from(str(text))
+        return None if text is None else sample_from(str(text))
 
     def finished_keys(self) -> frozenset[str]:
         """Origin keys of the frames that are done with, as they are now; may be handed to another thread."""
@@ -801,12 +801,14 @@ def _forget_sample(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM sample")
 
 
-def _sample_text(sample: SampleState) -> str:
+def sample_text(sample: SampleState) -> str:
+    """The state as JSON."""
     keys = {part.name: getattr(sample, part.name) for part in dataclasses.fields(sample)}
     return json.dumps({**keys, "counts": {name: int(count) for name, count in sample.counts.items()}})
 
 
-def _sample_from(text: str) -> SampleState:
+def sample_from(text: str) -> SampleState:
+    """The state from its JSON; keys of a newer agent are passed over."""
     stored = json.loads(text)
     known = {part.name: stored[part.name] for part in dataclasses.fields(SampleState) if part.name in stored}
     return SampleState(**{**known, "counts": MappingProxyType(stored.get("counts", {}))})

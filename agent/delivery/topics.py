@@ -9,6 +9,8 @@ CONTRACT_VERSION = 1
 """Goes up when a message loses a key or a key changes its meaning; new keys do not change it."""
 
 _PART = re.compile(r"[a-z0-9-]{1,63}")
+_PICTURE = re.compile(r"[a-z0-9-]{1,80}")
+"""A cell's id is its sample's and a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ class Topics:
 
     def image(self, sid: str, picture: str) -> str:
         """picture: a cell_id, or `frame-{n}` for a whole frame."""
-        return f"{self.base}/image/{_checked(sid)}/{_checked(picture)}"
+        if not _PICTURE.fullmatch(picture):
+            raise ValueError(f"{picture!r} cannot stand in a topic")
+        return f"{self.base}/image/{_checked(sid)}/{picture}"
 
     def field(self, sid: str) -> str:
         return f"{self.base}/field/{_checked(sid)}"

@@ -64,7 +64,7 @@ def test_each_word_of_the_list_is_understood_with_its_least(name: str) -> None:
 
 
 def test_a_start_tells_all_that_it_may() -> None:
-    body = {"sample": "s-9", "accession": "A26.1-7", "age_band": "child", "stop_at_cells": 200, "by": "tech-4"}
+    body = {"sample": "s-9", "accession": "A26-1-7", "age_band": "child", "stop_at_cells": 200, "by": "tech-4"}
     judged = read(inbound("start", body))
     assert isinstance(judged, Command)
     assert isinstance(judged.request, Start)

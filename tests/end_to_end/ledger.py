@@ -7,7 +7,7 @@ from typing import Any
 
 import jsonschema
 
-from agent.delivery.messages import load_schema
+from agent.delivery.messages import KINDS, load_schema
 
 
 class Ledger:
@@ -25,11 +25,18 @@ class Ledger:
             kind: jsonschema.Draft202012Validator(
                 load_schema(kind), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
             )
-            for kind in ("state", "info", "health", "field", "cell", "event")
+            for kind in KINDS
         }
+        self.samples: list[dict[str, Any]] = []
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.audit: dict[str, dict[str, Any]] = {}
+        self.replies: list[dict[str, Any]] = []
         for message in messages:
-            validators[message.kind].validate(message.body)
             assert message.qos == 1
+            if message.payload == b"":  # a retained topic is cleared
+                assert message.kind in ("alert", "sample", "differential")
+                continue
+            validators[message.kind].validate(message.body)
             self._take(message.kind, message.body)
 
     def _take(self, kind: str, body: dict[str, Any]) -> None:
@@ -40,7 +47,18 @@ class Ledger:
                 "health": lambda: self.healths.append(body),
             }[kind]()
             return
-        known = {"field": self.fields, "cell": self.cells, "event": self.events}[kind]
+        if kind in ("alert", "sample", "reply"):
+            {"alert": [], "sample": self.samples, "reply": self.replies}[kind].append(body)
+            return
+        if kind == "differential" and "seq" not in body:
+            return  # the retained document; the numbered one is what counts
+        known = {
+            "field": self.fields,
+            "cell": self.cells,
+            "event": self.events,
+            "differential": self.reports,
+            "audit": self.audit,
+        }[kind]
         if (before := known.get(body["id"])) is not None:
             self.repeats += 1
             same = [json.dumps({**one, "historical": None}, sort_keys=True) for one in (before, body)]
@@ -49,7 +67,7 @@ class Ledger:
 
     def check_numbers(self) -> None:
         """Every stream counts from 1 without gaps: the subscriber can prove that nothing is missing."""
-        for stream in (self.fields, self.cells, self.events):
+        for stream in (self.fields, self.cells, self.events, self.reports, self.audit):
             seqs = sorted(body["seq"] for body in stream.values())
             assert seqs == list(range(1, len(seqs) + 1))
 

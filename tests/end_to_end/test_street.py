@@ -62,7 +62,7 @@ def test_every_field_of_a_folder_arrives_and_every_message_matches_its_schema(
         field["frame"]["n"] for field in ledger.fields.values()
     )
     told = [event["kind"] for event in ledger.events.values()]
-    assert told == ["agent-started", "sample-opened", "frame-unreadable", "source-ended"]
+    assert told == ["agent-started", "sample-opened", "frame-unreadable", "sample-finished", "source-ended"]
     assert "field-3b.png" in list(ledger.events.values())[2]["message"]
     assert ledger.states[0] in ("init", "ready")
     assert ledger.states[-3:] == ["ready", "stopping", "disconnected"]

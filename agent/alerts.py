@@ -1,0 +1,61 @@
+"""Which problems are open: from what is seen now to alerts, without memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from agent.delivery.messages import Severity
+from agent.health import CameraState, HealthSnapshot
+
+CAMERA_TROUBLE: tuple[CameraState, ...] = ("lost", "frozen")
+
+ALERT_IDS = (
+    *("camera-lost", "camera-frozen", "outbox-stopped", "dead-letters", "disk-low", "self-test-failed"),
+    *("certificate-expiring", "models-fell-back", "clock-not-synchronised"),
+)
+"""Every alert of this version. That the broker refuses us cannot be told through the broker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An open problem in words."""
+
+    severity: Severity
+    message: str
+
+
+def open_problems(
+    seen: HealthSnapshot,
+    *,
+    is_disk_low: bool = False,
+    dead_letters: int | None = None,
+    near_expiries: Iterable[str] = (),
+    went_back: str | None = None,
+    is_clock_true: bool = True,
+) -> Mapping[str, Problem]:
+    """The problems of this moment by alert id.
+
+    near_expiries: in words, of each certificate that ends soon. went_back: why other models are in use than activated.
+    """
+    found: dict[str, Problem] = {}
+    if seen.camera in CAMERA_TROUBLE:
+        found[f"camera-{seen.camera}"] = Problem("error", seen.camera_detail)
+    if seen.outbox == "stopped":
+        found["outbox-stopped"] = Problem("error", seen.outbox_detail)
+    if dead_letters:
+        words = f"{dead_letters} messages were refused and set aside; `hematovision outbox list --dead` shows them"
+        found["dead-letters"] = Problem("warning", words)
+    if is_disk_low:
+        found["disk-low"] = Problem("warning", "the disk is nearly full; soon intake stops. Free space")
+    if seen.last_self_test is not None and not seen.last_self_test.is_passed:
+        found["self-test-failed"] = Problem("error", seen.last_self_test.detail)
+    expiring = "; ".join(near_expiries)
+    if expiring:
+        found["certificate-expiring"] = Problem("warning", expiring)
+    if went_back is not None:
+        found["models-fell-back"] = Problem("error", f"{went_back}; the ones before are in use")
+    if not is_clock_true:
+        words = "the clock follows no reference: times in messages may be wrong, their order (seq) is not"
+        found["clock-not-synchronised"] = Problem("info", words)
+    return found

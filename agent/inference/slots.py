@@ -1,0 +1,177 @@
+"""Two slots for models: the ones in use, and the ones that may come next; a switch is one rename.
+
+    staging/{folder} --stage: checked, copied--> the slot that is not in use --activate: tried, renamed--> in use
+                                                                 ^---------------- roll_back ----------------'
+
+    models/
+      a/ b/          each a folder of models with its manifest
+      active.json    which is in use, and which was before: `a`, `b` or `base` (the configured or packaged models)
+
+Rules
+  * A slot is used only if every file is the one in its manifest, and only after both models have answered.
+  * `active.json` is replaced whole, so that after a power cut the old or the new models are in use, and nothing else.
+  * Models that were activated are on trial until they have counted a field. A third start without that goes back to the
+    ones before: models that crash the agent do not crash it for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from agent.errors import ModelError
+from agent.inference.manifest import MANIFEST_NAME, Manifest, load_manifest, read_model_file
+
+Slot = Literal["a", "b", "base"]
+
+ACTIVE_NAME = "active.json"
+
+TRIAL_STARTS = 3
+"""One start may be a power cut, two may be chance."""
+
+
+class NothingToSwitchTo(ModelError):
+    """There is no other slot with models in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """Which slot is in use. trial_starts: starts since it was activated without a counted field; None = proven."""
+
+    slot: Slot = "base"
+    before: Slot | None = None
+    trial_starts: int | None = None
+
+
+class ModelSlots:
+    """The slots of one device. folder: holds them; base: the models that came with the agent or its configuration."""
+
+    def __init__(self, folder: Path, base: Path, staging: Path) -> None:
+        self._folder = folder
+        self._base = base
+        self._staging = staging
+
+    @property
+    def active(self) -> Active:
+        """Which is in use; the base where nothing was ever activated, or where what was noted cannot be read."""
+        try:
+            noted = json.loads((self._folder / ACTIVE_NAME).read_text("utf-8"))
+            active = Active(noted["slot"], noted["before"], noted["trial_starts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return Active()
+        is_known = active.slot in get_args(Slot) and active.before in (*get_args(Slot), None)
+        return active if is_known and isinstance(active.trial_starts, (int, type(None))) else Active()
+
+    def path(self, slot: Slot) -> Path:
+        """The folder of models of a slot."""
+        return self._base if slot == "base" else self._folder / slot
+
+    def begin(self) -> tuple[Active, str | None]:
+        """What to start with, counting one start more while on trial; and why it is not what was active, if so."""
+        active = self.active
+        if active.trial_starts is None:
+            return active, None
+        if active.trial_starts + 1 >= TRIAL_STARTS:
+            words = f"the models in slot {active.slot} did not count a field in {active.trial_starts} starts"
+            return self._go_back(active), words
+        self._note(replace(active, trial_starts=active.trial_starts + 1))
+        return active, None
+
+    def go_back(self) -> Active:
+        """The ones before are in use again, without trying them: what is in use cannot be used at all."""
+        return self._go_back(self.active)
+
+    def mark_proven(self) -> None:
+        """The models in use have counted a field."""
+        active = self.active
+        if active.trial_starts is not None:
+            self._note(replace(active, trial_starts=None))
+
+    def stage(self, name: str) -> Manifest:
+        """Check the models in a folder of the staging place and copy them into the slot that is not in use.
+
+        Raises ModelError: not there, not what its manifest says, cannot be copied.
+        """
+        source = self._staging / name
+        manifest = load_manifest(source)
+        target = self._folder / self._other(self.active)
+        fresh = target.with_name(f"{target.name}.new")
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            _write(fresh / MANIFEST_NAME, (source / MANIFEST_NAME).read_bytes())
+            for entry in (manifest.detector, manifest.classifier):
+                _must_stay_inside(entry.file)
+                # The very bytes whose digest was checked are written.
+                _write(fresh / entry.file, read_model_file(source, entry))
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+            _sync(self._folder)
+        except OSError as error:
+            raise ModelError(f"{target}: the models cannot be stored: {error.strerror}; free space there") from error
+        copied = load_manifest(target)
+        for entry in (copied.detector, copied.classifier):
+            read_model_file(target, entry)
+        return copied
+
+    def switch(self, try_them: Callable[[Path], None], *, is_rollback: bool = False) -> Active:
+        """Take the other slot into use, if its models can be used. try_them: raises ModelError where they cannot."""
+        active = self.active
+        slot = active.before if is_rollback else self._other(active)
+        if slot is None:
+            raise NothingToSwitchTo("there are no models before these; nothing was ever activated")
+        path = self.path(slot)
+        if not (path / MANIFEST_NAME).is_file():
+            raise NothingToSwitchTo(f"{path}: there are no models; stage some first")
+        try_them(path)
+        switched = Active(slot, before=active.slot, trial_starts=0)
+        self._note(switched)
+        return switched
+
+    def _go_back(self, active: Active) -> Active:
+        back = Active(active.before or "base", before=None, trial_starts=None)
+        self._note(back)
+        return back
+
+    @staticmethod
+    def _other(active: Active) -> Slot:
+        """The slot that staging may overwrite: never the one in use."""
+        return "b" if active.slot == "a" else "a"
+
+    def _note(self, active: Active) -> None:
+        path = self._folder / ACTIVE_NAME
+        fresh = path.with_name(f"{ACTIVE_NAME}.new")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _write(fresh, json.dumps(asdict(active)).encode())
+            fresh.replace(path)
+            _sync(self._folder)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be written: {error.strerror}; free space there") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _must_stay_inside(name: str) -> None:
+    """A manifest from elsewhere must not have files written outside its slot."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelError(f"{MANIFEST_NAME}: the file {name} lies outside its folder; that is no set of models")

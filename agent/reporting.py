@@ -1,0 +1,185 @@
+"""What a sample says of itself: its documents, its final differential, and what is kept to amend it later.
+
+Everything here is a value from a value; who stores it is `agent.pipeline`, in the transaction of what caused it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+
+from agent.analysis.cells import UNIDENTIFIED
+from agent.analysis.differential import (
+    CellKind,
+    Differential,
+    Rules,
+    Tally,
+    count_nucleated,
+    make_differential,
+)
+from agent.analysis.sample import ENDED, change
+from agent.delivery.messages import Draft, RetainedDocument, event_draft, rfc3339_ms
+from agent.delivery.outbox import sample_from, sample_text
+from agent.delivery.reports import ReportStatus, differential_body, differential_draft, sample_body
+from agent.delivery.topics import Topics
+from agent.domain import Cell, CellStatus, ModelIdentity, Provenance, SampleState
+
+ARTEFACT = CellStatus.ARTEFACT.value
+
+KEPT_SAMPLES = 16
+"""Ended samples that can still be amended: more than lie on a bench in a day's review."""
+
+KEPT_KINDS: tuple[CellKind, ...] = ("leukocyte", "erythroblast", "smudge")
+"""Of these, and of cells without a trusted name, the class is kept for each cell: thousands of red cells are not."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reporter:
+    """How samples of this device are reported. rules: of the differential; provenance: who counts now."""
+
+    topics: Topics
+    rules: Rules
+    provenance: Provenance
+
+    def differential(self, sample: SampleState) -> Differential:
+        """What the counts of a sample say now."""
+        half_width_pct = sample.target_half_width_pct
+        rules = replace(self.rules, half_width=None if half_width_pct is None else half_width_pct / 100)
+        return make_differential(tally_of(sample), rules, sample.age_band)
+
+    def documents(self, sample: SampleState, *, boot: int, at: datetime) -> tuple[RetainedDocument, ...]:
+        """The retained documents of a sample as it is; a sample that was thrown over has no differential."""
+        if sample.phase == "idle":
+            return ()
+        nucleated = count_nucleated(tally_of(sample).counts, self.rules.kinds)
+        body = sample_body(sample, self.topics, boot=boot, at=at, nucleated=nucleated)
+        topic = self.topics.differential(sample.sid)
+        if sample.phase == "aborted":
+            report = None
+        else:
+            report = differential_body(
+                self.differential(sample),
+                sample,
+                self.topics,
+                self.provenance,
+                boot=boot,
+                at=at,
+                status=status_of(sample),
+                amendments=sample.amendments,
+            )
+        return RetainedDocument(self.topics.sample(sample.sid), body), RetainedDocument(topic, report)
+
+    def report(self, sample: SampleState, at: datetime) -> tuple[SampleState, Draft]:
+        """The next numbered differential of an ended sample, and the sample that knows of it."""
+        numbered = replace(sample, reports=sample.reports + 1)
+        body = differential_body(
+            self.differential(numbered),
+            numbered,
+            self.topics,
+            self.provenance,
+            boot=1,  # filled in when it is numbered
+            at=at,
+            status=status_of(numbered),
+            amendments=numbered.amendments,
+        )
+        return numbered, differential_draft(body, self.topics, sample.sid)
+
+    def finish(self, sample: SampleState, at: datetime, reason: str) -> Ending:
+        """The sample ended in order, with its final differential."""
+        stopped = sample if sample.phase == "finishing" else change(sample, "stop", rfc3339_ms(at), reason)
+        ended, report = self.report(change(stopped, "settle", rfc3339_ms(at)), at)
+        words = f"sample {ended.sid}: {ended.fields} fields, {ended.end_reason}"
+        detail = {"sample": ended.sid, "fields": ended.fields, "reason": ended.end_reason}
+        event = event_draft("sample-finished", words, self.topics, at=at, detail=detail)
+        return Ending(ended, (report, event), self.keep(ended))
+
+    def keep(self, sample: SampleState) -> Mapping[str, str | None]:
+        """What has to be remembered of an ended sample so that it can be amended."""
+        kept = {"state": json.loads(sample_text(sample)), "provenance": asdict(self.provenance)}
+        return {kept_key(sample.sid): json.dumps(kept)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ending:
+    """What the end of a sample gives, to be stored as a whole."""
+
+    sample: SampleState
+    drafts: tuple[Draft, ...]
+    notes: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptSample:
+    """An ended sample that can still be amended, and who counted it."""
+
+    sample: SampleState
+    provenance: Provenance
+
+
+def tally_of(sample: SampleState) -> Tally:
+    """What a differential is made from."""
+    return Tally(sample.counts, sample.fields, area_um2=sample.area_um2, not_classed=sample.not_classed)
+
+
+def status_of(sample: SampleState) -> ReportStatus:
+    if sample.phase not in ENDED:
+        return "preliminary"
+    return "amended" if sample.amendments else "final"
+
+
+def kept_key(sid: str) -> str:
+    return f"samples/{sid}"
+
+
+def read_kept(text: str) -> KeptSample:
+    """From the note that `Reporter.keep` wrote."""
+    kept = json.loads(text)
+    who = kept["provenance"]
+    provenance = Provenance(
+        **{**who, "detector": ModelIdentity(**who["detector"]), "classifier": ModelIdentity(**who["classifier"])}
+    )
+    return KeptSample(sample_from(json.dumps(kept["state"])), provenance)
+
+
+def cell_key(sid: str, cell_id: str) -> str:
+    return f"cells/{sid}/{cell_id}"
+
+
+def note_cells(sid: str, cells: Iterable[Cell], kinds: Mapping[str, CellKind]) -> dict[str, str | None]:
+    """The class of each counted cell that a person may want to name anew."""
+    notes: dict[str, str | None] = {}
+    for cell in cells:
+        if cell.status is CellStatus.UNIDENTIFIED:
+            notes[cell_key(sid, cell.cell_id)] = UNIDENTIFIED
+        elif cell.status in (CellStatus.ACCEPTED, CellStatus.EDGE) and kinds.get(cell.class_name) in KEPT_KINDS:
+            notes[cell_key(sid, cell.cell_id)] = cell.class_name
+    return notes
+
+
+def forget_sample(sid: str, topics: Topics) -> tuple[tuple[RetainedDocument, ...], Mapping[str, str | None]]:
+    """A sample that is too old to be amended: its documents are cleared, what was kept of it is forgotten."""
+    documents = (RetainedDocument(topics.sample(sid), None), RetainedDocument(topics.differential(sid), None))
+    return documents, {kept_key(sid): None, f"cells/{sid}/": None}
+
+
+def rename_cell(sample: SampleState, before: str, after: str) -> SampleState:
+    """The sample with one cell counted under another class; `artefact` is counted under none."""
+    counts = dict(sample.counts)
+    if before != ARTEFACT:
+        counts[before] = counts.get(before, 0) - 1
+    if after != ARTEFACT:
+        counts[after] = counts.get(after, 0) + 1
+    moved = (after == ARTEFACT) - (before == ARTEFACT)
+    return replace(
+        sample,
+        counts={name: count for name, count in sorted(counts.items()) if count > 0},
+        not_classed=max(0, sample.not_classed + moved),
+        amendments=sample.amendments + 1,
+    )
+
+
+def utc_now() -> datetime:
+    """The system's clock."""
+    return datetime.now(timezone.utc)

@@ -1,0 +1,138 @@
+"""Models and configuration change while the agent runs: real models, real slots, real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.config import Config, ModelsSection, config_sha256, loads, models_folder
+from agent.desk import Refused
+from agent.errors import ConfigError, ModelError
+from agent.health import Health
+from agent.inference.slots import ModelSlots
+from agent.workshop import LIVE_KEYS, Work, Workshop
+
+SHIPPED = models_folder(ModelsSection())
+
+pytestmark = pytest.mark.skipif(
+    not (SHIPPED / "manifest.json").exists(), reason="the shipped models are not in models/"
+)
+
+
+class Place:
+    def __init__(self, folder: Path, text: str = "models: {threads: 1}") -> None:
+        self.text = text
+        self.health = Health()
+        self.changes: list[Work] = []
+        self.slots = ModelSlots(folder / "models", SHIPPED, folder / "staging")
+        self.workshop = Workshop(self.read(), self.slots, self.health, self.read, self.changes.append)
+
+    def read(self) -> Config:
+        return loads(self.text, "config.yaml", environment={})
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_a_changed_threshold_is_in_force_after_a_reload(place: Place) -> None:
+    place.text = "models: {threads: 1, min_probability: 0.99}\nsample: {stop_at_cells: 100}"
+    done = place.workshop.reload()
+    assert done.facts["changed"] == ["models.min_probability", "sample.stop_at_cells"]
+    (work,) = place.changes
+    assert work.bench.rules.min_probability == 0.99
+    assert work.bench.provenance.config_sha256 == done.facts["config_sha256"] == config_sha256(place.read())
+    assert place.workshop.sample_section.stop_at_cells == 100
+    assert work.models is place.changes[0].models
+
+
+def test_a_faulty_configuration_is_refused_and_the_last_good_one_stays(place: Place) -> None:
+    before = place.workshop.work
+    place.text = "quality: {min_focus: many}\ncolour: red"
+    with pytest.raises(ConfigError, match="2 faults"):
+        place.workshop.reload()
+    assert place.workshop.work is before
+    assert place.changes == []
+
+
+def test_a_key_that_a_running_part_was_built_from_needs_a_restart_and_nothing_is_changed(place: Place) -> None:
+    place.text = "models: {threads: 2, min_probability: 0.9}\nbroker: {host: other}"
+    with pytest.raises(Refused, match=r"broker\.host, models\.threads: restart") as refusal:
+        place.workshop.reload()
+    assert refusal.value.code == "needs-restart"
+    assert place.workshop.work.config.models.min_probability is None
+
+
+def test_a_reload_of_the_same_changes_nothing(place: Place) -> None:
+    assert place.workshop.reload().facts["changed"] == []
+    assert place.changes == []
+
+
+def test_every_live_key_is_one_of_the_configuration() -> None:
+    plain: dict[str, Any] = Config().model_dump(mode="json")
+    for key in LIVE_KEYS:
+        section, _, name = key.partition(".")
+        assert section in plain
+        assert not name or name in plain[section]
+
+
+def test_staged_models_are_tried_and_then_counted_with(place: Place, tmp_path: Path) -> None:
+    from inference.test_slots import put_models
+
+    put_models(tmp_path / "staging" / "next", version="7.7")
+    place.workshop.stage("next")
+    assert place.workshop.work.models.classifier.identity.version != "7.7"
+    done = place.workshop.activate()
+    assert any("7.7" in words for words in done.facts["models"])
+    assert place.changes[-1].bench.provenance.classifier.version == "7.7"
+    place.workshop.mark_proven()
+    again = Workshop(place.read(), place.slots, place.health, place.read)
+    assert again.work.models.classifier.identity.version == "7.7"
+    place.workshop.roll_back()
+    assert place.changes[-1].bench.provenance.classifier.version != "7.7"
+
+
+def test_without_staged_models_there_is_nothing_to_activate(place: Place) -> None:
+    for switch in (place.workshop.activate, place.workshop.roll_back):
+        with pytest.raises(Refused) as refusal:
+            switch()
+        assert refusal.value.code == "no-models"
+
+
+def test_models_that_can_no_longer_be_used_give_way_to_those_before_and_it_is_told(
+    place: Place, tmp_path: Path
+) -> None:
+    from inference.test_slots import put_models
+
+    put_models(tmp_path / "staging" / "next", version="7.7")
+    place.workshop.stage("next")
+    place.workshop.activate()
+    place.workshop.mark_proven()
+    file = place.slots.path("a") / place.workshop.work.models.manifest.classifier.file
+    file.write_bytes(file.read_bytes()[:-5])  # the disk has lost the end
+    again = Workshop(place.read(), place.slots, place.health, place.read)
+    assert again.work.models.classifier.identity.version != "7.7"
+    assert again.went_back is not None
+    assert "slot a cannot be used" in again.went_back
+    assert place.slots.active.slot == "base"
+
+
+def test_altered_models_are_not_staged_and_the_ones_in_use_stay(place: Place, tmp_path: Path) -> None:
+    from inference.test_slots import put_models
+
+    folder = put_models(tmp_path / "staging" / "next")
+    file = folder / place.workshop.work.models.manifest.detector.file
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ModelError, match="SHA-256"):
+        place.workshop.stage("next")
+    assert place.changes == []
+
+
+def test_a_self_test_is_told_to_health(place: Place) -> None:
+    assert place.workshop.self_test().is_passed
+    told = place.health.snapshot().last_self_test
+    assert told is not None
+    assert told.is_passed
