@@ -189,11 +189,22 @@ class QualitySection(Section):
     """Grey levels; a frame darker than this on average is refused as `dark`."""
     max_clipped_pct: Annotated[float, Field(ge=0, le=100)] = 70
     """%; a frame with more pixels at full white is refused as `saturated`."""
-    min_contrast: Annotated[float, Field(ge=0, le=128)] = 2.5
-    """Grey levels; a frame whose standard deviation is below this is refused as `featureless`."""
-    min_focus: Annotated[float, Field(ge=0)] = 0.0
-    """Variance of the Laplacian; below it a frame is refused as `blurred`. 0 = off: the right value depends on the
-    optics."""
+    min_shaded_pct: Annotated[float, Field(ge=0, le=100)] = 0.15
+    """%; a frame of which less is darker than the ground around it is refused as `empty`: bare glass. 0 = never."""
+    max_colour_cast: Annotated[float, Field(gt=0, le=10)] = 0.45
+    """Natural logarithm of blue over green, and of red over green, where no cell lies; a frame with more is refused as
+    `colour-cast`. 10 = never."""
+    min_focus: Annotated[float, Field(ge=0)] = 14.0
+    """Thousandths; fine detail as a share of coarse detail at the edges of cells; a frame with less is refused as
+    `blurred`. 0 = no fixed limit."""
+    motion_window_s: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """s; a frame of a live camera that shows another place than one so shortly before is refused as `moving`.
+    0 = never, for a camera that is triggered at each field."""
+    learn: bool = True
+    """Whether focus and colour are also held against what is usual on this device, learnt from accepted frames. Never
+    for a folder that is read once: its pictures may come from many devices."""
+    skip_unchanged: bool = True
+    """Whether a field that was analysed a moment ago, and is still there, is refused as `unchanged`."""
 
 
 class ModelsSection(Section):

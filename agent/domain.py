@@ -80,7 +80,10 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class FrameQuality:
-    """The gate's verdict on a frame. focus: variance of the Laplacian in grey levels squared; clipped_pct: 0 to 100."""
+    """The gate's verdict on a frame (`agent.analysis.quality`).
+
+    focus: fine detail in thousandths of coarse detail, at the edges of cells. clipped_pct: 0 to 100.
+    """
 
     is_accepted: bool
     reasons: tuple[str, ...]

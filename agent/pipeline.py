@@ -1,6 +1,6 @@
 """From a frame to stored results: the main path on one page. Newcomers start here, then read `agent.domain`.
 
-    camera --Frame--> [ same as before? -> sharp and lit? -> detect -> crop -> classify -> name -> count ] --> outbox
+    camera --Frame--> [ same as before? -> worth it? -> detect -> crop -> classify -> name -> count ] -----> outbox
              | no sample   | frozen           | refused                                      | enough: report     |
              +-------------+------------------+--- counted, marked as finished --------------+--------------------+
 
@@ -30,7 +30,9 @@ import agent
 from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.analysis.differential import Chamber, Confusion, Rules, kinds_in_order, sum_areas
-from agent.analysis.quality import assess_quality
+from agent.analysis.quality import GateMemory, assess_frame
+from agent.analysis.quality import from_text as gate_from_text
+from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, reached_target
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
@@ -72,6 +74,9 @@ MOST_EVENTS_WAITING = 256
 
 TELL_AGAIN_S = 60.0
 """s; a live camera on a bad cable gives 25 unreadable pictures a second: each is counted, one a minute is told."""
+
+GATE_NOTE = "gate"
+"""The outbox's note of what the quality gate has learnt about this device."""
 
 STAGES_OF_A_FRAME = ("capture", "quality", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
@@ -124,7 +129,7 @@ def make_bench(config: Config, models: Models) -> Bench:
     """The bench that the configuration asks for."""
     return Bench(
         models=models,
-        quality=config.quality,
+        quality=_quality_section(config),
         min_score=config.models.min_score,
         rules=models.naming_rules(config.models.min_probability),
         provenance=Provenance(
@@ -158,11 +163,18 @@ def counting_rules(config: Config, manifest: Manifest) -> Rules:
     )
 
 
+def _quality_section(config: Config) -> QualitySection:
+    camera = config.camera
+    is_one_device = camera.kind != "folder" or camera.folder.watch
+    return config.quality if is_one_device else config.quality.model_copy(update={"learn": False})
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """What one frame gave, to be stored as a whole.
 
     field: None for a frame that was dropped; `dropped` then says why. finished_key: its `origin_key`.
+    gate: what the quality gate remembers now; None = as before.
     """
 
     sample: SampleState
@@ -171,10 +183,16 @@ class Outcome:
     field: FieldResult | None = None
     dropped: str | None = None
     notes: Mapping[str, str | None] = with_default(default_factory=lambda: NO_NOTES)
+    gate: GateMemory | None = None
 
 
 def process_frame(
-    frame: Frame, sample: SampleState, bench: Bench, clock: ClockReading, now_ns: Callable[[], int] = time.monotonic_ns
+    frame: Frame,
+    sample: SampleState,
+    bench: Bench,
+    clock: ClockReading,
+    gate: GateMemory | None = None,
+    now_ns: Callable[[], int] = time.monotonic_ns,
 ) -> Outcome:
     """Everything that one frame gives: its field with all its cells, or the reason why it gives none."""
     watch = Stopwatch(now_ns)
@@ -185,13 +203,14 @@ def process_frame(
         return Outcome(sample, frame.origin_key, dropped=FROZEN)
     seen = replace(sample, last_sha256_16=frame.sha256_16)
     with watch.stage("quality"):
-        quality = assess_quality(frame.pixels_bgr, bench.quality)
+        quality, gate = assess_frame(frame, bench.quality, gate or GateMemory())
     if not quality.is_accepted:
-        return Outcome(seen, frame.origin_key, dropped=quality.reasons[0])
+        return Outcome(seen, frame.origin_key, dropped=quality.reasons[0], gate=gate)
     field = analyse_frame(frame, quality, bench, sample, clock, watch)
     drafts = field_drafts(field, bench.topics, sample.sid, with_cells=bench.with_cells, accession=sample.accession)
-    notes = note_cells(sample.sid, field.cells, bench.counting.kinds)
-    outcome = Outcome(add_field(seen, field, bench.field_area_um2), frame.origin_key, drafts, field, notes=notes)
+    notes = {**note_cells(sample.sid, field.cells, bench.counting.kinds), GATE_NOTE: gate_to_text(gate)}
+    counted = add_field(seen, field, bench.field_area_um2)
+    outcome = Outcome(counted, frame.origin_key, drafts, field, notes=notes, gate=gate)
     return stop_when_enough(outcome, bench, frame.captured_at)
 
 
@@ -313,6 +332,7 @@ class Pipeline(threading.Thread):
         self.sample = sample
         self._frames = frames
         self._outbox = outbox
+        self._gate = gate_from_text(outbox.note(GATE_NOTE))
         self._bench = bench
         self._health = health
         self._on_stored = on_stored
@@ -388,7 +408,7 @@ class Pipeline(threading.Thread):
                 self._store(self._report_unreadable(taken))
             elif isinstance(taken, Frame):
                 self._take_snapshot(taken)
-                self._store(process_frame(taken, self.sample, self._bench, read_clock()))
+                self._store(process_frame(taken, self.sample, self._bench, read_clock(), self._gate))
         self._store_events()
 
     def _end_of_source(self) -> None:
@@ -554,6 +574,7 @@ class Pipeline(threading.Thread):
             self._mark_stopped(error)
             return False
         self.sample = outcome.sample
+        self._gate = outcome.gate or self._gate
         if outcome.field is not None:
             self._health.count_field(outcome.field.timing_ms)
             self._on_counted()

@@ -10,14 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 from agent.analysis.cells import NamingRules
+from agent.analysis.quality import from_text
 from agent.camera.camera import UnreadableFrame
 from agent.camera.grabber import FrameQueue
 from agent.camera.hashing import hash_pixels
-from agent.config import QualitySection
+from agent.config import ModelsSection, QualitySection, loads
 from agent.delivery.messages import load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.topics import Topics
@@ -34,7 +36,18 @@ from agent.domain import (
 )
 from agent.errors import OutboxDamaged, OutboxError
 from agent.health import Health
-from agent.pipeline import NOT_STORED, STAGES_OF_A_FRAME, UNSAYABLE, Bench, Outcome, Pipeline, process_frame
+from agent.inference.models import open_models
+from agent.pipeline import (
+    GATE_NOTE,
+    NOT_STORED,
+    STAGES_OF_A_FRAME,
+    UNSAYABLE,
+    Bench,
+    Outcome,
+    Pipeline,
+    process_frame,
+)
+from agent.pipeline import make_bench as bench_from_config
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -42,7 +55,12 @@ CLOCK = ClockReading(is_synchronised=True, offset_ms=0.5)
 
 
 def make_pixels(seed: int = 1, width_px: int = 64, height_px: int = 48) -> Pixels:
-    return np.random.default_rng(seed).integers(60, 200, (height_px, width_px, 3), np.uint8)
+    """A light ground with a little noise and some dark discs: what the gate lets through."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(195, 205, (height_px, width_px, 3)).astype(np.uint8)
+    for x, y in rng.uniform(0, 1, (8, 2)):
+        cv2.circle(pixels, (int(x * width_px), int(y * height_px)), max(2, height_px // 10), (120, 110, 130), -1)
+    return pixels
 
 
 def make_frame(
@@ -53,7 +71,7 @@ def make_frame(
         number=seed,
         pixels_bgr=pixels,
         captured_at=datetime(2026, 11, 23, 12, 0, tzinfo=timezone.utc),
-        captured_monotonic_ns=time.monotonic_ns(),
+        captured_monotonic_ns=time.monotonic_ns() + (seed - 600) * 10**9,  # a second apart: the stage stood still
         sha256_16=hash_pixels(pixels),
         source=f"frame {seed}",
         origin_key=key,
@@ -227,6 +245,23 @@ def test_frames_of_strange_shapes_pass(size_px: tuple[int, int]) -> None:
     pixels = make_pixels(3, *size_px)
     outcome = process_frame(make_frame(pixels=pixels), SampleState("s-1"), make_bench(make_models(())), CLOCK)
     assert isinstance(outcome, Outcome)
+
+
+def test_the_gate_learns_a_device_and_not_a_folder_that_is_read_once() -> None:
+    models = open_models(ModelsSection())
+    cameras = {"{kind: usb}": True, "{kind: folder, folder: {path: /x}}": False}
+    cameras["{kind: folder, folder: {path: /x, watch: true}}"] = True
+    for camera, is_learning in cameras.items():
+        config = loads(f"camera: {camera}", "test", environment={})
+        assert bench_from_config(config, models).quality.learn is is_learning
+
+
+def test_what_the_gate_has_learnt_is_stored_with_the_frame(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    runner.give(*(make_frame(seed, pixels=make_pixels(seed, 320, 240)) for seed in range(1, 8)))
+    runner.run_to_end()
+    assert runner.pipeline.sample.fields == 7
+    assert from_text(outbox.note(GATE_NOTE)).usual.frames == 7
 
 
 # ---------------------------------------------------------------------------------------------------- the thread
