@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,13 @@ from agent.errors import (
     HematoVisionError,
     ModelError,
     OutboxError,
+    StoreUnavailable,
 )
 
 NumberT = TypeVar("NumberT", int, float)
+
+CENTRAL_COMMANDS = frozenset({"collect"})
+"""Those that run beside the database, not beside the microscope, and need the extra `central`."""
 
 SOME_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
@@ -32,6 +37,7 @@ EXIT_CODE_OF: Mapping[type[HematoVisionError], int] = {
     CameraError: 4,
     FrameUnreadable: 4,
     OutboxError: 5,
+    StoreUnavailable: 5,
     BrokerUnavailable: 6,
 }
 
@@ -42,7 +48,7 @@ exit codes:
   2    wrong usage, or faults in the configuration
   3    the models cannot be used
   4    the camera cannot be used
-  5    results cannot be stored (outbox, disk)
+  5    results cannot be stored (outbox, disk, central database)
   6    the broker cannot be used
   70   a part of the running agent failed; systemd starts it again
   130  ended by Ctrl-C (the agent itself stops in order and ends with 0)"""
@@ -54,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and frames that the terminal's encoding lacks
     try:
-        # Imported after parsing: help and usage errors need neither OpenCV nor the models' runtime.
-        from agent import commands
-
-        code: int = getattr(commands, parsed.command.replace("-", "_"))(parsed)
+        code: int = _find(parsed.command)(parsed)
         sys.stdout.flush()
     except HematoVisionError as error:
         print(f"hematovision: error: {error}", file=sys.stderr)
@@ -76,6 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_CODE_OF[OutboxError]
     raise SystemExit(code)
+
+
+def _find(command: str) -> Callable[[argparse.Namespace], int]:
+    """What does the command. Imported after parsing: help and usage errors need neither OpenCV nor a database."""
+    if command not in CENTRAL_COMMANDS:
+        from agent import commands as module
+    else:
+        try:
+            from agent.central import commands as module  # type: ignore[no-redef]
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("sqlalchemy", "alembic"):
+                raise
+            fault = f"{error.name} is not installed; `pip install 'hematovision-agent[central]'` brings it"
+            raise ConfigError(f"hematovision {command}", (fault,)) from None
+    found: Callable[[argparse.Namespace], int] = getattr(module, command.replace("-", "_"))
+    return found
 
 
 def _exit_code(error: HematoVisionError) -> int:
@@ -203,6 +222,19 @@ def build_parser() -> argparse.ArgumentParser:
     audit.add_argument("action", choices=("verify",), help="verify: follow the chain from entry to entry")
     audit.add_argument("file", type=Path, metavar="FILE", help="JSON Lines; - = standard input")
 
+    collect = add(
+        "collect",
+        "run the receiver: from the broker into a database",
+        "Commits what the agents send, and only then\nacknowledges it; asks for what is missing. Ends at SIGTERM.",
+        "hematovision collect --database sqlite:////srv/hematovision.db --broker mqtts://broker.example",
+    )
+    collect.add_argument("--config", type=Path, metavar="FILE", help="settings (see --template); default: all defaults")
+    collect.add_argument("--database", metavar="URL", help="sqlite:////path.db or postgresql://user@host/database")
+    collect.add_argument("--broker", metavar="ADDRESS", help="host, host:port, mqtt://host or mqtts://host (TLS)")
+    collect.add_argument("--receiver", type=_identifier, metavar="NAME", help="this receiver's name; default: central")
+    collect.add_argument("--share", type=_identifier, metavar="GROUP", help="divide the messages among collectors")
+    collect.add_argument("--template", action="store_true", help="print settings with all keys and comments, and end")
+
     version = add("version", "print versions of agent, runtime and models", "", "hematovision version")
     _add_config(version)
     return parser
@@ -215,6 +247,12 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _add_paths(command: argparse.ArgumentParser, words: str) -> None:
     words += "; a name that begins with a dash as ./-name"
     command.add_argument("paths", nargs="+", metavar="PATH", help=words)
+
+
+def _identifier(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]{1,63}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: 1 to 63 of a-z, 0-9 and hyphen")
+    return text
 
 
 def _share(text: str) -> float:

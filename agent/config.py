@@ -363,7 +363,7 @@ class Config(Section):
 def load_config(path: Path | None, environment: Mapping[str, str] | None = None) -> Config:
     """The configuration from a file (None = the packaged one) and the environment; `ConfigError` tells all faults."""
     path = path or packaged_folder() / "config.yaml"
-    return loads(_read_text(path), str(path), folder=path.absolute().parent, environment=environment)
+    return loads(read_text(path), str(path), folder=path.absolute().parent, environment=environment)
 
 
 def loads(
@@ -386,7 +386,7 @@ def loads(
     )
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_CONFIG_BYTES + 1)
@@ -467,7 +467,7 @@ def load_reference_intervals(path: Path | None = None) -> tuple[ReferenceInterva
     path = path or Path(__file__).resolve().parent / "analysis" / "reference_intervals.yaml"
     source = str(path)
     try:
-        rows = TypeAdapter(list[ReferenceRow]).validate_python(read_plain(_read_text(path), source))
+        rows = TypeAdapter(list[ReferenceRow]).validate_python(read_plain(read_text(path), source))
     except ValidationError as error:
         faults = (
             f"row {int(fault['loc'][0]) + 1 if fault['loc'] else '?'}, "

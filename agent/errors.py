@@ -11,6 +11,7 @@
 | `MessageRejected`   | the publisher       | set the message aside with its reason       |
 | `OutboxError`       | the pipeline        | stop intake, tell, try again                |
 | `OutboxDamaged`     | the supervisor      | end; the next start sets the file aside     |
+| `StoreUnavailable`  | the collector       | acknowledge nothing, wait, try again        |
 
 Every message says where, what was found, and how to mend it.
 """
@@ -76,3 +77,7 @@ class OutboxError(HematoVisionError):
 
 class OutboxDamaged(OutboxError):
     """The outbox file is damaged and was found so while in use; the next start sets it aside and begins a new one."""
+
+
+class StoreUnavailable(HematoVisionError):
+    """The central database cannot take messages now (away, full, locked). Nothing has been half stored."""

@@ -18,12 +18,16 @@ export PATH="$PATH:/usr/sbin:/sbin"
 if ! command -v mosquitto >/dev/null; then
     need_packages "The tests talk to a real MQTT broker, mosquitto, which is missing." mosquitto
 fi
+# The tests of the central side run on PostgreSQL too, where it is there; otherwise they skip and say so.
+if [ "$(id -u)" -eq 0 ] && ! compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null && ! command -v initdb >/dev/null; then
+    (need_packages "Some tests talk to a real PostgreSQL, which is missing." postgresql) || say "Going on without PostgreSQL."
+fi
 
 python=$(find_python)
 make_venv "$python" "$venv"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     say "Installing the agent and what its tests need"
-    "$bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev,demo]" ||
+    "$bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev,demo,central,export]" ||
         fail "pip could not install what the tests need; its message stands above."
     touch "$stamp"
     # An ordinary installation, as quickstart.sh makes it, is now replaced by this checkout itself.

@@ -27,15 +27,14 @@ from agent.domain import AgentState, Classification, ModelIdentity, Provenance, 
 from agent.errors import ModelError, OutboxError
 from agent.health import Health
 from agent.reporting import Reporter
+from agent.signals import StopSignal, stop_on_signals
 from agent.supervisor import (
     THREAD_DIED,
-    StopSignal,
     Watch,
     begin_sample,
     close_sample,
     derive_state,
     run_agent,
-    stop_on_signals,
 )
 from agent.workshop import try_models
 
