@@ -1,0 +1,111 @@
+"""The command line of the kit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .asking import Desk, ask_harmless, ask_retained, ask_samples
+from .clauses import Findings, read_clauses
+from .ears import Access, Ears, Unreachable
+from .listening import judge_all
+from .receiving import judge_receiver
+
+NEEDS_SAMPLES = ("6.1", "6.2", "6.3", "6.5", "6.6", "6.7")
+NEEDS_DISTURBING = ("2.2", "2.3", "7.3")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: no clause failed; 1: some did; 2: nothing could be looked at."""
+    options = parse(arguments)
+    access = Access(
+        options.broker[0],
+        options.broker[1],
+        options.username,
+        None if options.password_file is None else options.password_file.read_text().strip(),
+        options.ca_file,
+        options.certificate_file,
+        options.key_file,
+        options.protocol,
+    )
+    base = f"hv/1/{options.device}"
+    findings = Findings()
+    clauses = read_clauses()
+    try:
+        ears = Ears(access, (f"{base}/#",), base)
+    except Unreachable as error:
+        print(f"conformance: {error}", file=sys.stderr)
+        return 2
+    try:
+        if options.receiver is not None:
+            judge_receiver(ears, base, options.receiver, findings)
+            chosen = [clause for clause in clauses.values() if clause.is_for_receivers]
+        else:
+            if not judge_device(access, ears, base, findings, options):
+                print(
+                    f"conformance: nothing is heard of {base}; is it running, and is the name right?", file=sys.stderr
+                )
+                return 2
+            chosen = [clause for clause in clauses.values() if not clause.is_for_receivers]
+    finally:
+        ears.close()
+    for line in findings.lines(chosen):
+        print(line)
+    results = [findings.result(clause.number) for clause in chosen]
+    failed = results.count("FAIL")
+    print(f"{results.count('pass')} pass, {failed} FAIL, {results.count('not tested')} not tested")
+    return 1 if failed else 0
+
+
+def judge_device(access: Access, ears: Ears, base: str, findings: Findings, options: argparse.Namespace) -> bool:
+    """All clauses about a device; returns whether there is one."""
+    # 2.1: what lies there for who comes late.
+    ears.wait_for(lambda heard: heard.kind == "health" and heard.is_retained, 5)
+    late = {heard.kind for heard in ears.heard if heard.is_retained}
+    if ears.wait_for(lambda heard: bool(heard.kind), options.seconds) is None:
+        return False
+    missing = {"state", "info", "health"} - late
+    findings.look("2.1", not missing, f"not there for a late subscriber: {sorted(missing)}")
+    time.sleep(options.seconds)
+    desk = Desk(ears, base, findings, is_v5=access.is_v5)
+    if ask_harmless(desk) and options.samples:
+        ask_samples(desk)
+    if not options.samples:
+        findings.leave(NEEDS_SAMPLES, "needs --samples: it would end the sample that is open")
+    if options.disturb:
+        ask_retained(access, desk)
+    else:
+        findings.leave(NEEDS_DISTURBING, "needs --disturb: it would break the device's connection once")
+    judge_all(ears.heard, findings, base, is_v5=access.is_v5)
+    if not access.is_v5:
+        findings.leave(("1.5",), "MQTT 3.1.1 has no content types")
+    return True
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("--broker", type=_broker, required=True, metavar="HOST:PORT")
+    parser.add_argument("--device", required=True, metavar="SITE/DEVICE", help="of a receiver: the device to play")
+    parser.add_argument("--receiver", metavar="ID", help="check the receiver of this name instead of a device")
+    parser.add_argument("--samples", action="store_true", help="begin and end samples; ends the one that is open")
+    parser.add_argument("--disturb", action="store_true", help="break the device's connection to the broker once")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to listen before asking; default 10")
+    parser.add_argument("--protocol", choices=("5", "3.1.1"), default="5", help="MQTT version of the kit")
+    parser.add_argument("--username")
+    for name in ("--password-file", "--ca-file", "--certificate-file", "--key-file"):
+        parser.add_argument(name, type=Path, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def _broker(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: HOST:PORT is needed, for example broker.lan:1883")
+    return host, int(port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
