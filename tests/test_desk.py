@@ -205,7 +205,7 @@ def test_frames_that_were_taken_before_the_stop_still_belong_to_the_sample(outbo
     place.do("start", "t-1", sample="s-1")
     place.give(1, 2)
     place.do("stop", "t-2")
-    place.give(3)
+    assert place.frames.put_waiting(replace(make_frame(3), captured_monotonic_ns=time.monotonic_ns()), 5)
     place.run_a_while(lambda: place.phase == "finished")
     assert place.pipeline.sample.fields == 2
     assert place.health.snapshot().dropped[NO_SAMPLE] >= 0
