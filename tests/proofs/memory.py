@@ -1,0 +1,198 @@
+"""The agent at full rate, with faults, for an hour: does its memory grow?
+
+    python -m tests.proofs.memory [--minutes 60] [--seed 1]
+
+A real agent on the simulated slide, as fast as it can, with frames that are missing and frames that stand still; a real
+mosquitto that is killed, frozen and cut off again and again. Its resident memory is read every second. The slope is
+that between the median of the first and of the last quarter, after a warm-up in which caches and pools fill: at most
+five minutes. Exits with 1 when it is 1 MB/h or more, or for runs of less than half an hour, where a slope says little,
+when more than 8 MB were added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from agent.delivery.outbox import open_outbox
+from agent.errors import OutboxError
+from tests.brokers import Broker, NotInstalled, make_mosquitto
+from tests.relay import Relay
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MOST_MB_PER_HOUR = 1.0
+MOST_MB_IN_SHORT_RUN = 8.0
+SHORT_RUN_S = 1800.0
+
+LONGEST_WARM_UP_S = 300.0
+"""Of a shorter run a quarter. Models, arenas, the page cache of SQLite and the window of timings are full by then."""
+
+FAULT_EVERY_S = (5.0, 25.0)
+"""Between two faults, drawn evenly."""
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run has shown. rss_mb: one value a second, from the end of the warm-up on."""
+
+    minutes: float
+    rss_mb: tuple[float, ...]
+    fields: int
+    faults: Counter[str]
+    waiting: int
+
+    @property
+    def added_mb(self) -> float:
+        quarter = max(1, len(self.rss_mb) // 4)
+        return statistics.median(self.rss_mb[-quarter:]) - statistics.median(self.rss_mb[:quarter])
+
+    @property
+    def mb_per_hour(self) -> float:
+        """Between the middles of the two quarters lie three quarters of the time."""
+        return self.added_mb / (0.75 * len(self.rss_mb) / 3600)
+
+    @property
+    def is_flat(self) -> bool:
+        if self.minutes * 60 < SHORT_RUN_S:
+            return self.added_mb < MOST_MB_IN_SHORT_RUN
+        return self.mb_per_hour < MOST_MB_PER_HOUR
+
+    def __str__(self) -> str:
+        faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.faults.items()))
+        return (
+            f"{self.minutes:g} minutes, {self.fields} fields, faults: {faults}\n"
+            f"resident memory: {min(self.rss_mb):.1f} to {max(self.rss_mb):.1f} MB, "
+            f"added {self.added_mb:+.2f} MB, slope {self.mb_per_hour:+.2f} MB/h; "
+            f"{self.waiting} messages wait at the end"
+        )
+
+
+def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = print) -> Figures:
+    """Run for so long; raises NotInstalled without mosquitto."""
+    chance = random.Random(seed)
+    with ExitStack() as cleanup:
+        broker = make_mosquitto(folder / "broker")
+        cleanup.callback(broker.close)
+        broker.start()
+        relay = Relay(broker.port)
+        cleanup.callback(relay.close)
+        agent = start_agent(folder, relay.port, seed)
+        cleanup.callback(agent.kill)
+        watched = psutil.Process(agent.pid)
+        begun_s = time.monotonic()
+        warm_up_s = min(LONGEST_WARM_UP_S, minutes * 60 / 4)
+        rss_mb: list[float] = []
+        faults: Counter[str] = Counter()
+        fault_at_s = chance.uniform(*FAULT_EVERY_S)
+        told_at_s = 0.0
+        while (now_s := time.monotonic() - begun_s) < minutes * 60:
+            assert agent.poll() is None, f"the agent has ended:\n{(folder / 'agent.log').read_text()[-3000:]}"
+            if now_s >= warm_up_s:
+                rss_mb.append(watched.memory_info().rss / MEBIBYTE)
+            if now_s >= fault_at_s:
+                faults[cause_fault(chance, broker, relay)] += 1
+                fault_at_s = time.monotonic() - begun_s + chance.uniform(*FAULT_EVERY_S)
+            if rss_mb and now_s - told_at_s >= 60:
+                told_at_s = now_s
+                tell(f"{now_s / 60:5.1f} min  {rss_mb[-1]:.1f} MB, {sum(faults.values())} faults")
+            time.sleep(1.0)
+        agent.terminate()
+        agent.wait(60)
+        fields, waiting = count(folder / "outbox")
+        return Figures(minutes, tuple(rss_mb), fields, faults, waiting)
+
+
+def start_agent(folder: Path, port: int, seed: int) -> subprocess.Popen[bytes]:
+    config = {
+        "site": "lab",
+        "device": "scope",
+        "camera": {
+            "kind": "simulated",
+            "simulated": {
+                "seed": seed,
+                "interval_s": 0,
+                "frame_width_px": 320,
+                "frame_height_px": 240,
+                "missing_share": 0.02,
+                "frozen_share": 0.02,
+            },
+        },
+        "outbox": {"folder": str(folder / "outbox"), "min_free_mb": 0, "max_mb": 256},
+        "broker": {"port": port, "max_backoff_s": 1, "keepalive_s": 2},
+        "models": {"threads": 1},
+        "publish": {"health_interval_s": 1},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with (folder / "agent.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "agent", "run", "--config", str(file)], cwd=ROOT, stdout=log, stderr=log
+        )
+
+
+def cause_fault(chance: random.Random, broker: Broker, relay: Relay) -> str:
+    """One fault and its end."""
+    fault = chance.choice(("cut", "cut in a message", "broker killed", "broker frozen"))
+    pause_s = chance.uniform(0.5, 8.0)
+    if fault == "cut":
+        relay.cut()
+    elif fault == "cut in a message":
+        relay.cut_after_bytes = chance.randrange(1, 5000)
+        time.sleep(pause_s)
+        relay.cut_after_bytes = None
+        relay.cut()
+    elif fault == "broker killed":
+        broker.kill()
+        time.sleep(pause_s)
+        broker.start()
+    else:
+        broker.freeze()
+        time.sleep(pause_s)
+        broker.thaw()
+    return fault
+
+
+def count(folder: Path) -> tuple[int, int]:
+    """Fields numbered so far, and messages that wait."""
+    try:
+        with open_outbox(folder, verify=False, create=False) as outbox:
+            found = outbox._value("SELECT last_seq FROM streams WHERE stream = 'field'")
+            return int(found or 0), outbox.depth()
+    except OutboxError as error:
+        raise AssertionError(f"the outbox cannot be read: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.proofs.memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="memory-proof-") as folder:
+        try:
+            figures = run(Path(folder), options.minutes, options.seed)
+        except NotInstalled as error:
+            print(error, file=sys.stderr)
+            return 2
+    print(figures)
+    print("the memory is flat" if figures.is_flat else "THE MEMORY GROWS")
+    return 0 if figures.is_flat else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
