@@ -17,7 +17,6 @@ Several collectors may write to one PostgreSQL database: the rows of the batch's
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 
 from agent.central import tables
@@ -55,6 +54,17 @@ from agent.central.numbers import Span
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+COMPARED = {
+    "field": tables.fields,
+    "event": tables.events,
+    "audit": tables.audit,
+    "differential": tables.differentials,
+}
+"""Where the body of a message is kept; of cells it is not, the columns say all."""
+
+MOST_COMPARED = 100
+"""Repeats in one query: SQLite binds at least 999 values, of which each takes four."""
 
 AWAKE = frozenset({"init", "ready", "degraded", "sleeping"})
 
@@ -236,8 +246,7 @@ class _Batch:
         self._write_samples()
         for table, rows in self._rows.items():
             self._connection.execute(insert_into(self._connection, table).on_conflict_do_nothing(), rows)
-        for arrival, message, number in self._repeated:
-            self._compare(arrival, message, number)
+        self._compare()
         self._ledger.write()
         self.outcome.acks += self._ledger.acks()
 
@@ -416,23 +425,29 @@ class _Batch:
             self._connection.execute(insert(shares), list(rows.values()))
         self._see_sample(place, part.sample)
 
-    def _compare(self, arrival: Arrival, message: Message, number: Number) -> None:
+    def _compare(self) -> None:
         """A repeat must say the same; two devices of one name, or one restored from a copy, do not."""
-        table = {
-            "field": tables.fields,
-            "event": tables.events,
-            "audit": tables.audit,
-            "differential": tables.differentials,
-        }.get(number.stream)
-        if table is None:
-            return
+        by_table: dict[Table, list[tuple[Arrival, Message, Number]]] = defaultdict(list)
+        for arrival, message, number in self._repeated:
+            if (table := COMPARED.get(number.stream)) is not None:
+                by_table[table].append((arrival, message, number))
+        for table, repeated in by_table.items():
+            for start in range(0, len(repeated), MOST_COMPARED):
+                self._compare_some(table, repeated[start : start + MOST_COMPARED])
+
+    def _compare_some(self, table: Table, repeated: Sequence[tuple[Arrival, Message, Number]]) -> None:
+        column = table.c
+        wanted = [(message.place.site, message.place.device, n.boot, n.seq) for _, message, n in repeated]
         found = self._connection.execute(
-            select(table.c.body).where(
-                is_of(table, message.place), table.c.boot == number.boot, table.c.seq == number.seq
+            select(column.site, column.device, column.boot, column.seq, column.body).where(
+                tuple_(column.site, column.device, column.boot, column.seq).in_(wanted)
             )
-        ).scalar_one_or_none()
-        if found is not None and _content(found) != _content(message.body or {}):
-            self.bury(arrival, "the same id as another message that says something else", message.place, None)
+        )
+        stored = {(row.site, row.device, row.boot, row.seq): row.body for row in found}
+        for key, (arrival, message, _) in zip(wanted, repeated, strict=True):
+            # Not there: it is among the dead letters.
+            if key in stored and _content(stored[key]) != _content(message.body or {}):
+                self.bury(arrival, "the same id as another message that says something else", message.place, None)
 
     # ---- documents: only the newest word counts
 
@@ -541,8 +556,8 @@ def _key(place: Place, number: Number) -> Row:
     return {"site": place.site, "device": place.device, "boot": number.boot, "seq": number.seq}
 
 
-def _content(body: Mapping[str, Any]) -> str:
-    return json.dumps({**body, "historical": None}, sort_keys=True)
+def _content(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {**body, "historical": None}
 
 
 def _gone_in(data: Mapping[str, Any]) -> list[Span]:
