@@ -101,12 +101,29 @@ class Detection:
 
 
 @dataclass(frozen=True, slots=True)
+class Attribute:
+    """What a cell looks like in one respect. probability: 0 to 1."""
+
+    value: str
+    probability: float
+
+
+NO_MORPHOLOGY: Mapping[str, Attribute] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
 class Classification:
-    """The classifier's answer for one crop. probabilities: by class name, in the manifest's order, sum 1."""
+    """The classifier's answer for one crop. probabilities: by class name, in the manifest's order, sum 1.
+
+    cell_probability: that the crop shows a cell that has a name at all, 0 to 1; 1 where the model does not say.
+    morphology: by attribute; empty where the model does not say.
+    """
 
     class_name: str
     probability: float
     probabilities: Mapping[str, float]
+    cell_probability: float = 1.0
+    morphology: Mapping[str, Attribute] = field(default_factory=lambda: NO_MORPHOLOGY)
 
     @property
     def margin(self) -> float:

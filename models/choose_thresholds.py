@@ -4,8 +4,9 @@
 
 - detector: the score with the best F1 at overlap 0.5, as a mean over the classes of the complete `val` fields; and
   whether two boxes of one cell should be merged, where that finds more.
-- classifier: the temperature with the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599) on the crops
-  that the agent cuts, then the least probability at which 99 % of the accepted names are right.
+- classifier: the temperature with the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599) on the PBC
+  crops that the agent cuts; the cell probability that one real cell in 200 falls below; then the least probability
+  at which 99 % of the accepted names are right in PBC and 95 % on the other microscopes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +26,19 @@ from numpy.typing import NDArray
 from agent.analysis.crops import central_detection, cut_crop
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
+from agent.domain import Classification
 from agent.inference.detector import best_of_each
 from agent.inference.models import Models, open_models
-from models.common.labels import read_cells, read_fields
+from models.common.labels import read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, f1_curve
-from models.evaluate import MAX_MEGAPIXELS, boxes_of, progress
+from models.evaluate import MAX_MEGAPIXELS, boxes_of, classify_box, progress
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 OVERLAPS = (None, 0.6, 0.7, 0.8)
 TEMPERATURES = np.exp(np.linspace(np.log(0.25), np.log(4), 97))
-WANTED_ACCURACY = 0.99
+WANTED_ACCURACY = {"pbc": 0.99, "others": 0.95}
+PROBABILITIES = np.arange(0.3, 0.96, 0.05)
+CELLS_GIVEN_UP = 0.005
 
 
 def main() -> None:
@@ -88,37 +93,69 @@ def merged(field: FieldBoxes, overlap: float | None) -> FieldBoxes:
     return dataclasses.replace(field, found=field.found[best_of_each(field.found[:, 2:], order, overlap)])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """Answers for crops of one source: logs of the probabilities (n, classes), true class (n,), cell probability
+    (n,).
+    """
+
+    logs: NDArray[np.float64]
+    truth: NDArray[np.intp]
+    cell: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, answers: Sequence[tuple[str, Classification]], classes: Sequence[str]) -> Judged:
+        """From pairs of true class name and answer."""
+        shares = [list(answer.probabilities.values()) for _, answer in answers]
+        return cls(
+            np.log(np.maximum(np.array(shares), 1e-12)),
+            np.array([classes.index(name) for name, _ in answers]),
+            np.array([answer.cell_probability for _, answer in answers]),
+        )
+
+    def accepted(self, temperature: float, least: float, least_cell: float) -> tuple[float, float]:
+        """Accuracy of what is accepted, and its share of all."""
+        shares = softmax(self.logs / temperature)
+        is_accepted = (shares.max(1) >= least) & (self.cell >= least_cell)
+        is_right = shares.argmax(1) == self.truth
+        return float(is_right[is_accepted].mean()) if is_accepted.any() else 0.0, float(is_accepted.mean())
+
+
 def choose_classifier(models: Models, data: Path) -> dict[str, float]:
-    """Temperature and min_probability."""
+    """temperature, min_cell_probability and min_probability; the folder's own temperature must be 1."""
     classes = models.manifest.classifier.classes
-    logs, labels = [], []
+    pbc = Judged.of(pbc_answers(models, data), classes)
+    named = [cell for cell in read_foreign_cells(data, ("val",)) if cell.class_name is not None]
+    others = Judged.of([(str(c.class_name), classify_box(models, c.path, c.box)) for c in named], classes)
+    losses = [negative_log_likelihood(pbc.logs / t, pbc.truth) for t in TEMPERATURES]
+    temperature = float(TEMPERATURES[int(np.argmin(losses))])
+    least_cell = float(np.floor(np.quantile(np.concatenate((pbc.cell, others.cell)), CELLS_GIVEN_UP) * 100) / 100)
+    print(json.dumps({"temperature": temperature, "nll_before": losses[48], "nll_after": min(losses)}))
+    chosen = float(PROBABILITIES[-1])
+    for least in PROBABILITIES:
+        figures = {name: j.accepted(temperature, least, least_cell) for name, j in (("pbc", pbc), ("others", others))}
+        print(json.dumps({"min_probability": round(float(least), 2), **figures}))
+        if all(figures[name][0] >= wanted for name, wanted in WANTED_ACCURACY.items()):
+            chosen = float(least)
+            break
+    return {
+        "temperature": round(temperature, 4),
+        "min_probability": round(chosen, 2),
+        "min_cell_probability": max(0.0, min(0.5, least_cell)),
+    }
+
+
+def pbc_answers(models: Models, data: Path) -> list[tuple[str, Classification]]:
+    """Class name and answer of each `val` picture in which the detector finds the cell."""
+    answers = []
     for cell in progress(read_cells(data, "val"), "val crops"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
         height, width = pixels.shape[:2]
         found = central_detection(models.detector.detect(pixels), models.manifest.detector.classified, width, height)
         if found is not None:
-            answer = models.classifier.classify(cut_crop(pixels, found.box, models.manifest.classifier.crop.margin))
-            logs.append(np.log(np.maximum(list(answer.probabilities.values()), 1e-12)))
-            labels.append(classes.index(cell.class_name))
-    logits, truth = np.array(logs), np.array(labels)
-    losses = [negative_log_likelihood(logits / t, truth) for t in TEMPERATURES]
-    temperature = float(TEMPERATURES[int(np.argmin(losses))])
-    shares = softmax(logits / temperature)
-    probability, is_right = shares.max(1), shares.argmax(1) == truth
-    accepted = [
-        (float(least), float(is_right[probability >= least].mean()), float((probability >= least).mean()))
-        for least in np.arange(0.3, 0.96, 0.05)
-        if (probability >= least).any()
-    ]
-    good = [row for row in accepted if row[1] >= WANTED_ACCURACY] or accepted[-1:]
-    least, accuracy, coverage = good[0]
-    print(
-        json.dumps(
-            {"temperature": temperature, "nll_before": losses[48], "nll_after": min(losses), "cells": len(truth)}
-        )
-    )
-    print(json.dumps({"min_probability": least, "accuracy_of_accepted": accuracy, "coverage": coverage}))
-    return {"temperature": round(temperature, 4), "min_probability": round(least, 2)}
+            crop = cut_crop(pixels, found.box, models.manifest.classifier.crop.margin)
+            answers.append((cell.class_name, models.classifier.classify(crop)))
+    return answers
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

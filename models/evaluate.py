@@ -3,11 +3,16 @@
     python -m models.evaluate detector --split test
     python -m models.evaluate classifier --split test --json
     python -m models.evaluate two-stage --split test
+    python -m models.evaluate microscopes --split test
+    python -m models.evaluate no-cell --split test
 
 detector: mAP on the `complete` fields of each source and of all; the half-labelled BCCD fields stand apart.
-classifier: each PBC picture as `hematovision classify` takes it. two-stage: as the agent counts on a field, with its
-thresholds and rules; a cell that it does not find or not trust is wrong. Splits are by image (no patient or slide is
-known), so that figures inside one source are optimistic.
+classifier: each PBC picture as `hematovision classify` takes it: names, calibration, what a reject option gains, and
+the
+attributes of those that have any. two-stage: as the agent counts on a field, with its thresholds and rules; a cell that
+it does not find or not trust is wrong. microscopes: cells of other microscopes' fields that we named by eye, in the
+boxes of the label files. no-cell: crops of red cells, background and ruined cells, which should get no name.
+Splits are by image (no patient or slide is known), so that figures inside one source are optimistic.
 """
 
 from __future__ import annotations
@@ -16,30 +21,61 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from agent.analysis.cells import UNIDENTIFIED
-from agent.analysis.crops import central_detection
+from agent.analysis.crops import central_detection, cut_crop
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
 from agent.camera.decoding import decode_file
 from agent.config import Config, ModelsSection
-from agent.domain import Cell, CellStatus, ClockReading, FrameQuality, Pixels, SampleState
+from agent.domain import (
+    Attribute,
+    Box,
+    Cell,
+    CellStatus,
+    Classification,
+    ClockReading,
+    FrameQuality,
+    Pixels,
+    SampleState,
+)
 from agent.inference.models import Models, open_models
 from agent.pipeline import Bench, Stopwatch, analyse_frame, make_bench
-from models.common.labels import DETECTOR_CLASSES, FieldImage, read_boxes, read_cells, read_fields
-from models.common.metrics import FieldBoxes, class_figures_by_name, detection_figures
+from models.common.labels import (
+    DETECTOR_CLASSES,
+    FieldImage,
+    NamedBox,
+    read_attributes,
+    read_boxes,
+    read_cells,
+    read_fields,
+    read_foreign_cells,
+)
+from models.common.metrics import (
+    FieldBoxes,
+    accuracy_at_coverage,
+    area_under_roc,
+    box_overlaps,
+    class_figures_by_name,
+    detection_figures,
+    expected_calibration_error,
+)
 
 EVALUATION_SCORE = 0.01  # low enough that the precision-recall curve reaches its end
 MAX_MEGAPIXELS = 80
 MISSED = "missed"
 NUCLEATED = DETECTOR_CLASSES[0]
+COVERAGES = (1.0, 0.98, 0.95, 0.9, 0.8)
+RUIN_SHARE = 0.055
+"""Sigma of the blur that takes a cell its name, as a share of the crop's side: 7 px of 128."""
 
 
 def main() -> None:
@@ -96,12 +132,134 @@ def boxes_of(models: Models, field: FieldImage) -> FieldBoxes:
 
 
 def evaluate_classifier(models: Models, data: Path, split: str) -> dict[str, Any]:
-    """Accuracy, macro-F1 and P / R / F1 of each class on the PBC pictures."""
-    answers = []
-    for cell in progress(read_cells(data, split), "crops"):
-        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
-        answers.append((cell.class_name, models.name_central_cell(pixels).class_name))
-    return class_figures_by_name(answers, models.manifest.classifier.classes)
+    """Names, calibration, the reject option and the attributes on the PBC pictures."""
+    cells = read_cells(data, split)
+    answers = [models.name_central_cell(decode_file(c.path, MAX_MEGAPIXELS)) for c in progress(cells, "crops")]
+    names = [(cell.class_name, answer.class_name) for cell, answer in zip(cells, answers, strict=True)]
+    attributes = read_attributes(data)
+    told = [(attributes[c.key], a.morphology) for c, a in zip(cells, answers, strict=True) if c.key in attributes]
+    return {
+        **class_figures_by_name(names, models.manifest.classifier.classes),
+        **confidence_figures(names, answers, models.manifest.classifier.thresholds.temperature),
+        "morphology": morphology_figures(told),
+    }
+
+
+def confidence_figures(
+    names: Sequence[tuple[str, str]], answers: Sequence[Classification], temperature: float
+) -> dict[str, Any]:
+    """Calibration error before and after the temperature, and accuracy of the more confident part."""
+    is_right = np.array([true == given for true, given in names])
+    after = np.array([answer.probability for answer in answers])
+    raw = np.array([list(answer.probabilities.values()) for answer in answers]) ** temperature
+    before = (raw / raw.sum(1, keepdims=True)).max(1)
+    confidence = after * np.array([answer.cell_probability for answer in answers])
+    return {
+        "calibration_error": {
+            "before": expected_calibration_error(before, is_right),
+            "after": expected_calibration_error(after, is_right),
+        },
+        "accuracy_at_coverage": accuracy_at_coverage(confidence, is_right, COVERAGES),
+    }
+
+
+def morphology_figures(told: Sequence[tuple[Mapping[str, str], Mapping[str, Attribute]]]) -> dict[str, Any] | None:
+    """Accuracy and macro-F1 of each attribute, and their means; None where the model does not describe cells."""
+    told = [pair for pair in told if pair[1]]
+    if not told:
+        return None
+    figures = {}
+    for name in told[0][1]:
+        pairs = [(true[name], given[name].value) for true, given in told]
+        by_value = class_figures_by_name(pairs, sorted({true for true, _ in pairs}))
+        figures[name] = {key: by_value[key] for key in ("accuracy", "macro_f1")}
+    means = {f"mean_{key}": float(np.mean([f[key] for f in figures.values()])) for key in ("accuracy", "macro_f1")}
+    return {"n": len(told), **means, "attributes": figures}
+
+
+def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """Names of nucleated cells from other microscopes, which `models/data/README.md` tells of, by source."""
+    cells = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    by_source: dict[str, list[tuple[NamedBox, Classification]]] = {}
+    for cell in progress(cells, "cells"):
+        by_source.setdefault(cell.source, []).append((cell, classify_box(models, cell.path, cell.box)))
+    classes = models.manifest.classifier.classes
+    rules = models.naming_rules()
+    sources = {}
+    for source, pairs in by_source.items():
+        names = [(str(cell.class_name), answer.class_name) for cell, answer in pairs]
+        accepted = np.array(
+            [
+                a.probability >= rules.min_probability and a.cell_probability >= rules.min_cell_probability
+                for _, a in pairs
+            ]
+        )
+        is_right = np.array([true == given for true, given in names])
+        figures = class_figures_by_name(names, classes)
+        sources[source] = {
+            "n": figures["n"],
+            "accuracy": figures["accuracy"],
+            "accepted": float(accepted.mean()),
+            "accuracy_of_accepted": float(is_right[accepted].mean()) if accepted.any() else None,
+            "classes": {name: f for name, f in figures["classes"].items() if f["n"]},
+        }
+    return {"sources": sources}
+
+
+def classify_box(models: Models, path: Path, box: tuple[float, float, float, float]) -> Classification:
+    """The classifier's answer for a box of a field, cut as the agent cuts it."""
+    pixels = decode_file(path, MAX_MEGAPIXELS)
+    return models.classifier.classify(cut_crop(pixels, Box(*box), models.manifest.classifier.crop.margin))
+
+
+def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """How many crops of what is no cell get a name all the same, by kind, and how well the two are told apart."""
+    rules = models.naming_rules()
+    scores: dict[str, list[float]] = {"cell": [], "red cell": [], "background": [], "ruined cell": []}
+    accepted: dict[str, list[bool]] = {kind: [] for kind in scores}
+    rng = np.random.default_rng(11)
+    for field in progress([f for f in read_fields(data, split) if f.is_complete], "fields"):
+        pixels = decode_file(field.path, MAX_MEGAPIXELS)
+        for kind, crop in kinds_of_crops(pixels, field, models.manifest.classifier.crop.margin, rng):
+            answer = models.classifier.classify(crop)
+            scores[kind].append(answer.cell_probability)
+            is_believed = answer.probability >= rules.min_probability
+            accepted[kind].append(is_believed and answer.cell_probability >= rules.min_cell_probability)
+    cells = np.array(scores["cell"])
+    return {
+        "kinds": {
+            kind: {
+                "n": len(scores[kind]),
+                "named": float(np.mean(accepted[kind])),
+                "auroc": None if kind == "cell" else area_under_roc(cells, np.array(scores[kind])),
+            }
+            for kind in scores
+        }
+    }
+
+
+def kinds_of_crops(
+    pixels: Pixels, field: FieldImage, margin: float, rng: np.random.Generator
+) -> Iterator[tuple[str, Pixels]]:
+    """Nucleated cells of a field, the same ruined by blur, two of its red cells, one place without any box."""
+    height, width = pixels.shape[:2]
+    boxes = read_boxes(field, width, height)
+    nucleated, red = boxes[boxes[:, 0] == 0, 1:], boxes[boxes[:, 0] == 1, 1:]
+    for corners in nucleated:
+        crop = cut_crop(pixels, Box(*(float(v) for v in corners)), margin)
+        yield "cell", crop
+        yield "ruined cell", np.asarray(cv2.GaussianBlur(crop, (0, 0), crop.shape[0] * RUIN_SHARE), np.uint8)
+    for index in rng.permutation(len(red))[:2]:
+        box = red[index]
+        if not len(nucleated) or box_overlaps(box[None], nucleated).max() < 0.02:
+            yield "red cell", cut_crop(pixels, Box(*(float(v) for v in box)), margin)
+    for _ in range(50):
+        side = rng.uniform(30, 120)
+        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        place = np.array([[x, y, x + side, y + side]], np.float32)
+        if box_overlaps(place, boxes[:, 1:]).max(initial=0) < 0.01:
+            yield "background", cut_crop(pixels, Box(x, y, x + side, y + side), margin)
+            return
 
 
 def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -184,6 +342,19 @@ def show(figures: dict[str, Any]) -> None:
                 table.add_row(key, str(f["cells"]), *(f"{v:.3f}" for v in values))
             console.print(table)
         return
+    if "sources" in figures:
+        table = Table("microscope", "cells", "accuracy", "accepted", "accuracy of accepted")
+        for key, f in figures["sources"].items():
+            shares = ("-" if f[k] is None else f"{f[k]:.3f}" for k in ("accuracy", "accepted", "accuracy_of_accepted"))
+            table.add_row(key, str(f["n"]), *shares)
+        console.print(table)
+        return
+    if "kinds" in figures:
+        table = Table("crop of", "n", "gets a name", "AUROC against cells")
+        for key, f in figures["kinds"].items():
+            table.add_row(key, str(f["n"]), f"{f['named']:.3f}", "-" if f["auroc"] is None else f"{f['auroc']:.4f}")
+        console.print(table)
+        return
     summary = f"accuracy {figures['accuracy']:.4f}, macro-F1 {figures['macro_f1']:.4f}, n {figures['n']}"
     if "missed" in figures:
         summary += f", not found {figures['missed']}, unidentified {figures['unidentified']}"
@@ -191,6 +362,18 @@ def show(figures: dict[str, Any]) -> None:
     for key, f in figures["classes"].items():
         table.add_row(key, str(f["n"]), *(f"{f[k]:.4f}" for k in ("precision", "recall", "f1")))
     console.print(table)
+    if "calibration_error" in figures:
+        error = figures["calibration_error"]
+        console.print(f"calibration error {error['before']:.4f} before, {error['after']:.4f} after the temperature")
+        kept = ", ".join(f"{float(k):.0%}: {v:.4f}" for k, v in figures["accuracy_at_coverage"].items())
+        console.print(f"accuracy of the most confident part: {kept}")
+    if figures.get("morphology"):
+        morphology = figures["morphology"]
+        means = f"mean accuracy {morphology['mean_accuracy']:.4f}, macro-F1 {morphology['mean_macro_f1']:.4f}"
+        table = Table("attribute", "accuracy", "macro-F1", title=f"{means}, n {morphology['n']}")
+        for key, f in morphology["attributes"].items():
+            table.add_row(key, f"{f['accuracy']:.4f}", f"{f['macro_f1']:.4f}")
+        console.print(table)
 
 
 def progress(sequence: Iterable[Any], what: str) -> Iterable[Any]:
@@ -203,6 +386,8 @@ EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
     "detector": evaluate_detector,
     "classifier": evaluate_classifier,
     "two-stage": evaluate_two_stage,
+    "microscopes": evaluate_microscopes,
+    "no-cell": evaluate_no_cell,
 }
 
 

@@ -22,14 +22,15 @@ EDGE_PX = 1.0
 class NamingRules:
     """When a name is believed, from the manifest and the configuration.
 
-    min_probability: 0 to 1. agreeing: by detector class the classes that do not contradict it. smaller_than_red_cells:
-    classes for which, where red cells are in sight, size decides instead: platelets measure 2 to 4 um, red cells 7 to
-    8, nucleated cells more.
+    min_probability, min_cell_probability: 0 to 1. agreeing: by detector class the classes that do not contradict it.
+    smaller_than_red_cells: classes for which, where red cells are in sight, size decides instead: platelets measure
+    2 to 4 um, red cells 7 to 8, nucleated cells more.
     """
 
     min_probability: float
     agreeing: Mapping[str, tuple[str, ...]]
     smaller_than_red_cells: tuple[str, ...] = ()
+    min_cell_probability: float = 0.0
 
 
 def name_cell(
@@ -54,7 +55,8 @@ def name_cell(
         agrees = name in rules.agreeing.get(detection.class_name, (name,))
         if name in rules.smaller_than_red_cells and red_cell_px is not None:
             agrees = _size_px(detection.box) < red_cell_px
-        is_trusted = agrees and probability >= rules.min_probability
+        is_cell = classification.cell_probability >= rules.min_cell_probability
+        is_trusted = agrees and is_cell and probability >= rules.min_probability
     status = CellStatus.UNIDENTIFIED
     if is_trusted:
         status = CellStatus.EDGE if _touches_edge(detection, frame_size_px) else CellStatus.ACCEPTED

@@ -18,7 +18,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from agent.delivery.topics import CONTRACT_VERSION, Topics
-from agent.domain import AgentState, Cell, ClockReading, FieldResult, ModelIdentity, Provenance
+from agent.domain import AgentState, Attribute, Cell, ClockReading, FieldResult, ModelIdentity, Provenance
 from agent.errors import MessageRejected
 from agent.health import HealthSnapshot, MachineReading
 
@@ -378,9 +378,14 @@ def _cell_keys(cell: Cell) -> Body:
         "probability": probability,
         "probabilities": probabilities,
         "margin": None if named is None else _rounded(named.margin, 4),
+        **({"morphology": _morphology_body(named.morphology)} if named is not None and named.morphology else {}),
         "status": cell.status.value,
         **({} if cell.duplicate_of is None else {"duplicate_of": cell.duplicate_of}),
     }
+
+
+def _morphology_body(morphology: Mapping[str, Attribute]) -> Body:
+    return {name: {"value": a.value, "probability": _rounded(a.probability, 4)} for name, a in morphology.items()}
 
 
 def round_probabilities(probabilities: Mapping[str, float]) -> dict[str, float]:

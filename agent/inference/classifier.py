@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from agent.domain import Classification, ModelIdentity, Pixels
+from agent.domain import NO_MORPHOLOGY, Attribute, Classification, ModelIdentity, Pixels
 from agent.inference.interpreter import Interpreter, Runtime
-from agent.inference.manifest import ClassifierEntry
+from agent.inference.manifest import ClassifierEntry, OutputTensor
 from agent.inference.quantization import PixelTable, dequantize
 
 
@@ -20,17 +22,17 @@ class Classifier:
         self.entry = entry
         self._interpreter = Interpreter(runtime, content, entry, threads)
         self._to_input = PixelTable(entry.input)
-        (self._logits,) = entry.outputs
+        self._outputs: dict[str, OutputTensor] = {output.kind: output for output in entry.outputs}
 
     @property
     def identity(self) -> ModelIdentity:
         return self.entry.identity
 
     def classify(self, crop_bgr: Pixels) -> Classification:
-        """Probabilities of one square crop.
+        """What one square crop shows.
 
         crop_bgr: uint8, (side, side, 3), B G R, any side; resized to the input. Probabilities: softmax of the logits
-        over the manifest's temperature, in the manifest's class order.
+        over the manifest's temperature, in the manifest's class order; attributes: softmax over their values.
         """
         side_px = self.entry.input.shape[1]
         how = cv2.INTER_AREA if crop_bgr.shape[0] > side_px else cv2.INTER_LINEAR
@@ -38,9 +40,39 @@ class Classifier:
         if self.entry.input.colour_order == "RGB":
             crop = crop[..., ::-1]
         self._interpreter.run(self._to_input(crop)[None])
-        logits = dequantize(self._interpreter.output(self._logits.name)[0], self._logits).astype(np.float64)
-        weights = np.exp((logits - logits.max()) / self.entry.thresholds.temperature)
-        shares = weights / weights.sum()
+        shares = _softmax(self._logits("class_logits") / self.entry.thresholds.temperature)
         best = int(shares.argmax())
         probabilities = dict(zip(self.entry.classes, shares.tolist(), strict=True))
-        return Classification(self.entry.classes[best], float(shares[best]), MappingProxyType(probabilities))
+        return Classification(
+            self.entry.classes[best],
+            float(shares[best]),
+            MappingProxyType(probabilities),
+            self._cell_probability(),
+            self._morphology(),
+        )
+
+    def _cell_probability(self) -> float:
+        if "cell_logit" not in self._outputs:
+            return 1.0
+        return float(1 / (1 + np.exp(-self._logits("cell_logit")[0])))
+
+    def _morphology(self) -> Mapping[str, Attribute]:
+        if self.entry.morphology is None:
+            return NO_MORPHOLOGY
+        logits, found, start = self._logits("attribute_logits"), {}, 0
+        for name, values in self.entry.morphology.attributes.items():
+            shares = _softmax(logits[start : start + len(values)])
+            best = int(shares.argmax())
+            found[name] = Attribute(values[best], float(shares[best]))
+            start += len(values)
+        return MappingProxyType(found)
+
+    def _logits(self, kind: str) -> NDArray[np.float64]:
+        output = self._outputs[kind]
+        return dequantize(self._interpreter.output(output.name)[0], output).astype(np.float64)
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(logits - logits.max())
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares

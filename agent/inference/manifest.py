@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -54,9 +55,9 @@ class InputTensor(Tensor):
 
 
 class OutputTensor(Tensor):
-    """A map of the detector or the logits of the classifier."""
+    """A map of the detector, or logits of the classifier: of the classes, of attribute values, of "it is a cell"."""
 
-    kind: Literal["box_distances", "class_scores", "class_logits"]
+    kind: Literal["box_distances", "class_scores", "class_logits", "attribute_logits", "cell_logit"]
     stride_px: int | None = None
     """px of the input from one place of the map to the next; detector only."""
 
@@ -76,12 +77,26 @@ class ClassifierThresholds(ManifestPart):
     min_probability: Share
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Logits are divided by this before the softmax (Guo et al. 2017, arXiv 1706.04599)."""
+    min_cell_probability: Share = 0.0
+    """Below it the crop is taken for something that has no name: debris, a smudge, a red cell."""
 
 
 class Crop(ManifestPart):
     """How the classifier's crop is cut from a frame: a square around the box, wider by `margin` of its longer side."""
 
     margin: Annotated[float, Field(ge=0, le=4)]
+
+
+class Morphology(ManifestPart):
+    """What the classifier can say of a cell's looks, and how people say it.
+
+    attributes: values of each attribute, in the order of the logits. phrases: texts with attributes in braces, as
+    "{nucleus_shape} nucleus"; words: for a value what stands in a phrase, null = the phrase is left out.
+    """
+
+    attributes: dict[str, Annotated[tuple[str, ...], Field(min_length=2)]]
+    phrases: tuple[str, ...] = ()
+    words: dict[str, dict[str, str | None]] = {}
 
 
 class ModelEntry(ManifestPart):
@@ -134,6 +149,8 @@ class ClassifierEntry(ModelEntry):
     role: Literal["classifier"]
     thresholds: ClassifierThresholds
     crop: Crop
+    morphology: Morphology | None = None
+    """None = off: the model does not describe cells, or is not asked to."""
     confusion: MeasuredConfusion | None = None
     """For the corrected column of a differential; None = there is no such column."""
 
@@ -163,10 +180,10 @@ class Manifest(ManifestPart):
             if output.kind in ("class_scores", "class_logits"):
                 classes = detector.classes if output.kind == "class_scores" else classifier.classes
                 _require(output.shape[-1] == len(classes), f"output {output.name}: its last size is not the classes'")
-            if output.kind != "class_logits":
+            if output.kind in ("box_distances", "class_scores"):
                 is_grid = output.stride_px is not None and output.shape[1] * output.stride_px == detector.input.shape[1]
                 _require(is_grid, f"output {output.name}: rows times stride_px is not the input's side")
-        _require(len(classifier.outputs) == 1, "classifier.outputs: must be the logits alone")
+        _check_classifier(classifier)
         _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
         _require(set(detector.agreeing) <= set(detector.classified), "detector.agreeing: unknown class")
         named = {name for names in detector.agreeing.values() for name in names} | set(detector.smaller_than_red_cells)
@@ -176,6 +193,22 @@ class Manifest(ManifestPart):
         measured = set() if classifier.confusion is None else set(classifier.confusion.counts)
         _require(measured <= set(classifier.classes), "classifier.confusion: unknown class")
         return self
+
+
+def _check_classifier(classifier: ClassifierEntry) -> None:
+    """One output of a kind, the classes always; attributes that fill their output."""
+    kinds = [output.kind for output in classifier.outputs]
+    _require(kinds.count("class_logits") == 1, "classifier.outputs: one of kind class_logits is needed")
+    _require(len(set(kinds)) == len(kinds), "classifier.outputs: two of one kind")
+    sizes = {output.kind: output.shape[-1] for output in classifier.outputs}
+    _require(sizes.get("cell_logit", 1) == 1, "classifier.outputs: cell_logit must be one number")
+    morphology = classifier.morphology
+    if morphology is not None:
+        values = sum(len(found) for found in morphology.attributes.values())
+        _require(sizes.get("attribute_logits") == values, "classifier.morphology: its values are not the output's")
+        named = {field for phrase in morphology.phrases for _, field, _, _ in Formatter().parse(phrase) if field}
+        unknown = (named | set(morphology.words)) - set(morphology.attributes)
+        _require(not unknown, f"classifier.morphology: unknown attribute {', '.join(sorted(unknown))}")
 
 
 def _require(is_met: bool, fault: str) -> None:

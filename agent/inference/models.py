@@ -29,10 +29,13 @@ class Models:
 
     def naming_rules(self, min_probability: float | None = None) -> NamingRules:
         """When the manifest lets a name be believed; min_probability replaces the manifest's."""
-        if min_probability is None:
-            min_probability = self.manifest.classifier.thresholds.min_probability
-        detector = self.manifest.detector
-        return NamingRules(min_probability, detector.agreeing, detector.smaller_than_red_cells)
+        detector, thresholds = self.manifest.detector, self.manifest.classifier.thresholds
+        return NamingRules(
+            thresholds.min_probability if min_probability is None else min_probability,
+            detector.agreeing,
+            detector.smaller_than_red_cells,
+            thresholds.min_cell_probability,
+        )
 
     def name_central_cell(self, pixels_bgr: Pixels) -> Classification:
         """The class of the one cell that a picture is about.

@@ -1,6 +1,6 @@
 """The trained classifier as the int8 file that is shipped, and its entry in the manifest.
 
-python -m models.classifier.export --checkpoint runs/classifier/best.pt --data ../shared/data
+python -m models.classifier.export runs/classifier/best.pt --data ../shared/data
 """
 
 from __future__ import annotations
@@ -8,93 +8,125 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.classifier import crops
 from models.classifier.locate import read_boxes
-from models.classifier.train import SIZE_PX
-from models.common.datasets import CellCrops
+from models.classifier.train import load_net
 from models.common.labels import read_cells
 from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
-from models.nets.shufflenetv2 import ShuffleNetV2, fold_batch_norm
+from models.common.warm_start import save_norms
+from models.nets.cellnet import CellNet, fold_batch_norm
 
-FILE = "classifier/shufflenetv2.tflite"
-CROP_MARGIN = 0.2
+KINDS = {
+    "class_logits": "logit of each class",
+    "attribute_logits": "logit of each value of each attribute, attribute by attribute",
+    "cell_logit": "logit of: this is a cell that has a name",
+}
+WORDING = Path(__file__).with_name("wording.yaml")
 
 
 class ChannelsLast(nn.Module):
-    """NHWC in, logits out."""
+    """NHWC in, the logits of each head out, each with a scale of its own."""
 
-    def __init__(self, net: ShuffleNetV2):
+    def __init__(self, net: CellNet):
         super().__init__()
         self.net = fold_batch_norm(net)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.permute(0, 3, 1, 2))
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(x.permute(0, 3, 1, 2)))
 
 
 def main() -> None:
     args = parse()
     checkpoint = torch.load(args.checkpoint, weights_only=True)
-    classes = tuple(checkpoint["classes"])
-    net = ShuffleNetV2(len(classes))
-    net.load_state_dict(checkpoint["average"])
-    args.command = args.command or checkpoint["command"]
-    float_file, int8_file = args.float_models / FILE, args.models / FILE
-    export_float(ChannelsLast(net.eval()), SIZE_PX, float_file)
-    quantize_file(float_file, int8_file, calibration(args.data, classes, args.pictures, args.boxes))
+    wording = crops.Wording(checkpoint["classes"], checkpoint["values"])
+    net = load_net(args.checkpoint, wording)
+    name = checkpoint["backbone"]
+    file = f"classifier/{args.file or name.split('-')[0]}.tflite"
+    float_file, int8_file = args.float_models / file, args.models / file
+    side_px = checkpoint["side_px"]
+    export_float(ChannelsLast(net), side_px, float_file)
+    settings = yaml.safe_load(checkpoint["settings"])
+    pictures = calibration(args.data, wording, side_px, args.pictures, args.boxes, settings.get("foreign", ()))
+    quantize_file(float_file, int8_file, pictures)
+    save_norms(net, int8_file)
     for folder in (args.float_models, args.models):
-        write_entry(folder, classes, args)
+        write_entry(folder, file, name, wording, args, checkpoint["command"], settings)
 
 
-def write_entry(folder: Path, classes: tuple[str, ...], args: argparse.Namespace) -> None:
+def write_entry(
+    folder: Path,
+    file: str,
+    name: str,
+    wording: crops.Wording,
+    args: argparse.Namespace,
+    command: str,
+    settings: dict[str, Any],
+) -> None:
     """The classifier's entry in the manifest of a folder, float or int8."""
-    entry, (logits,) = describe_tensors(folder / FILE)
+    entry, outputs = describe_tensors(folder / file)
+    sizes = {"class_logits": len(wording.classes), "attribute_logits": sum(wording.sizes), "cell_logit": 1}
+    by_size = {size: kind for kind, size in sizes.items()}
+    described = [
+        {**output, "kind": by_size[output["shape"][-1]], "meaning": KINDS[by_size[output["shape"][-1]]]}
+        for output in outputs
+    ]
+    foreign = settings.get("foreign", ())
+    sources = "PBC (Acevedo et al. 2020), split train" + (
+        f"; cells of {', '.join(foreign)} fields that we named by eye, split train" if foreign else ""
+    )
     update_manifest(
         folder,
         "classifier",
-        name="shufflenetv2-x1.0",
+        name=name,
         version=args.version,
-        file=FILE,
+        file=file,
         input={**entry, "meaning": "the square crop of one cell, real values 0 to 1", "colour_order": "RGB"},
-        outputs=[{**logits, "kind": "class_logits", "meaning": "logit of each class"}],
-        classes=classes,
-        crop={"margin": CROP_MARGIN},
-        thresholds={"min_probability": args.min_probability, "temperature": args.temperature},
-        data="PBC (Acevedo et al. 2020), split train, and the simulated slide",
-        command=args.command,
+        outputs=described,
+        classes=wording.classes,
+        crop={"margin": crops.MARGIN},
+        thresholds={"min_probability": 0.5, "temperature": 1.0, "min_cell_probability": 0.5},
+        morphology={"attributes": wording.values, **yaml.safe_load(WORDING.read_text())},
+        data=f"{sources}; attributes: WBCAtt; the simulated slide",
+        command=command,
     )
 
 
-def calibration(data: Path, classes: tuple[str, ...], count: int, boxes: Path | None) -> Iterator[NDArray[np.float32]]:
-    """Training crops, augmented as in training, the classes evenly."""
+def calibration(
+    data: Path, wording: crops.Wording, side_px: int, count: int, boxes: Path, foreign: tuple[str, ...]
+) -> Iterator[NDArray[np.float32]]:
+    """Training crops, augmented as in training, the classes evenly, every source."""
     torch.manual_seed(3)
     cells = read_cells(data, "train")
     rng = np.random.default_rng(3)
     rng.shuffle(cells)
-    chosen = [
-        c for name in classes for c in [x for x in cells if x.class_name == name][: max(1, count // len(classes))]
-    ]
-    crops = CellCrops(chosen, classes, SIZE_PX, read_boxes(boxes))
-    for index in range(len(crops)):
-        yield crops[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
+    each = max(1, count // len(wording.classes))
+    chosen = [c for name in wording.classes for c in [x for x in cells if x.class_name == name][:each]]
+    examples = crops.pbc_examples(data, chosen, read_boxes(boxes), wording)
+    others = crops.foreign_examples(data, foreign, ("train",), wording)
+    examples += [others[k] for k in rng.permutation(len(others))[: count // 3]]
+    training = crops.TrainingCrops(examples, side_px)
+    for index in range(len(training)):
+        yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/classifier/best.pt"))
+    parser.add_argument("checkpoint", type=Path, help="best.pt of a run")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
-    parser.add_argument("--boxes", type=Path, default=None, help="where the cells are: models.classifier.locate")
-    parser.add_argument("--version", default="0.1.0")
+    parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
+    parser.add_argument("--file", default=None, help="name of the file without its ending; default: the net's")
+    parser.add_argument("--version", default="0.2.0")
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
-    parser.add_argument("--min-probability", type=float, default=0.5, help="below it a cell is unidentified")
-    parser.add_argument("--temperature", type=float, default=1.0, help="softmax temperature, fitted on val")
-    parser.add_argument("--command", default=None, help="how it was trained; default: what the checkpoint says")
     return parser.parse_args()
 
 

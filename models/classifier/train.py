@@ -1,125 +1,254 @@
-"""Train ShuffleNetV2 on single-cell images.
+"""Train a classifier of single cells, as one YAML file says.
 
-    python -m models.classifier.train --data ../shared/data --run runs/classifier --minutes 25
+    python -m models.classifier.train models/classifier/recipes/classifier.yaml --data ../shared/data
 
-Killed and started again with the same --run, it goes on from the last epoch.
+Killed and started again, it goes on from the last epoch. Choose on other microscopes: `best.pt` is the epoch whose
+accuracy is best as a mean over PBC `val` and the sources that we named by eye.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
+from models.classifier import crops
 from models.classifier.locate import read_boxes
-from models.common.augment import vary_look
-from models.common.datasets import CellCrops, CentredBox, central_box
-from models.common.labels import CellImage, cell_classes, read_cells, read_rgb
+from models.common.labels import attribute_values, cell_classes, read_attributes, read_cells
 from models.common.simulated import simulated_crops
 from models.common.training import Run
-from models.nets.shufflenetv2 import ShuffleNetV2
+from models.common.warm_start import load_shipped
+from models.nets.cellnet import Answers, CellNet
 
-SIZE_PX = 128
-BATCH = 64
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFile:
+    """What a run's YAML says.
+
+    init: `.pt` of ours or a shipped `.tflite` (its backbone is taken). teacher: `.pt` of a run of ours whose answers
+    are
+    learnt too. minutes: of training, over all sessions. backbone_rate: the backbone's share of `rate`. foreign: sources
+    of which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch, by kind.
+    """
+
+    backbone: str = "shufflenetv2-x1.0"
+    init: Path | None = None
+    teacher: Path | None = None
+    side_px: int = 128
+    batch: int = 64
+    minutes: float = 60
+    rate: float = 2e-3
+    backbone_rate: float = 1.0
+    frozen_share: float = 0.0
+    epoch_crops: int = 10240
+    foreign: tuple[str, ...] = ()
+    shares: Mapping[str, float]
+    simulated_each: int = 150
+    label_smoothing: float = 0.05
+    seed: int = 1
+    threads: int = 2
+
+
+WEIGHTS = {"classes": 1.0, "morphology": 0.3, "is_cell": 0.3, "teacher": 1.0}
+TEACHER_TEMPERATURE = 2.0
 
 
 def main() -> None:
     args = parse()
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    classes = cell_classes(args.data)
-    net = ShuffleNetV2(len(classes)).to(memory_format=torch.channels_last)
-    run = Run(args.run, net, args.rate, args.minutes, args.init)
-    loader = train_loader(args, classes)
-    views = val_views(read_cells(args.data, "val"), read_boxes(args.boxes))
-    loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
+    settings = read_run(args.file)
+    torch.manual_seed(settings.seed)
+    torch.set_num_threads(settings.threads)
+    wording = crops.Wording(cell_classes(args.data), attribute_values(read_attributes(args.data)))
+    folder = args.runs / args.file.stem
+    boxes = read_boxes(args.boxes)
+    examples = training_examples(settings, args, boxes, wording)
+    net = CellNet(settings.backbone, len(wording.classes), wording.sizes).to(memory_format=torch.channels_last)
+    if not (folder / "last.pt").exists():
+        begin_with(net, settings, examples)
+    teacher = load_net(settings.teacher, wording) if settings.teacher else None
+    run = Run(folder, net, settings.rate, settings.minutes, factors={"backbone.": settings.backbone_rate})
+    loader = train_loader(settings, examples, wording)
+    views = val_views(args.data, settings, boxes, wording)
+    facts = {"classes": wording.classes, "values": wording.values, "backbone": settings.backbone}
+    facts |= {"side_px": settings.side_px, "settings": args.file.read_text()}
     run.schedule.start()
     while not run.is_finished:
         net.train()
+        net.backbone.requires_grad_(run.schedule.progress >= settings.frozen_share)
         losses = []
-        for pixels, labels in loader:
+        for pixels, labels, attributes, are_cells in loader:
             x = pixels.to(memory_format=torch.channels_last).float() / 255
-            loss = loss_of(net(x), labels)
-            run.step(loss)
-            losses.append(loss.item())
+            answers = net(x)
+            parts = loss_parts(answers, labels, attributes, are_cells, wording, settings.label_smoothing)
+            if teacher is not None:
+                with torch.inference_mode():
+                    told = teacher(x)
+                parts["teacher"] = teacher_loss(answers, told, are_cells)
+            run.step(sum(WEIGHTS[name] * part for name, part in parts.items()))
+            losses.append({name: part.item() for name, part in parts.items()})
             if run.is_finished:
                 break
-        figures = {name: accuracy(run.average.net, view, classes) for name, view in views.items()}
-        score = sum(figures.values()) / len(figures)
-        run.end_epoch(score, {"classes": classes}, loss=float(np.mean(losses)), **figures)
+        means = {f"loss_{name}": float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
+        figures = {f"val_{name}": value for name, value in judge(run.average.net, views, wording).items()}
+        scores = [value for name, value in figures.items() if name.endswith("_accuracy")]
+        run.end_epoch(float(np.mean(scores)), facts, **means, **figures)
 
 
-def train_loader(args: argparse.Namespace, classes: tuple[str, ...]) -> DataLoader[tuple[torch.Tensor, int]]:
-    """An epoch: as many crops as there are pictures, rare classes drawn more often (by the root of their rarity)."""
-    simulated = simulated_crops(args.simulated, classes, args.run.parent) if args.simulated else []
-    crops = CellCrops(read_cells(args.data, "train"), classes, SIZE_PX, read_boxes(args.boxes), simulated)
-    counts = np.bincount(crops.labels, minlength=len(classes))
-    weights = torch.from_numpy(1 / np.sqrt(counts[crops.labels]))
-    sampler = WeightedRandomSampler(weights.tolist(), len(crops))
-    return DataLoader(crops, BATCH, sampler=sampler, num_workers=1, drop_last=True, persistent_workers=True)
+def read_run(file: Path) -> RunFile:
+    """The run's settings; unknown keys are refused."""
+    try:
+        found: dict[str, Any] = yaml.safe_load(file.read_text())
+        for key in ("init", "teacher"):
+            if found.get(key):
+                found[key] = Path(found[key])
+        return RunFile(**{**found, "foreign": tuple(found.get("foreign", ()))})
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise SystemExit(f"{file}: {error}; the keys are those of RunFile in models/classifier/train.py") from error
 
 
-def val_views(cells: list[CellImage], boxes: Mapping[str, CentredBox]) -> dict[str, list[tuple[torch.Tensor, str]]]:
-    """Three fixed views of `val`: whole pictures, crops as the agent cuts them, and those in foreign colours.
-
-    The third stands in for other laboratories, which `val` itself cannot show.
-    """
-    rng = np.random.default_rng(0)
-    whole, cut, foreign = [], [], []
-    for cell in cells:
-        picture = read_rgb(cell.path)
-        whole.append(
-            (tensor(square(picture, picture.shape[1] / 2, picture.shape[0] / 2, max(picture.shape))), cell.class_name)
-        )
-        x, y, width, height = boxes.get(cell.key) or central_box(picture)
-        crop = square(picture, x, y, 1.2 * max(width, height))
-        cut.append((tensor(crop), cell.class_name))
-        foreign.append((tensor(vary_look(crop, rng, 1.3)), cell.class_name))
-    return {"whole": whole, "cut": cut, "foreign": foreign}
-
-
-def square(pixels: np.ndarray, x: float, y: float, side: float) -> np.ndarray:
-    """A square of `side` pixels around x, y, with the picture's edge repeated outside, SIZE_PX wide."""
-    import cv2
-
-    scale = SIZE_PX / side
-    matrix = np.array([[scale, 0, SIZE_PX / 2 - scale * x], [0, scale, SIZE_PX / 2 - scale * y]])
-    if scale < 0.6:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), 0.35 / scale)
-    return cv2.warpAffine(pixels, matrix, (SIZE_PX, SIZE_PX), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+def training_examples(
+    settings: RunFile, args: argparse.Namespace, boxes: Mapping[str, Any], wording: crops.Wording
+) -> dict[str, list[crops.Example]]:
+    """By kind; see `shares`."""
+    rng = np.random.default_rng(settings.seed)
+    pbc = crops.pbc_examples(args.data, read_cells(args.data, "train"), boxes, wording)
+    foreign = crops.foreign_examples(args.data, settings.foreign, ("train",), wording)
+    simulated = simulated_crops(settings.simulated_each, wording.classes, args.runs)
+    found = {
+        "pbc": pbc,
+        "foreign": foreign,
+        "simulated": crops.simulated_examples(simulated, wording),
+        "no_cell": crops.without_cells(args.data, ("pbc", *settings.foreign), rng, wording),
+        "ruined": crops.ruined(pbc + [e for e in foreign if e.is_cell], rng, 2000),
+    }
+    return {kind: found[kind] for kind in settings.shares}
 
 
-def tensor(pixels: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def begin_with(net: CellNet, settings: RunFile, examples: Mapping[str, list[crops.Example]]) -> None:
+    """Give the net the weights that the run asks for, and say what fitted."""
+    if settings.init is None:
+        return
+    if settings.init.suffix == ".tflite":
+        pictures = [
+            crops.square(e.pixels, e.box, settings.side_px) for e in examples["pbc"][:: len(examples["pbc"]) // 256]
+        ]
+        batch = torch.stack([crops.picture_tensor(p) for p in pictures]).float() / 255
+        load_shipped(net, settings.init, batch.split(64), is_stored=lambda name: not name.startswith(NEW_HEADS))
+        return
+    stored = torch.load(settings.init, weights_only=True)["average"]
+    own = net.state_dict()
+    fitting = {name: value for name, value in stored.items() if name in own and own[name].shape == value.shape}
+    net.load_state_dict(fitting, strict=False)
+    print(f"{settings.init}: {len(fitting)} of {len(own)} tensors fit; missing: {sorted(set(own) - set(fitting))[:8]}")
+
+
+NEW_HEADS = ("morphology", "is_cell")
+"""Heads that files of version 0.1 do not have."""
+
+
+def load_net(checkpoint: Path, wording: crops.Wording) -> CellNet:
+    """The averaged net of a run, for answering only."""
+    state = torch.load(checkpoint, weights_only=True)
+    net = CellNet(state["backbone"], len(wording.classes), wording.sizes)
+    net.load_state_dict(state["average"])
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def train_loader(
+    settings: RunFile, examples: Mapping[str, list[crops.Example]], wording: crops.Wording
+) -> DataLoader[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """An epoch: kinds by their shares; inside a kind rare classes more often (by the root of their rarity)."""
+    weights, all_examples = [], []
+    for kind, share in settings.shares.items():
+        labels = np.array([e.label for e in examples[kind]])
+        counts = np.bincount(labels - crops.UNKNOWN, minlength=len(wording.classes) + 1)
+        each = 1 / np.sqrt(counts[labels - crops.UNKNOWN])
+        weights.append(share * each / each.sum())
+        all_examples += examples[kind]
+    sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
+    dataset = crops.TrainingCrops(all_examples, settings.side_px)
+    return DataLoader(
+        dataset,
+        settings.batch,
+        sampler=sampler,
+        num_workers=1,
+        drop_last=True,
+        persistent_workers=True,
+        prefetch_factor=6,
+    )
+
+
+def loss_parts(
+    answers: Answers, labels: Tensor, attributes: Tensor, are_cells: Tensor, wording: crops.Wording, smoothing: float
+) -> dict[str, Tensor]:
+    """Cross entropies, each a mean over the crops that have that label."""
+    is_named = labels != crops.UNKNOWN
+    classes = functional.cross_entropy(answers.classes[is_named], labels[is_named], label_smoothing=smoothing)
+    groups = answers.morphology.split(wording.sizes, 1)
+    described = [
+        functional.cross_entropy(group, attributes[:, k], ignore_index=crops.UNKNOWN, reduction="sum")
+        for k, group in enumerate(groups)
+    ]
+    morphology = sum(described) / (attributes != crops.UNKNOWN).sum().clamp(min=1)
+    is_cell = functional.binary_cross_entropy_with_logits(answers.is_cell[:, 0], are_cells)
+    return {"classes": classes, "morphology": morphology, "is_cell": is_cell}
+
+
+def teacher_loss(answers: Answers, told: Answers, are_cells: Tensor) -> Tensor:
+    """What a teacher says of the same crops, softened (Hinton et al., arXiv 1503.02531)."""
+    t = TEACHER_TEMPERATURE
+    losses = functional.kl_div(
+        (answers.classes / t).log_softmax(1), (told.classes / t).softmax(1), reduction="none"
+    ).sum(1)
+    return (losses * are_cells).sum() / are_cells.sum().clamp(min=1) * t * t
+
+
+def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: crops.Wording) -> dict[str, crops.View]:
+    """PBC `val`, and each source that we named by eye: its `val` where it is learnt from, all of it where it is not."""
+    views = {
+        "pbc": crops.make_view(crops.pbc_examples(data, read_cells(data, "val"), boxes, wording), settings.side_px)
+    }
+    for source in FOREIGN_SOURCES:
+        splits = ("val",) if source in settings.foreign else ("train", "val", "test")
+        found = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
+        views[source] = crops.make_view(found, settings.side_px)
+    return views
+
+
+FOREIGN_SOURCES = ("bccd", "raabin")
 
 
 @torch.inference_mode()
-def accuracy(net: nn.Module, view: list[tuple[torch.Tensor, str]], classes: tuple[str, ...]) -> float:
-    """Share of right first answers."""
-    right = 0
-    for start in range(0, len(view), 128):
-        part = view[start : start + 128]
-        answers = net(torch.stack([x for x, _ in part]).float() / 255).argmax(1)
-        right += sum(classes[a] == name for a, (_, name) in zip(answers.tolist(), part, strict=True))
-    return right / len(view)
+def judge(net: nn.Module, views: Mapping[str, crops.View], wording: crops.Wording) -> dict[str, float]:
+    """Accuracy of the class in each view, and of the attributes where there are any."""
+    figures = {}
+    for name, view in views.items():
+        parts = [net(part.float() / 255) for part in view.crops.split(128)]
+        classes = torch.cat([answers.classes for answers in parts]).argmax(1)
+        figures[f"{name}_accuracy"] = float((classes == view.labels).float().mean())
+        known = view.attributes != crops.UNKNOWN
+        if known.any():
+            groups = torch.cat([answers.morphology for answers in parts]).split(wording.sizes, 1)
+            told = torch.stack([group.argmax(1) for group in groups], 1)
+            figures[f"{name}_morphology"] = float((told == view.attributes)[known].float().mean())
+    return figures
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the run's YAML; see models/classifier/recipes")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with pbc.csv")
-    parser.add_argument("--run", type=Path, default=Path("runs/classifier"), help="folder for checkpoints and log")
-    parser.add_argument("--init", type=Path, default=None, help="checkpoint whose weights a new run begins with")
-    parser.add_argument("--boxes", type=Path, default=None, help="where the cells are: models.classifier.locate")
-    parser.add_argument("--minutes", type=float, default=25, help="training time in all")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--simulated", type=int, default=150, help="simulated crops of each class; 0 = none")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and caches lie")
+    parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
     return parser.parse_args()
 
 

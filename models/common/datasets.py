@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import cv2
 import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from models.common.augment import vary_look
-from models.common.labels import CellImage, FieldImage, Rgb, read_boxes, read_rgb
+from models.common.labels import FieldImage, Rgb, read_boxes, read_rgb
 
 CentredBox = tuple[float, float, float, float]
 """Centre x, centre y, width, height in pixels."""
-
-NO_BOXES: Mapping[str, CentredBox] = MappingProxyType({})
 
 
 def central_box(pixels: Rgb) -> CentredBox:
@@ -45,69 +42,6 @@ def central_box(pixels: Rgb) -> CentredBox:
     return best
 
 
-class CellCrops(Dataset[tuple[torch.Tensor, int]]):
-    """Crops of single cells as the agent might cut them: off centre, tight or wide, turned, from any laboratory.
-
-    Items: float-ready uint8 RGB tensor (3, size, size) and class index. The pictures stay decoded in memory (2 GB for
-    `train`). boxes: where the cell is, by `CellImage.key`; those not in it are guessed from the colours. simulated:
-    extra (pixels, class) pairs from the simulated slide.
-    """
-
-    def __init__(
-        self,
-        cells: list[CellImage],
-        classes: tuple[str, ...],
-        size_px: int,
-        boxes: Mapping[str, CentredBox] = NO_BOXES,
-        simulated: Sequence[tuple[Rgb, str]] = (),
-    ):
-        self.size_px = size_px
-        self.pictures = [read_rgb(cell.path) for cell in cells] + [pixels for pixels, _ in simulated]
-        self.boxes = [
-            boxes.get(cell.key) or central_box(picture) for cell, picture in zip(cells, self.pictures, strict=False)
-        ]
-        self.boxes += [(p.shape[1] / 2, p.shape[0] / 2, 0.5 * p.shape[1], 0.5 * p.shape[0]) for p, _ in simulated]
-        self.labels = [classes.index(cell.class_name) for cell in cells] + [
-            classes.index(name) for _, name in simulated
-        ]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        rng = np.random.default_rng(torch.randint(2**62, ()).item())
-        crop = vary_look(random_crop(self.pictures[index], self.boxes[index], self.size_px, rng), rng)
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), self.labels[index]
-
-
-def random_crop(pixels: Rgb, box: CentredBox, size_px: int, rng: Generator) -> Rgb:
-    """A square around the box, between tight and the whole picture, turned and mirrored, size_px wide."""
-    height, width = pixels.shape[:2]
-    x, y, box_width, box_height = box
-    tight, whole = max(box_width, box_height, 12.0), float(max(width, height))
-    kind = rng.random()
-    if kind < 0.6:  # as the agent cuts it, the box being a little wrong
-        side = tight * rng.uniform(1.0, 1.5)
-    elif kind < 0.8:
-        side = tight * (whole / tight) ** rng.random()
-    else:  # for users who hand over single-cell images as they are
-        side = whole * rng.uniform(0.9, 1.1)
-    if rng.random() < 0.5:
-        x, y = x + rng.normal(0, 0.05) * side, y + rng.normal(0, 0.05) * side
-    else:
-        x, y = (x + width / 2) / 2 + rng.normal(0, 0.03) * side, (y + height / 2) / 2 + rng.normal(0, 0.03) * side
-    angle = rng.uniform(0, 2 * np.pi) if rng.random() < 0.5 else rng.integers(4) * np.pi / 2
-    scale = size_px / side
-    stretch = np.exp(rng.normal(0, 0.05))
-    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
-    turn = np.array([[cos * stretch, -sin], [sin, cos / stretch]]) @ np.diag([rng.choice((-1, 1)), 1])
-    shift = np.array([size_px / 2, size_px / 2]) - turn @ np.array([x, y])
-    if scale < 0.6:  # warpAffine does not average: avoid aliasing
-        pixels = cv2.GaussianBlur(pixels, (0, 0), 0.35 / scale)
-    matrix = np.concatenate((turn, shift[:, None]), 1)
-    return cv2.warpAffine(pixels, matrix, (size_px, size_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledField:
     """Decoded pixels and boxes of a field, (boxes, 5): class, x_min, y_min, x_max, y_max in pixels."""
@@ -129,21 +63,20 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """An endless stream of training fields: single or mosaic of four, any scale, turned, mirrored, any laboratory.
 
     Items: uint8 RGB (3, size, size) and boxes (boxes, 5) in its pixels. size_px may be changed between epochs through
-    a new dataset object. simulated_share: probability that a picture comes from `simulated`.
+    a new dataset object. pools: fields, and how often one of them is drawn.
     """
 
     def __init__(
         self,
-        fields: list[LabelledField],
-        simulated: list[LabelledField],
+        pools: Sequence[tuple[list[LabelledField], float]],
         size_px: int,
         seed: int,
-        simulated_share: float,
         mosaic_share: float = 0.5,
     ):
-        self.fields, self.simulated = fields, simulated
+        filled = [(fields, share) for fields, share in pools if fields and share > 0]
+        self.pools = [fields for fields, _ in filled]
+        self.shares = np.array([share for _, share in filled]) / sum(share for _, share in filled)
         self.size_px, self.seed = size_px, seed
-        self.simulated_share = simulated_share if simulated else 0.0
         self.mosaic_share = mosaic_share
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -155,7 +88,7 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             yield torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(boxes)
 
     def _pick(self, rng: Generator) -> LabelledField:
-        pool = self.simulated if rng.random() < self.simulated_share else self.fields
+        pool = self.pools[rng.choice(len(self.pools), p=self.shares)]
         return pool[rng.integers(len(pool))]
 
     def _single(self, rng: Generator) -> tuple[Rgb, NDArray[np.float32]]:

@@ -6,6 +6,7 @@ The splits are taken as given.
 from __future__ import annotations
 
 import csv
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rgb = NDArray[np.uint8]
+
+FOREIGN_CELLS = Path(__file__).parents[1] / "data" / "foreign_cells.csv"
 
 DETECTOR_CLASSES = ("WBC", "RBC", "platelet")  # the order of the label files
 
@@ -26,6 +29,17 @@ class CellImage:
     path: Path
     class_name: str
     split: str
+
+
+@dataclass(frozen=True, slots=True)
+class NamedBox:
+    """A cell of a field that we named by eye. class_name: None = it is no cell of the eight classes."""
+
+    path: Path
+    source: str
+    split: str
+    box: tuple[float, float, float, float]
+    class_name: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,38 @@ def read_cells(data: Path, split: str) -> list[CellImage]:
     with (data / "pbc.csv").open() as lines:
         rows = [CellImage(row["path"], data / row["path"], row["class"], row["split"]) for row in csv.DictReader(lines)]
     return [row for row in rows if row.split == split]
+
+
+def read_attributes(data: Path) -> dict[str, dict[str, str]]:
+    """WBCAtt: for the key of an image its value of each attribute; five classes have them."""
+    with (data / "attributes.csv").open() as lines:
+        return {row.pop("path"): row for row in csv.DictReader(lines)}
+
+
+def attribute_values(attributes: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The values that each attribute takes, sorted: this order goes into the manifest."""
+    values: dict[str, set[str]] = {}
+    for row in attributes.values():
+        for name, value in row.items():
+            values.setdefault(name, set()).add(value)
+    return {name: tuple(sorted(found)) for name, found in values.items()}
+
+
+def read_foreign_cells(data: Path, splits: Collection[str] = ("train", "val", "test")) -> list[NamedBox]:
+    """Nucleated cells of the BCCD and Raabin fields that we named by eye; see `models/data/README.md`."""
+    with FOREIGN_CELLS.open() as lines:
+        rows = list(csv.DictReader(lines))
+    return [
+        NamedBox(
+            data / row["path"],
+            row["source"],
+            row["split"],
+            (float(row["x_min"]), float(row["y_min"]), float(row["x_max"]), float(row["y_max"])),
+            None if row["class"] == "none" else row["class"],
+        )
+        for row in rows
+        if row["split"] in splits
+    ]
 
 
 def read_fields(data: Path, split: str) -> list[FieldImage]:

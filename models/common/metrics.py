@@ -137,3 +137,36 @@ def _ranked(fields: Sequence[FieldBoxes], index: int) -> tuple[NDArray[np.float3
         hits.append(_matches(box_overlaps(found[:, 2:], true)))
     order = np.argsort(-np.concatenate(scores), kind="stable")
     return np.concatenate(scores)[order], np.concatenate(hits)[order]
+
+
+CALIBRATION_BINS = 15
+
+
+def expected_calibration_error(confidences: NDArray[np.float64], is_right: NDArray[np.bool_]) -> float:
+    """How far confidence is from accuracy, 0 to 1: mean gap over 15 bins of equal width, weighted by what they hold.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation 3.
+    """
+    bins = np.clip(np.ceil(confidences * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    gaps = [
+        (bins == k).mean() * abs(is_right[bins == k].mean() - confidences[bins == k].mean())
+        for k in range(CALIBRATION_BINS)
+        if (bins == k).any()
+    ]
+    return float(sum(gaps))
+
+
+def accuracy_at_coverage(
+    confidences: NDArray[np.float64], is_right: NDArray[np.bool_], coverages: Sequence[float]
+) -> dict[str, float]:
+    """Accuracy among the most confident share of the answers, for each share (El-Yaniv & Wiener, JMLR 11, 2010)."""
+    ranked = is_right[np.argsort(-confidences, kind="stable")]
+    return {f"{share:g}": float(ranked[: max(1, round(share * len(ranked)))].mean()) for share in coverages}
+
+
+def area_under_roc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
+    """Probability that a positive scores above a negative, ties counted half (Mann-Whitney)."""
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, "left")
+    not_above = np.searchsorted(ordered, positive, "right")
+    return float((below + not_above).mean() / 2 / len(negative))

@@ -7,8 +7,10 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 
 COMMAND = " ".join(["python", *sys.orig_argv[1:]])
 """How this process was started; goes with the weights into the manifest."""
+
+
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 class AveragedWeights:
@@ -74,31 +79,33 @@ class Schedule:
         return self.peak * (0.02 + 0.98 * cosine)
 
 
-def split_decay(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for kernels, none for biases and norms."""
-    kernels = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim <= 1]
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def split_parameters(net: nn.Module, weight_decay: float, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay for kernels, none for biases and norms; rates by the start of the names."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        factor = next((share for start, share in factors.items() if name.startswith(start)), 1.0)
+        groups.setdefault((factor, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": found, "weight_decay": decay, "factor": factor} for (factor, decay), found in groups.items()]
 
 
 class Run:
     """A training run and its folder: net, averaged weights, optimiser, schedule. Killed, it resumes at the last epoch.
 
     folder: gets `last.pt` (to resume), `best.pt` (averaged weights of the best score) and `log.jsonl`.
-    init: checkpoint whose averaged weights a new run begins with.
+    factors: share of the rate for parameters whose names begin so. A new run begins with the net as it is given.
     """
 
-    def __init__(self, folder: Path, net: nn.Module, rate: float, minutes: float, init: Path | None = None):
+    def __init__(
+        self, folder: Path, net: nn.Module, rate: float, minutes: float, factors: Mapping[str, float] = NO_FACTORS
+    ):
         self.folder = folder
         self.net = net
         self.average = AveragedWeights(net)
-        self.optimiser = torch.optim.AdamW(split_decay(net, 0.02), lr=rate)
+        self.optimiser = torch.optim.AdamW(split_parameters(net, 0.02, factors), lr=rate)
         self.schedule = Schedule(rate, minutes)
         self.epoch, self.best = 0, 0.0
         if (folder / "last.pt").exists():
             self._resume(torch.load(folder / "last.pt", weights_only=True))
-        elif init is not None:
-            self._begin_with(torch.load(init, weights_only=True)["average"])
 
     @property
     def is_finished(self) -> bool:
@@ -107,7 +114,7 @@ class Run:
     def step(self, loss: Tensor) -> None:
         """One step down, at the schedule's rate."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.rate
+            group["lr"] = self.schedule.rate * group["factor"]
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 10)
@@ -144,11 +151,6 @@ class Run:
         self.average.updates = state["updates"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.epoch, self.best, self.schedule.spent_s = state["epoch"], state["best"], state["spent_s"]
-
-    def _begin_with(self, weights: dict[str, Tensor]) -> None:
-        self.net.load_state_dict(weights)
-        self.average.net.load_state_dict(weights)
-        self.average.updates = 1000  # the average of a trained net is to be trusted from the start
 
 
 def save_checkpoint(path: Path, **states: Any) -> None:

@@ -18,6 +18,7 @@ from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, load_fields
 from models.common.labels import DETECTOR_CLASSES, cell_classes, read_fields, read_rgb
 from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
+from models.common.warm_start import save_norms
 from models.detector.train import FILL, SIZE_PX
 from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
 
@@ -59,6 +60,7 @@ def main() -> None:
     _, outputs = describe_tensors(float_file)
     floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"])["kind"] == "class_scores"}
     quantize_file(float_file, int8_file, calibration(args.data, args.pictures), floors)
+    save_norms(net, int8_file)
     for folder in (args.float_models, args.models):
         write_entry(folder, args)
 
@@ -108,7 +110,7 @@ def calibration(data: Path, count: int) -> Iterator[NDArray[np.float32]]:
     chosen = [fields[k] for k in rng.permutation(len(fields))[: count // 2]]
     for field in chosen:
         yield letterbox(read_rgb(field.path), SIZE_PX, FILL)[0][None].astype(np.float32) / 255
-    augmented = iter(AugmentedFields(load_fields(chosen), [], SIZE_PX, 3, 0.0))
+    augmented = iter(AugmentedFields([(load_fields(chosen), 1.0)], SIZE_PX, seed=3))
     for _ in range(count - count // 2):
         yield next(augmented)[0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 

@@ -5,8 +5,6 @@ Shapes in comments are (batch, channels, height, width); the input is RGB in [0,
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -59,9 +57,9 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """Logits of `classes` classes, (batch, classes). width: 0.5 or 1.0."""
+    """What it sees in a picture as 1024 numbers, (batch, features). width: 0.5 or 1.0."""
 
-    def __init__(self, classes: int, width: float = 1.0, dropout: float = 0.2):
+    def __init__(self, width: float = 1.0):
         super().__init__()
         first, *stages, last = WIDTHS[width]
         self.stem = nn.Sequential(conv_bn(3, first, 3, 2, act=True), nn.MaxPool2d(3, 2, 1))
@@ -73,20 +71,7 @@ class ShuffleNetV2(nn.Module):
             inputs = outputs
         self.units = nn.Sequential(*units)
         self.last = conv_bn(inputs, last, act=True)
-        self.dropout = nn.Dropout(dropout)
-        self.logits = nn.Linear(last, classes)
+        self.features = last
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.last(self.units(self.stem(x))).mean((2, 3))  # (b, 1024)
-        return self.logits(self.dropout(features))
-
-
-@torch.no_grad()
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """A copy for export with each batch norm folded into the convolution before it; the answers stay."""
-    net = copy.deepcopy(net).eval()
-    for module in net.modules():
-        if isinstance(module, nn.Sequential) and len(module) >= 2 and isinstance(module[1], nn.BatchNorm2d):
-            module[0] = torch.nn.utils.fuse_conv_bn_eval(module[0], module[1])
-            module[1] = nn.Identity()
-    return net
+        return self.last(self.units(self.stem(x))).mean((2, 3))  # (b, 1024)

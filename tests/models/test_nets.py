@@ -7,7 +7,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
 from models.detector.loss import assign, complete_iou, head_loss  # noqa: E402
-from models.nets import shufflenetv2, yolov10  # noqa: E402
+from models.nets import cellnet, yolov10  # noqa: E402
+from models.nets.cellnet import BACKBONES, CellNet  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -37,9 +38,53 @@ def test_yolov10n_gives_three_pairs_of_maps() -> None:
     assert [(b.shape, s.shape) for b, s in maps] == [((1, 64, n, n), (1, 3, n, n)) for n in (52, 26, 13)]
 
 
-@pytest.mark.parametrize(("width", "parameters"), [(0.5, 1_366_792), (1.0, 2_278_604)])
-def test_shufflenetv2_has_the_papers_parameters(width: float, parameters: int) -> None:
-    assert count(shufflenetv2.ShuffleNetV2(1000, width)) == parameters
+PAPERS = [
+    # backbone, parameters with a dense layer to 1000 classes, millions of multiply-adds at 224 x 224, features
+    ("shufflenetv2-x0.5", 1_366_792, 41, 1024),  # arXiv 1807.11164, table 8: 1.4 M, 41 M
+    ("shufflenetv2-x1.0", 2_278_604, 146, 1024),  # the same: 2.3 M, 146 M
+    ("mobilenetv2", 3_504_872, 300, 1280),  # arXiv 1801.04381, table 4: 3.4 M, 300 M
+    ("darknet-19", 20_842_376, 2790, 1024),  # arXiv 1612.08242: 5.58 billion operations, two to a multiply-add
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "_", "features"), PAPERS)
+def test_backbones_have_their_papers_parameters(name: str, parameters: int, _: int, features: int) -> None:
+    net = BACKBONES[name]()
+    assert net.features == features
+    assert count(net) + 1000 * features + 1000 == parameters
+
+
+@pytest.mark.parametrize(("name", "_", "multiply_adds", "features"), PAPERS)
+def test_backbones_cost_what_their_papers_say(name: str, _: int, multiply_adds: int, features: int) -> None:
+    net = BACKBONES[name]().eval()
+    assert millions_of_multiply_adds(net, 224) + features / 1000 == pytest.approx(multiply_adds, rel=0.03)
+
+
+def test_yolov10n_costs_what_its_paper_says() -> None:
+    net = yolov10.YoloV10n(80).eval()
+    # Table 1: 6.7 G operations at 640 x 640, two to a multiply-add; the attention's products are not counted there.
+    assert 2 * millions_of_multiply_adds(net, 640) / 1000 == pytest.approx(6.7, rel=0.05)
+
+
+def millions_of_multiply_adds(net: torch.nn.Module, side_px: int) -> float:
+    """Of the convolutions that one picture runs through."""
+    total = 0
+
+    def add(layer: torch.nn.Conv2d, _inputs: object, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(add)
+    net(torch.rand(1, 3, side_px, side_px))
+    return total / 1e6
+
+
+def test_the_heads_stand_side_by_side_on_any_backbone() -> None:
+    for name in BACKBONES:
+        answers = CellNet(name, 8, [2, 6, 3]).eval()(torch.rand(2, 3, 64, 64))
+        assert [tuple(part.shape) for part in answers] == [(2, 8), (2, 11), (2, 1)]
 
 
 def test_folding_changes_no_answer() -> None:
@@ -47,8 +92,10 @@ def test_folding_changes_no_answer() -> None:
     detector = stir_norms(yolov10.YoloV10n(3))
     for pair, folded in zip(detector(x), yolov10.fold_batch_norm(detector)(x), strict=True):
         torch.testing.assert_close(pair, folded, atol=1e-4, rtol=1e-4)
-    classifier = stir_norms(shufflenetv2.ShuffleNetV2(8))
-    torch.testing.assert_close(classifier(x), shufflenetv2.fold_batch_norm(classifier)(x), atol=1e-4, rtol=1e-4)
+    for name in BACKBONES:
+        classifier = stir_norms(CellNet(name, 8, [2, 3]))
+        for answer, folded in zip(classifier(x), cellnet.fold_batch_norm(classifier)(x), strict=True):
+            torch.testing.assert_close(answer, folded, atol=1e-3, rtol=1e-3)
 
 
 def test_the_one_to_one_head_does_not_steer_the_backbone() -> None:

@@ -1,0 +1,239 @@
+"""Crops that the classifier learns from: cells of every source, and things that are no cell.
+
+Cut as the agent cuts them: a square around a box, the box being a little wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from models.common.augment import vary_look
+from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
+from models.common.labels import (
+    CellImage,
+    NamedBox,
+    Rgb,
+    read_attributes,
+    read_fields,
+    read_foreign_cells,
+    read_rgb,
+)
+
+UNKNOWN = -1
+"""An index that is not known: no class, no value of the attribute."""
+
+MARGIN = 0.2
+"""The square is wider than the box's longer side by this share; goes into the manifest."""
+
+RUIN_SIGMA_PX = (5.0, 9.0)
+"""px of a 128 px crop: a cell blurred by this much has no name any more."""
+
+MOST_OVERLAP = 0.05
+"""Share of a crop without a cell that boxes of nucleated cells and platelets may cover."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One cell, or one place without a cell, in its picture.
+
+    box: where it is. label: class index, or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell:
+    whether a crop of it is to be taken for one. is_ruined: it is a cell, and is to be blurred until it has no name.
+    """
+
+    pixels: Rgb
+    box: CentredBox
+    label: int
+    attributes: tuple[int, ...]
+    is_cell: bool = True
+    is_ruined: bool = False
+
+
+class Wording:
+    """Indices of classes and attribute values. values: by attribute, in the manifest's order."""
+
+    def __init__(self, classes: Sequence[str], values: Mapping[str, Sequence[str]]):
+        self.classes = tuple(classes)
+        self.values = {name: tuple(found) for name, found in values.items()}
+        self.no_attributes = (UNKNOWN,) * len(self.values)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many values each attribute has."""
+        return [len(found) for found in self.values.values()]
+
+    def attribute_indices(self, row: Mapping[str, str] | None) -> tuple[int, ...]:
+        """Value index of each attribute; UNKNOWN where the image has none."""
+        if row is None:
+            return self.no_attributes
+        return tuple(found.index(row[name]) for name, found in self.values.items())
+
+
+def pbc_examples(
+    data: Path, cells: Sequence[CellImage], boxes: Mapping[str, CentredBox], wording: Wording
+) -> list[Example]:
+    """The single-cell images; where the detector saw nothing the box is guessed from the colours."""
+    attributes = read_attributes(data)
+    examples = []
+    for cell in cells:
+        pixels = read_rgb(cell.path)
+        box = boxes.get(cell.key) or central_box(pixels)
+        label = wording.classes.index(cell.class_name)
+        examples.append(Example(pixels, tuple(box), label, wording.attribute_indices(attributes.get(cell.key))))
+    return examples
+
+
+def foreign_examples(data: Path, sources: Sequence[str], splits: Sequence[str], wording: Wording) -> list[Example]:
+    """Cells of other microscopes that we named by eye, and boxes that hold none."""
+    pictures: dict[Path, Rgb] = {}
+    examples = []
+    for cell in read_foreign_cells(data, splits):
+        if cell.source in sources:
+            pixels = pictures.setdefault(cell.path, read_rgb(cell.path))
+            label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
+            box = centred(cell)
+            examples.append(Example(pixels, box, label, wording.no_attributes, is_cell=label != UNKNOWN))
+    return examples
+
+
+def centred(cell: NamedBox) -> CentredBox:
+    x_min, y_min, x_max, y_max = cell.box
+    return (x_min + x_max) / 2, (y_min + y_max) / 2, x_max - x_min, y_max - y_min
+
+
+def simulated_examples(crops: Sequence[tuple[Rgb, str]], wording: Wording) -> list[Example]:
+    """Cells of the simulated slide, each in the middle of its picture."""
+    return [
+        Example(
+            pixels,
+            (pixels.shape[1] / 2, pixels.shape[0] / 2, 0.5 * pixels.shape[1], 0.5 * pixels.shape[0]),
+            wording.classes.index(name),
+            wording.no_attributes,
+        )
+        for pixels, name in crops
+    ]
+
+
+def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: Wording) -> list[Example]:
+    """Red cells and background of complete training fields: three red cells and one empty place of each."""
+    fields = [field for field in read_fields(data, "train") if field.is_complete and field.source in sources]
+    examples = []
+    for field in load_fields(fields):
+        red = field.boxes[field.boxes[:, 0] == 1]
+        chosen = [red[k, 1:] for k in rng.permutation(len(red))[:3]]
+        height, width = field.pixels.shape[:2]
+        side = rng.uniform(24, 160)
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        chosen.append(np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2]))
+        for box in chosen:
+            if covered(field, box) <= MOST_OVERLAP:
+                x_min, y_min, x_max, y_max = (float(v) for v in box)
+                middle = ((x_min + x_max) / 2, (y_min + y_max) / 2, x_max - x_min, y_max - y_min)
+                examples.append(Example(field.pixels, middle, UNKNOWN, wording.no_attributes, is_cell=False))
+    return examples
+
+
+def covered(field: LabelledField, box: np.ndarray) -> float:
+    """Share of the crop around a box that nucleated cells and platelets cover."""
+    grow = 0.5 * MARGIN * max(box[2] - box[0], box[3] - box[1])
+    low, high = box[:2] - grow, box[2:] + grow
+    others = field.boxes[field.boxes[:, 0] != 1, 1:]
+    shared = np.clip(np.minimum(high, others[:, 2:]) - np.maximum(low, others[:, :2]), 0, None).prod(1)
+    return float(shared.sum() / (high - low).prod())
+
+
+def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Example]:
+    """Some of the cells once more, to be blurred until they have no name."""
+    return [
+        Example(e.pixels, e.box, UNKNOWN, (UNKNOWN,) * len(e.attributes), is_cell=False, is_ruined=True)
+        for e in (examples[k] for k in rng.permutation(len(examples))[:count])
+    ]
+
+
+class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
+    """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1)."""
+
+    def __init__(self, examples: Sequence[Example], side_px: int):
+        self.examples = examples
+        self.side_px = side_px
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, float]:
+        rng = np.random.default_rng(torch.randint(2**62, ()).item())
+        example = self.examples[index]
+        crop = vary_look(random_crop(example.pixels, example.box, self.side_px, rng), rng)
+        if example.is_ruined:
+            crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
+        return picture_tensor(crop), example.label, torch.tensor(example.attributes), float(example.is_cell)
+
+
+def random_crop(pixels: Rgb, box: CentredBox, side_px: int, rng: Generator) -> Rgb:
+    """A square around the box as a detector might have drawn it, turned and mirrored, side_px wide.
+
+    One in five is wider, up to twice the box: not everybody cuts as we do.
+    """
+    x, y, box_width, box_height = box
+    side = max(box_width, box_height, 12.0) * (1 + MARGIN)
+    side *= rng.uniform(1.1, 1.8) if rng.random() < 0.2 else np.exp(rng.normal(0, 0.09))
+    x, y = x + rng.normal(0, 0.04) * side, y + rng.normal(0, 0.04) * side
+    angle = rng.uniform(0, 2 * np.pi) if rng.random() < 0.5 else rng.integers(4) * np.pi / 2
+    scale = side_px / side
+    stretch = np.exp(rng.normal(0, 0.05))
+    cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
+    turn = np.array([[cos * stretch, -sin], [sin, cos / stretch]]) @ np.diag([rng.choice((-1, 1)), 1])
+    return warp(pixels, turn, x, y, side_px)
+
+
+def square(pixels: Rgb, box: CentredBox, side_px: int) -> Rgb:
+    """The crop as the agent cuts it from a frame."""
+    x, y, width, height = box
+    return warp(pixels, np.eye(2) * side_px / (max(width, height) * (1 + MARGIN)), x, y, side_px)
+
+
+def warp(pixels: Rgb, turn: np.ndarray, x: float, y: float, side_px: int) -> Rgb:
+    """The picture through a 2 x 2 matrix, x and y in the middle, side_px wide, its edge repeated outside."""
+    scale = float(np.sqrt(abs(np.linalg.det(turn))))
+    reach = 1.5 * side_px / scale  # work on the surroundings only: blurring a whole field for one cell is slow
+    left, top = max(0, int(x - reach)), max(0, int(y - reach))
+    part = pixels[top : int(y + reach) + 1, left : int(x + reach) + 1]
+    if not part.size:
+        part, left, top = pixels, 0, 0
+    if scale < 0.6:  # warpAffine does not average: avoid aliasing
+        part = cv2.GaussianBlur(part, (0, 0), 0.35 / scale)
+    shift = np.array([side_px / 2, side_px / 2]) - turn @ np.array([x - left, y - top])
+    matrix = np.concatenate((turn, shift[:, None]), 1)
+    return cv2.warpAffine(part, matrix, (side_px, side_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """Fixed crops for judging a net: uint8 (n, 3, side, side), class index (n,), value indices (n, attributes)."""
+
+    crops: Tensor
+    labels: Tensor
+    attributes: Tensor
+    are_cells: Tensor
+
+
+def make_view(examples: Sequence[Example], side_px: int, change: Callable[[Rgb], Rgb] = lambda crop: crop) -> View:
+    """Crops as the agent cuts them. change: what another laboratory's look would make of them."""
+    return View(
+        torch.stack([picture_tensor(change(square(e.pixels, e.box, side_px))) for e in examples]),
+        torch.tensor([e.label for e in examples]),
+        torch.tensor([e.attributes for e in examples]),
+        torch.tensor([float(e.is_cell) for e in examples]),
+    )
+
+
+def picture_tensor(pixels: Rgb) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

@@ -1,0 +1,170 @@
+"""What fine-tuning and adaptation share: from the shipped classifier to a net, and from a net to new models."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from agent.config import ModelsSection
+from agent.errors import ModelError
+from agent.inference.manifest import ClassifierEntry, load_manifest
+from agent.inference.models import Models, open_models
+from models.classifier import crops
+from models.classifier.export import ChannelsLast
+from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
+from models.common.warm_start import load_shipped, save_norms
+from models.nets.cellnet import CellNet
+
+BATCH = 32
+KEEP_MORPHOLOGY = 0.05
+"""Weight of staying with what the net said of the cells' looks, for which a laboratory gives no labels."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """The classifier of a folder of models as a net that can learn."""
+
+    folder: Path
+    entry: ClassifierEntry
+    wording: crops.Wording
+    net: CellNet
+
+    @property
+    def side_px(self) -> int:
+        return self.entry.input.shape[1]
+
+
+def open_base(folder: Path, pictures: Sequence[crops.Example]) -> Base:
+    """The net of a folder's classifier. pictures: where no statistics of the norms lie beside the file they give them.
+
+    Errors: `ModelError` where the folder is none; `FileDoesNotFit` where its file is of another make.
+    """
+    entry = load_manifest(folder).classifier
+    wording = wording_of(entry)
+    net = CellNet(entry.name, len(entry.classes), wording.sizes)
+    side_px = entry.input.shape[1]
+    squares = [crops.picture_tensor(crops.square(e.pixels, e.box, side_px)) for e in pictures[:256]]
+    load_shipped(net, folder / entry.file, (torch.stack(squares).float() / 255).split(64))
+    return Base(folder, entry, wording, net)
+
+
+def wording_of(entry: ClassifierEntry) -> crops.Wording:
+    """Classes and attributes of a classifier that describes cells; `ModelError` for one that does not."""
+    if entry.morphology is None:
+        raise ModelError(f"{entry.file}: version {entry.version} has no attributes; take models of 0.2.0 or newer")
+    return crops.Wording(entry.classes, entry.morphology.attributes)
+
+
+def tune(
+    net: CellNet,
+    examples: Sequence[crops.Example],
+    side_px: int,
+    minutes: float,
+    rate: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Teach a net, in place, with its norms' statistics held: a few hundred cells are too few to learn those from.
+
+    The rate falls to zero over `minutes`; early layers learn a third as fast.
+    """
+    old = copy.deepcopy(net).eval().requires_grad_(False)
+    loader = DataLoader(crops.TrainingCrops(examples, side_px), BATCH, shuffle=True, drop_last=len(examples) > BATCH)
+    early, late = list(net.backbone.parameters()), [p for m in (net.classes, net.is_cell) for p in m.parameters()]
+    optimiser = torch.optim.AdamW([{"params": early, "lr": rate / 3}, {"params": late, "lr": rate}], weight_decay=0.02)
+    peaks = [group["lr"] for group in optimiser.param_groups]
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    begun_s, spent = clock(), 0.0
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("learning", total=1.0)
+        while spent < 1:
+            for pixels, labels, _, are_cells in loader:
+                spent = (clock() - begun_s) / (60 * minutes)
+                bar.update(task, completed=spent)
+                if spent >= 1:
+                    break
+                for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                    group["lr"] = peak * 0.5 * (1 + np.cos(np.pi * spent))
+                optimiser.zero_grad(set_to_none=True)
+                tuning_loss(net, old, pixels.float() / 255, labels, are_cells).backward()
+                nn.utils.clip_grad_norm_(net.parameters(), 10)
+                optimiser.step()
+    net.eval()
+
+
+def tuning_loss(net: CellNet, old: CellNet, x: Tensor, labels: Tensor, are_cells: Tensor) -> Tensor:
+    """Names and is-a-cell from the labels; the looks as they were told before."""
+    answers = net(x)
+    with torch.inference_mode():
+        told = old(x)
+    loss = functional.binary_cross_entropy_with_logits(answers.is_cell[:, 0], are_cells) * 0.3
+    is_named = labels != crops.UNKNOWN
+    if is_named.any():
+        loss = loss + functional.cross_entropy(answers.classes[is_named], labels[is_named], label_smoothing=0.05)
+    return loss + KEEP_MORPHOLOGY * functional.mse_loss(answers.morphology, told.morphology.clone())
+
+
+def write_models(
+    base: Base, calibration: Sequence[crops.Example], output: Path, how: str, facts: dict[str, object]
+) -> Models:
+    """A folder of models with the tuned classifier, quantised, beside the old detector; opened as the agent opens it.
+
+    calibration: cells that the int8 ranges are taken from. how: goes into the version, as `0.2.0+tuned-20261125`.
+    facts: figures before and after, written to `signoff.json` for the person who signs the change off.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    manifest = json.loads((base.folder / "manifest.json").read_text())
+    for role in ("detector", "classifier"):
+        source, target = base.folder / manifest[role]["file"], output / manifest[role]["file"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    shutil.copyfile(base.folder / "manifest.json", output / "manifest.json")
+    file = output / base.entry.file
+    float_file = file.with_suffix(".float.tflite")
+    export_float(ChannelsLast(base.net), base.side_px, float_file)
+    squares = (crops.square(e.pixels, e.box, base.side_px) for e in calibration)
+    quantize_file(float_file, file, (s[None].astype(np.float32) / 255 for s in squares))
+    float_file.unlink()
+    save_norms(base.net, file)
+    entry = manifest["classifier"]
+    found_input, outputs = describe_tensors(file)
+    kinds = {output["shape"][-1]: output for output in entry["outputs"]}
+    entry["input"] |= found_input
+    entry["outputs"] = [{**kinds[output["shape"][-1]], **output} for output in outputs]
+    day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
+    entry["version"] = f"{entry['version'].split('+')[0]}+{how}-{day}"
+    entry["data"] = f"{entry['data']}; {how} on this laboratory's own cells"
+    del entry["sha256"], entry["role"]
+    update_manifest(output, "classifier", **entry)
+    (output / "signoff.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return open_models(ModelsSection(folder=output))
+
+
+def share_of_right(models: Models, examples: Sequence[crops.Example]) -> float:
+    """Accuracy of a folder's int8 classifier on labelled examples."""
+    right = [answer_of(models, e)[0] == e.label for e in examples]
+    return float(np.mean(right))
+
+
+def answer_of(models: Models, example: crops.Example) -> tuple[int, float, float]:
+    """Class index, probability and cell probability that the agent would give."""
+    entry = models.manifest.classifier
+    crop = crops.square(example.pixels, example.box, entry.input.shape[1])
+    answer = models.classifier.classify(np.ascontiguousarray(crop[..., ::-1]))
+    return entry.classes.index(answer.class_name), answer.probability, answer.cell_probability

@@ -1,0 +1,112 @@
+"""Boxes for single-cell pictures that have none, from the shipped detector: self-training.
+
+    python -m models.detector.label_pictures --data ../shared/data --output runs/pictures.npz
+
+The boxed fields show no erythroblast, no immature granulocyte, and no platelet at that scale; the PBC pictures do.
+Each of them
+says what its middle cell is, and that is believed rather than the detector. A picture is used only if the detector
+finds that cell, and nothing else that it is not sure of. Only the split `train` is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.analysis.crops import central_detection
+from agent.camera.decoding import decode_file
+from agent.config import ModelsSection
+from agent.domain import Detection
+from agent.inference.models import open_models
+from models.common.datasets import LabelledField
+from models.common.labels import DETECTOR_CLASSES, CellImage, cell_classes, read_cells, read_rgb
+from models.evaluate import MAX_MEGAPIXELS, progress
+
+SURE, UNSURE = 0.3, 0.2
+"""A box with a score from UNSURE to SURE may be right or wrong: its picture teaches nothing and is left out."""
+
+SHEET = (8, 6)
+
+
+def main() -> None:
+    args = parse()
+    models = open_models(ModelsSection(folder=args.models))
+    classified = models.manifest.detector.classified
+    rng = np.random.default_rng(5)
+    cells = read_cells(args.data, "train")
+    chosen: list[CellImage] = []
+    for name in cell_classes(args.data):
+        same = [cell for cell in cells if cell.class_name == name]
+        chosen += [same[k] for k in rng.permutation(len(same))[: args.each]]
+    keys, boxes = [], []
+    for cell in progress(chosen, "pictures"):
+        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
+        height, width = pixels.shape[:2]
+        detections = models.detector.detect(pixels, UNSURE)
+        middle = central_detection(detections, classified, width, height)
+        found = picture_boxes(cell, detections, middle)
+        if found is not None:
+            keys.append(cell.key)
+            boxes.append(found)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    packed = np.empty(len(boxes), object)
+    packed[:] = boxes
+    np.savez(args.output, keys=np.array(keys), boxes=packed)
+    print(f"{len(keys)} of {len(chosen)} pictures have boxes")
+    draw_sheets(args.data, keys, boxes, args.output.parent / "pictures")
+
+
+def picture_boxes(cell: CellImage, detections: list[Detection], middle: Detection | None) -> NDArray[np.float32] | None:
+    """(boxes, 5): class, x_min, y_min, x_max, y_max in px; None where the picture is not to be used."""
+    if middle is None or any(d.score < SURE for d in detections if d is not middle):
+        return None
+    middle_name = cell.class_name if cell.class_name in DETECTOR_CLASSES else DETECTOR_CLASSES[0]
+    rows = []
+    for d in detections:
+        name = middle_name if d is middle else d.class_name
+        rows.append((DETECTOR_CLASSES.index(name), d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max))
+    return np.array(rows, np.float32)
+
+
+def load_pictures(file: Path, data: Path) -> list[LabelledField]:
+    """The pictures with their boxes, decoded."""
+    stored = np.load(file, allow_pickle=True)
+    return [
+        LabelledField(read_rgb(data / key), boxes) for key, boxes in zip(stored["keys"], stored["boxes"], strict=True)
+    ]
+
+
+def draw_sheets(data: Path, keys: list[str], boxes: list[NDArray[np.float32]], folder: Path) -> None:
+    """Contact sheets for a person to look over: WBC red, RBC grey, platelet blue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns, rows = SHEET
+    colours = ((230, 0, 0), (120, 120, 120), (0, 0, 230))
+    order = np.random.default_rng(1).permutation(len(keys))
+    for number in range(3):
+        tiles = []
+        for k in order[number * columns * rows : (number + 1) * columns * rows]:
+            tile = read_rgb(data / keys[k]).copy()
+            for index, *corners in boxes[k]:
+                x_min, y_min, x_max, y_max = (round(float(v)) for v in corners)
+                cv2.rectangle(tile, (x_min, y_min), (x_max, y_max), colours[int(index)], 2)
+            tiles.append(cv2.resize(tile, (128, 128)))
+        if len(tiles) == columns * rows:
+            sheet = np.vstack([np.hstack(tiles[r * columns : (r + 1) * columns]) for r in range(rows)])
+            cv2.imwrite(str(folder / f"sheet-{number}.png"), sheet[..., ::-1])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--each", type=int, default=300, help="pictures of each class to try")
+    parser.add_argument("--output", type=Path, default=Path("runs/pictures.npz"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
