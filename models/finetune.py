@@ -3,9 +3,9 @@
     python -m models.finetune crops/ --output my-models [--minutes 10] [--data ../shared/data]
 
 crops: a folder with one folder for each class, named as in the manifest, of crops as the agent cuts them (the
-review page exports such folders); `no-cell` may hold crops of what is none. One crop in four is kept back to judge by. With --data
-the PBC pictures are learnt along, so that less is forgotten. The new folder is written only if the int8 file names the
-crops that were kept back better than before; set `models.folder` to it, or stage it with the command `model.stage`.
+review page will export such folders); `no-cell` may hold crops of what is none. One crop in four is kept back to judge
+by. With --data the PBC pictures are learnt along, so that less is forgotten. The new folder is written only if the int8
+file names the crops that were kept back better than before; set `models.folder` to it, or stage it with `model.stage`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Darknet-19, written from its paper: Redmon & Farhadi, "YOLO9000", arXiv 1612.08242, table 6.
 
 Two things differ. ReLU in place of the leaky one, which stays float between int8 layers on TFLite. The 1 x 1
-convolution to the classes is a dense layer behind the pooling, as with the other backbones: the order of the two does not matter.
+convolution to the classes is a dense layer behind the pooling, as with the other backbones: their order is free.
 
 Shapes in comments are (batch, channels, height, width); the input is RGB in [0, 1].
 """

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.common.metrics import FieldBoxes, box_overlaps, class_figures_by_name, detection_figures, f1_curve
+from models.common.metrics import (
+    FieldBoxes,
+    accuracy_at_coverage,
+    area_under_roc,
+    box_overlaps,
+    class_figures_by_name,
+    detection_figures,
+    expected_calibration_error,
+    f1_curve,
+)
 
 CLASSES = ("WBC", "RBC")
 
@@ -60,3 +69,22 @@ def test_names_right_and_wrong_are_counted_by_class() -> None:
 def test_f1_over_thresholds_weighs_found_against_missed() -> None:
     one = field([(0, 0.9, 0, 0, 10, 10), (0, 0.4, 50, 50, 60, 60)], [(0, 0, 0, 10, 10), (0, 80, 80, 90, 90)])
     assert f1_curve([one], CLASSES, np.array([0.1, 0.5, 0.95])).tolist() == pytest.approx([2 / 4, 2 / 3, 0])
+
+
+def test_a_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    confidences = np.array([0.9] * 10 + [0.6] * 10)
+    is_right = np.array([True] * 9 + [False] + [True] * 6 + [False] * 4)
+    assert expected_calibration_error(confidences, is_right) == pytest.approx(0)
+    assert expected_calibration_error(confidences, np.zeros(20, bool)) == pytest.approx(0.75)
+
+
+def test_accuracy_rises_when_the_doubtful_are_left_out() -> None:
+    confidences = np.array([0.9, 0.8, 0.7, 0.6])
+    figures = accuracy_at_coverage(confidences, np.array([True, True, False, False]), (1.0, 0.5))
+    assert figures == {"1": 0.5, "0.5": 1.0}
+
+
+def test_the_area_under_the_curve_counts_ties_half() -> None:
+    assert area_under_roc(np.array([0.9, 0.8]), np.array([0.1, 0.2])) == 1
+    assert area_under_roc(np.array([0.5]), np.array([0.5])) == 0.5
+    assert area_under_roc(np.array([0.1]), np.array([0.9])) == 0

@@ -1,0 +1,83 @@
+"""Fine-tuning and adaptation as a laboratory runs them, short, on the simulated slide."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
+
+from agent.camera.simulated import render_training_crop, render_training_field
+from agent.config import ModelsSection
+from agent.inference.models import open_models
+
+pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
+
+TOP = Path(__file__).parents[2]
+
+
+def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
+
+
+def write_crops(folder: Path, names: tuple[str, ...], each: int, tint: tuple[float, float, float]) -> None:
+    """Simulated cells in the look of a laboratory with other colours."""
+    rng = np.random.default_rng(9)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            crop = np.clip(render_training_crop(rng, name, 128) * np.array(tint), 0, 255).astype(np.uint8)
+            cv2.imwrite(str(folder / name / f"{number}.png"), crop[..., ::-1])
+
+
+def test_a_laboratory_teaches_its_own_cells_and_gets_a_folder_that_the_agent_opens(tmp_path: Path) -> None:
+    write_crops(tmp_path / "crops", ("neutrophil", "lymphocyte", "eosinophil"), 24, (0.9, 0.55, 0.5))
+    output = tmp_path / "tuned"
+    done = run("models.finetune", str(tmp_path / "crops"), "--output", str(output), "--minutes", "0.4")
+    told = json.loads(done.stdout.splitlines()[0])
+    if told["accuracy_after"] > told["accuracy_before"]:
+        assert done.returncode == 0, done.stderr
+        models = open_models(ModelsSection(folder=output))
+        assert "+tuned-" in models.classifier.identity.version
+        assert json.loads((output / "signoff.json").read_text()) == told
+    else:
+        assert "nothing is changed" in done.stderr
+        assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [((), "folders must be named"), (("neutrofil",), "neutrofil"), (("neutrophil",), "too few")],
+)
+def test_a_folder_that_nothing_can_be_learnt_from_is_refused_in_words(
+    tmp_path: Path, names: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "crops").mkdir()
+    for name in names:
+        (tmp_path / "crops" / name).mkdir()
+    done = run("models.finetune", str(tmp_path / "crops"), "--output", str(tmp_path / "tuned"))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fields_without_labels_adapt_the_classifier(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    (tmp_path / "fields").mkdir()
+    for number in range(30):
+        pixels, _ = render_training_field(rng, 640, 480)
+        cv2.imwrite(str(tmp_path / f"fields/{number}.png"), pixels)
+    output = tmp_path / "adapted"
+    done = run("models.adapt", "--images", str(tmp_path / "fields"), "--output", str(output), "--minutes", "0.3")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[0])
+    assert told["cells"] >= 60
+    assert 0 <= told["same_name"] <= 1
+    assert "+adapted-" in open_models(ModelsSection(folder=output)).classifier.identity.version

@@ -1,0 +1,91 @@
+"""A shipped file back into its net: the net answers as the file does, and its norms can learn on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
+
+from ai_edge_litert.interpreter import Interpreter  # noqa: E402
+
+from agent.camera.simulated import render_training_crop  # noqa: E402
+from agent.inference.manifest import load_manifest  # noqa: E402
+from models.common import warm_start  # noqa: E402
+from models.common.warm_start import FileDoesNotFit, load_shipped, read_layers  # noqa: E402
+from models.nets.cellnet import CellNet  # noqa: E402
+
+pytestmark = pytest.mark.train
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """Simulated cells of all classes, (48, 3, 128, 128), 0 to 1."""
+    rng = np.random.default_rng(3)
+    classes = load_manifest(MODELS).classifier.classes
+    crops = [render_training_crop(rng, classes[k % len(classes)], 128) for k in range(48)]
+    return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy()).float() / 255
+
+
+def shipped_net() -> tuple[CellNet, Path]:
+    entry = load_manifest(MODELS).classifier
+    assert entry.morphology is not None
+    sizes = [len(values) for values in entry.morphology.attributes.values()]
+    return CellNet(entry.name, len(entry.classes), sizes), MODELS / entry.file
+
+
+def answers_of_file(file: Path, pictures: torch.Tensor) -> np.ndarray:
+    """Class logits (n, classes) of the int8 file."""
+    entry = load_manifest(MODELS).classifier
+    (logits,) = [output for output in entry.outputs if output.kind == "class_logits"]
+    interpreter = Interpreter(str(file))
+    interpreter.allocate_tensors()
+    place = interpreter.get_input_details()[0]["index"]
+    (found,) = [d for d in interpreter.get_output_details() if d["name"] == logits.name]
+    rows = []
+    for picture in pictures:
+        stored = (picture.permute(1, 2, 0)[None].numpy() * 255).round() - 128
+        interpreter.set_tensor(place, stored.astype(np.int8))
+        interpreter.invoke()
+        rows.append((interpreter.get_tensor(found["index"])[0].astype(float) - logits.zero_point) * logits.scale)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("has_norms", [True, False])
+def test_the_net_answers_as_its_file_does(
+    pictures: torch.Tensor, has_norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, file = shipped_net()
+    if not has_norms:
+        monkeypatch.setattr(warm_start, "norms_file", lambda _path: Path("nowhere"))
+    load_shipped(net, file, pictures.split(16))
+    with torch.no_grad():
+        told = net.eval()(pictures).classes.numpy()
+    of_file = answers_of_file(file, pictures)
+    assert (told.argmax(1) == of_file.argmax(1)).mean() >= 0.95
+    assert np.abs(told - of_file).mean() < 0.15 * np.abs(of_file).mean()
+
+
+def test_its_norms_hold_the_statistics_of_what_they_meet(pictures: torch.Tensor) -> None:
+    net, file = shipped_net()
+    load_shipped(net, file, pictures.split(16))
+    spread = torch.cat([m.running_var for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)])
+    assert float(spread.min()) > 0
+    assert float(spread.std()) > 0  # plain shifts would all have one
+
+
+def test_another_nets_file_is_refused(pictures: torch.Tensor) -> None:
+    _, file = shipped_net()
+    with pytest.raises(FileDoesNotFit, match="layers"):
+        load_shipped(CellNet("shufflenetv2-x0.5", 8, [2, 3]), file, pictures.split(16))
+
+
+def test_depthwise_and_plain_kernels_come_in_the_nets_layout() -> None:
+    _, file = shipped_net()
+    shapes = [kernel.shape for kernel, _ in read_layers(file)]
+    assert shapes[0] == (24, 3, 3, 3)
+    assert (58, 1, 3, 3) in shapes
