@@ -169,7 +169,7 @@ def morphology_figures(told: Sequence[tuple[Mapping[str, str], Mapping[str, Attr
     if not told:
         return None
     figures = {}
-    for name in told[0][1]:
+    for name in told[0][0]:
         pairs = [(true[name], given[name].value) for true, given in told]
         by_value = class_figures_by_name(pairs, sorted({true for true, _ in pairs}))
         figures[name] = {key: by_value[key] for key in ("accuracy", "macro_f1")}

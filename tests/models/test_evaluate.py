@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from agent.camera.simulated import render_training_crop, render_training_field
+from models.common.labels import read_foreign_cells
 
 TOP = Path(__file__).parents[2]
+DATA = TOP.parent / "shared" / "data"
 CLASSES = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
 LABELS = {"RBC": 1, "platelet": 2}
 
@@ -44,6 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cv2.imwrite(str(folder / f"pbc/{name}/{number}.png"), render_training_crop(rng, name, 160))
             cells.append(f"pbc/{name}/{number}.png,{name},test,X")
     (folder / "pbc.csv").write_text("\n".join(cells))
+    described = ["path,nucleus_shape", "pbc/neutrophil/0.png,segmented-multilobed", "pbc/monocyte/0.png,irregular"]
+    (folder / "attributes.csv").write_text("\n".join(described))
     return folder
 
 
@@ -70,6 +74,28 @@ def test_the_classifiers_figures_count_every_picture_once(data: Path) -> None:
     right = sum(figures["confusion"][k][k] for k in range(8))
     assert figures["accuracy"] == pytest.approx(right / 16)
     assert right >= 8
+    assert 0 <= figures["calibration_error"]["after"] <= 1
+    assert figures["accuracy_at_coverage"]["1"] == pytest.approx(figures["accuracy"])
+    assert figures["morphology"] is None or figures["morphology"]["n"] == 2
+
+
+def test_what_is_no_cell_is_told_by_kind(data: Path) -> None:
+    kinds = evaluate("no-cell", data)["kinds"]
+    assert set(kinds) == {"cell", "red cell", "background", "ruined cell"}
+    assert kinds["cell"]["n"] == kinds["ruined cell"]["n"] > 0
+    assert all(0 <= kind["named"] <= 1 for kind in kinds.values())
+    assert kinds["cell"]["auroc"] is None
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the labelled data in {DATA.name}")
+def test_each_cell_that_we_named_by_eye_lies_in_its_field() -> None:
+    for cell in read_foreign_cells(DATA):
+        picture = cv2.imread(str(cell.path))
+        x_min, y_min, x_max, y_max = cell.box
+        assert picture is not None, cell.path
+        assert 0 <= x_min < x_max <= picture.shape[1] + 0.1
+        assert 0 <= y_min < y_max <= picture.shape[0] + 0.1
+        assert cell.class_name is None or cell.class_name in CLASSES
 
 
 def test_a_cell_that_the_detector_misses_is_wrong_in_two_stages(data: Path, tmp_path: Path) -> None:
