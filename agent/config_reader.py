@@ -31,6 +31,9 @@ from agent.errors import ConfigError
 KeyPath = tuple[str, ...]
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
+DEEPEST_BRACKETS = 32
+"""Sections lie three deep; two thousand open brackets keep the YAML scanner busy for eight seconds."""
+
 LONGEST_FOUND = 60
 """Characters of a found value that a message repeats; more would hide the sentence around it."""
 
@@ -39,6 +42,7 @@ _TRUE = frozenset({"true", "yes", "on"})
 _FALSE = frozenset({"false", "no", "off"})
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]{0,40})")
 _REAL = re.compile(r"[-+]?([0-9][0-9_]{0,30}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
+_BRACKETS = re.compile(r"[\[\]{}]")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
@@ -252,6 +256,8 @@ def read_plain(text: str, source: str) -> object:
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
+    if _bracket_depth(text) > DEEPEST_BRACKETS:
+        raise ConfigError(source, ("nested too deeply to be a configuration; is this the right file?",))
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -266,6 +272,15 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         raise ConfigError(source, (fault,)) from error
     except RecursionError as error:
         raise ConfigError(source, ("nested too deeply to be a configuration; is this the right file?",)) from error
+
+
+def _bracket_depth(text: str) -> int:
+    """How many brackets are open at most; the YAML scanner's time grows with the cube of it."""
+    depth = deepest = 0
+    for mark in _BRACKETS.findall(text):
+        depth = depth + 1 if mark in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _read_document(reading: _Reading, node: yaml.Node, source: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import stat
+import time
 from pathlib import Path
 
 import jsonschema
@@ -428,6 +429,14 @@ def test_a_faulty_reference_table_is_told_by_its_row(text: str, expected: str, t
     path.write_text(text)
     with pytest.raises(ConfigError, match=expected.replace("?", "[?]")):
         load_reference_intervals(path)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 5000, "a: " + "{b: " * 5000, "[" * 5000 + "]" * 5000, "- " * 3000])
+def test_a_text_that_is_nested_without_end_is_refused_at_once(text: str):
+    begun_s = time.monotonic()
+    with pytest.raises(ConfigError, match=r"nested too deeply|found a list"):
+        loads(text, "a text")
+    assert time.monotonic() - begun_s < 2
 
 
 def test_a_dilution_needs_a_chamber():

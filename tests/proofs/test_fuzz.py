@@ -1,0 +1,88 @@
+"""The fuzzing program in short, and that it finds what it looks for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from agent.errors import ConfigError
+
+from . import fuzz
+from .fuzz import Finding, Subject, main, mutate_json, run
+
+
+def make_subject(target: Any) -> Subject:
+    return Subject("subject", target, [b'{"a": 1, "b": [2, 3]}'], 1.0)
+
+
+def test_whatever_arrives_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--inputs", "2000", "--seed", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "pass " in out
+    for name in ("commands", "configuration", "manifest", "audit file", "messages at the receiver"):
+        assert name in out
+    taken = [line.split()[-1] for line in out.splitlines() if line.split()[-2:-1] in (["done"], ["taken"], ["sound"])]
+    assert len(taken) >= 4, "some inputs must get past all checks, else nothing behind them is tried"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(14_400)
+def test_a_million_inputs_are_refused_in_words() -> None:
+    assert main(["--inputs", "1000000"]) == 0
+
+
+def test_a_crash_is_found_with_its_input() -> None:
+    def target(content: bytes) -> str:
+        if b"[" not in content:
+            raise KeyError("list")
+        return "taken"
+
+    with pytest.raises(Finding, match="KeyError: 'list'"):
+        run([make_subject(target)], 2000, 1)
+
+
+def test_a_foreseen_error_that_is_not_caught_is_a_finding_too() -> None:
+    def target(_content: bytes) -> str:
+        raise ConfigError("x", ("y",))
+
+    with pytest.raises(Finding, match="ConfigError"):
+        run([make_subject(target)], 10, 1)
+
+
+def test_a_hang_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "HANG_S", 0.1)
+
+    def target(_content: bytes) -> str:
+        while True:
+            pass
+
+    with pytest.raises(Finding, match=r"it takes more than 0\.1 s"):
+        run([make_subject(target)], 10, 1)
+
+
+def test_growing_memory_is_seen() -> None:
+    kept: list[bytes] = []
+
+    def target(_content: bytes) -> str:
+        kept.append(bytes(40_000))
+        return "taken"
+
+    assert run([make_subject(target)], 12_000, 1).growth_bytes > fuzz.MOST_GROWTH_BYTES
+
+
+def test_the_same_seed_makes_the_same_inputs() -> None:
+    seen: list[list[bytes]] = [[], []]
+    for one in seen:
+        run([make_subject(lambda content, one=one: one.append(content) or "taken")], 200, 3)
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) > 100
+
+
+def test_values_of_json_are_exchanged_and_it_stays_json() -> None:
+    import random
+
+    made = {mutate_json(b'{"a": 1, "b": [2, 3]}', random.Random(n)) for n in range(200)}
+    assert len(made) > 50
+    assert all(json.loads(one) is not None for one in made)
