@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -26,8 +27,13 @@ from agent.errors import (
 
 NumberT = TypeVar("NumberT", int, float)
 
-CENTRAL_COMMANDS = frozenset({"collect"})
+CENTRAL_COMMANDS = frozenset({"collect", "export"})
 """Those that run beside the database, not beside the microscope, and need the extra `central`."""
+
+EXPORT_TABLES = (
+    *("cells", "fields", "differentials", "shares", "samples", "events"),
+    *("audit", "alerts", "devices", "gaps", "dead_letters"),
+)
 
 SOME_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
@@ -235,6 +241,33 @@ def build_parser() -> argparse.ArgumentParser:
     collect.add_argument("--share", type=_identifier, metavar="GROUP", help="divide the messages among collectors")
     collect.add_argument("--template", action="store_true", help="print settings with all keys and comments, and end")
 
+    export = add(
+        "export",
+        "write what was collected: CSV, JSON Lines, Parquet or FHIR R4",
+        "Works beside a running collector.",
+        "hematovision export --database sqlite:////srv/hematovision.db --format csv --sample s-17 > cells.csv",
+    )
+    export.add_argument("--database", metavar="URL", required=True, help="as for collect")
+    export.add_argument(
+        "--database-password-file", type=Path, metavar="FILE", help="default: HEMATOVISION_DATABASE_PASSWORD, ~/.pgpass"
+    )
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("csv", "jsonl", "parquet", "fhir"),
+        help="jsonl: messages as they were sent; fhir: a Bundle a line, for each sample its newest report",
+    )
+    export.add_argument("--table", default="cells", choices=EXPORT_TABLES, help="default: cells; not for fhir")
+    export.add_argument("--site", type=_identifier, metavar="NAME", help="only this site")
+    export.add_argument("--device", type=_identifier, metavar="NAME", help="only this device")
+    export.add_argument("--sample", type=_identifier, metavar="ID", help="only this sample")
+    export.add_argument(
+        "--since", type=_time, metavar="TIME", help="from this time on: 2026-11-25 or 2026-11-25T08:00Z"
+    )
+    export.add_argument("--until", type=_time, metavar="TIME", help="before then")
+    export.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    export.add_argument("--codes", type=Path, metavar="FILE", help="fhir: the laboratory's codes; default: an example")
+
     version = add("version", "print versions of agent, runtime and models", "", "hematovision version")
     _add_config(version)
     return parser
@@ -253,6 +286,18 @@ def _identifier(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9-]{1,63}", text):
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: 1 to 63 of a-z, 0-9 and hyphen")
     return text
+
+
+def _time(text: str) -> datetime:
+    """UTC unless it says otherwise."""
+    try:
+        # Python 3.10 does not know the Z.
+        at = datetime.fromisoformat(f"{text[:-1]}+00:00" if text.endswith(("Z", "z")) else text)
+        return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; allowed: a date or time such as 2026-11-25 or 2026-11-25T08:00:00Z"
+        ) from None
 
 
 def _share(text: str) -> float:

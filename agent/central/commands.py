@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
 
 from agent import RESEARCH_USE_ONLY
+from agent.central.codes import load_codes
 from agent.central.collector import Collector
-from agent.central.database import open_database
+from agent.central.database import check_schema, open_database
+from agent.central.export import Selection
+from agent.central.export import export as write_export
 from agent.central.settings import load_settings, template
+from agent.errors import ConfigError
 from agent.signals import stop_on_signals
 
-OK = 0
+OK, SOME_FAILED = 0, 1
 
 
 def collect(arguments: argparse.Namespace) -> int:
@@ -38,3 +47,44 @@ def collect(arguments: argparse.Namespace) -> int:
     finally:
         engine.dispose()
     return OK
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """From the database into a file, or to standard output."""
+    engine = open_database(arguments.database, arguments.database_password_file, read_only=True)
+    check_schema(engine)
+    selection = Selection(arguments.site, arguments.device, arguments.sample, arguments.since, arguments.until)
+    codes = load_codes(arguments.codes) if arguments.format == "fhir" else None
+
+    def write(sink: IO[bytes]) -> tuple[int, list[str]]:
+        return write_export(engine, arguments.table, arguments.format, selection, sink, codes)
+
+    try:
+        if arguments.output is None:
+            count, complaints = write(sys.stdout.buffer)
+        else:
+            with _whole_file(arguments.output) as sink:
+                count, complaints = write(sink)
+    finally:
+        engine.dispose()
+    for complaint in complaints:
+        print(f"hematovision: not exported: {complaint}", file=sys.stderr)
+    what = "FHIR bundles" if arguments.format == "fhir" else f"rows of {arguments.table}"
+    print(f"{count} {what}. {RESEARCH_USE_ONLY}", file=sys.stderr)
+    return SOME_FAILED if complaints else OK
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is there when it is complete, and not before: half an export looks like a whole one."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        sink = unfinished.open("wb")
+    except OSError as error:
+        raise ConfigError(f"--output {path}", (f"cannot be written: {error.strerror}",)) from error
+    try:
+        with sink:
+            yield sink
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -329,3 +329,18 @@ def test_without_its_extra_the_command_says_what_to_install() -> None:
 
 def test_the_template_is_the_committed_file() -> None:
     assert hematovision("collect", "--template").stdout == (ROOT / "deploy/central/collector.yaml").read_text()
+
+
+def test_it_conforms_to_the_contract_of_receivers(tmp_path: Path, collect: Collect, mosquitto: Any) -> None:
+    broker = mosquitto()
+    collect(f"sqlite:///{tmp_path}/c.db", broker)
+    address = ("--broker", f"127.0.0.1:{broker.port}", "--device", "lab/kit", "--receiver", "central")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.conformance", *address],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
