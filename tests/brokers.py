@@ -189,7 +189,7 @@ def make_nats_cluster(folder: Path, nodes: int = 3) -> list[Broker]:
             f'server_name: "node-{number}"\nlisten: "127.0.0.1:{free_port()}"\n'
             f'cluster {{ name: "hematovision", listen: "127.0.0.1:{route}", routes: [{others}] }}\n'
             f'jetstream {{ store_dir: "{place}/store", max_memory_store: 256MB, max_file_store: 4GB }}\n'
-            f'mqtt {{ listen: "{host}:{port}", stream_replicas: 3, max_ack_pending: 20000 }}\n'
+            f'mqtt {{ listen: "{host}:{port}", stream_replicas: 3, max_ack_pending: 4096 }}\n'
         )
         broker = Broker([program, "-c", str(place / "nats.conf")], port, place)
         broker.host = host

@@ -94,6 +94,10 @@ class FakeDevice:
             sent.append(self.number(dataclasses.replace(draft, body=body)))
         return sent
 
+    def field_draft(self, cells: int = 3) -> Draft:
+        """A field as the pipeline hands it to the outbox, which gives it its number."""
+        return field_drafts(self._result(cells), self.topics, self.sample, with_cells=False)[0]
+
     def event(self, kind: str = "agent-started", message: str = "for people") -> Sent:
         return self.number(event_draft(kind, message, self.topics, at=BEGAN))
 

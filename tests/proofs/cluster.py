@@ -3,9 +3,9 @@
     python -m tests.proofs.cluster [--devices 100] [--fields 100]
 
 Three nats-servers with JetStream on this machine keep each message on two nodes before they acknowledge it. Each device
-is the agent's own outbox and publisher, without camera and models; it appends fields like those of a real one. When a
-third of all fields is collected one node, any of them, is killed with SIGKILL; when two thirds are, it comes back with
-its disk. Devices and collectors find another node by the name of the cluster, which stands for all three addresses.
+is the agent's own outbox and publisher, without camera and models; the collectors are those of `hematovision collect`.
+When a third of all fields is collected one node, any of them, is killed with SIGKILL; when two thirds are, it comes
+back with its disk. Devices and collectors find another node by the name of the cluster, which stands for all addresses.
 
 Prints the ledger of both ends and exits with 1 if anything that a device committed is missing at a collector.
 """
@@ -13,31 +13,31 @@ Prints the ledger of both ends and exits with 1 if anything that a device commit
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import paho.mqtt.client as mqtt
-
+from agent.central.collector import Collector
+from agent.central.database import open_database
+from agent.central.settings import CollectorConfig
 from agent.config import BrokerSection
-from agent.delivery.messages import Draft, rfc3339_ms
+from agent.delivery.link import BrokerLink, open_link
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import Publisher
-from agent.delivery.topics import Topics
+from agent.errors import BrokerUnavailable
 from agent.health import Health
 from tests.brokers import Broker, NotInstalled, make_nats_cluster
+from tests.central.fake_device import FakeDevice
 
 CLUSTER_NAME = "cluster.test"
 """Stands for all nodes, as the laboratory's name server would say it."""
@@ -50,73 +50,87 @@ PATIENCE_S = 180.0
 """With nothing arriving for so long, the rest counts as missing."""
 
 
-class Collector:
-    """A receiver with a session of its own: keeps what it hears, then tells the device how far it has everything."""
+class Receiver:
+    """`hematovision collect` on a thread of its own, with its own session and its own SQLite file."""
 
-    def __init__(self, name: str, port: int) -> None:
+    is_set = False
+    """What the collector looks at to know that it is to stop."""
+
+    def __init__(self, name: str, port: int, folder: Path) -> None:
         self.name = name
-        self.heard: dict[str, Counter[int]] = {}
-        self.last_at_s = time.monotonic()
-        self.longest_silence_s = 0.0
-        self.out_of_order = 0
-        self._complete: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._client = mqtt.Client(
-            mqtt.CallbackAPIVersion.VERSION2, f"collector-{name}", clean_session=False, protocol=mqtt.MQTTv311
+        self.file = folder / f"{name}.db"
+        self.silences = Silences()
+        url = f"sqlite:///{self.file}"
+        settings = CollectorConfig.model_validate(
+            {
+                "receiver": name,
+                "database": {"url": url},
+                "broker": {
+                    "host": CLUSTER_NAME,
+                    "port": port,
+                    "protocol": "3.1.1",
+                    "max_backoff_s": 1,
+                    "keepalive_s": 5,
+                },
+            }
         )
-        self._client.reconnect_delay_set(0.2, 1)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"hv/1/{SITE}/+/field/+", qos=1)
-        self._is_subscribed = threading.Event()
-        self._client.on_subscribe = lambda *_: self._is_subscribed.set()
-        self._client.on_message = self._on_message
-        self._client.connect_async(CLUSTER_NAME, port, keepalive=5)
-        self._client.loop_start()
+        self.collector = Collector(settings, open_database(url), self)
+        self._thread = threading.Thread(target=self.collector.run, name=name)
 
-    def wait_subscribed(self) -> None:
-        assert self._is_subscribed.wait(60), f"collector {self.name}: the cluster does not take the subscription"
+    def wait(self, timeout_s: float) -> bool:
+        """Part of how it is stopped; it need not be fast."""
+        time.sleep(min(timeout_s, 0.2))
+        return self.is_set
+
+    def start(self) -> None:
+        """Start it, and wait until it has its tables; its session at the broker comes a moment later."""
+        self._thread.start()
+        wait_until(lambda: self._ask("SELECT COUNT(*) FROM fields") is not None, f"{self.name} has its tables")
 
     def count(self) -> int:
-        with self._lock:
-            return sum(len(seqs) for seqs in self.heard.values())
-
-    def repeats(self) -> int:
-        with self._lock:
-            return sum(count - 1 for seqs in self.heard.values() for count in seqs.values())
+        (found,) = self._ask("SELECT COUNT(*) FROM fields") or [(0,)]
+        self.silences.note(found[0])
+        return int(found[0])
 
     def missing(self, device: str, fields: int) -> set[int]:
-        with self._lock:
-            return set(range(1, fields + 1)) - self.heard.get(device, Counter()).keys()
+        found = self._ask("SELECT seq FROM fields WHERE device = ?", device)
+        assert found is not None
+        return set(range(1, fields + 1)) - {seq for (seq,) in found}
+
+    def dead_letters(self) -> int:
+        (found,) = self._ask("SELECT COUNT(*) FROM dead_letters") or [(0,)]
+        return int(found[0])
 
     def close(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+        self.is_set = True
+        self._thread.join(30)
 
-    def _on_message(self, client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-        body = json.loads(message.payload)
-        device, seq = body["device"], body["seq"]
-        with self._lock:
-            now_s = time.monotonic()
-            self.longest_silence_s = max(self.longest_silence_s, now_s - self.last_at_s)
-            self.last_at_s = now_s
-            seqs = self.heard.setdefault(device, Counter())
-            if seq not in seqs and seqs and seq < max(seqs):
-                self.out_of_order += 1
-            seqs[seq] += 1
-            while self._complete[device] + 1 in seqs:
-                self._complete[device] += 1
-            complete = self._complete[device]
-        acknowledgement = {
-            "schema": "hv/1/ack",
-            "receiver": self.name,
-            "device": device,
-            "stream": "field",
-            "boot": int(body["id"].split(":")[1]),
-            "seq": complete,
-            "at": rfc3339_ms(datetime.now(timezone.utc)),
-            "ruo": True,
-        }
-        if complete and (complete % 10 == 0 or len(seqs) == complete):
-            client.publish(f"hv/1/{SITE}/{device}/ack/{self.name}", json.dumps(acknowledgement), qos=1)
+    def _ask(self, query: str, *values: str) -> list[tuple[Any, ...]] | None:
+        """None while the tables are not there yet."""
+        if not self.file.exists():
+            return None
+        with closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True, timeout=10)) as connection:
+            try:
+                return connection.execute(query, values).fetchall()
+            except sqlite3.OperationalError:
+                return None
+
+
+class Silences:
+    """The longest time in which a count stood still, from `begin` on."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._count = -1
+        self._since_s = time.monotonic()
+
+    def begin(self) -> None:
+        self.longest_s, self._since_s = 0.0, time.monotonic()
+
+    def note(self, count: int) -> None:
+        if count != self._count:
+            self.longest_s = max(self.longest_s, time.monotonic() - self._since_s)
+            self._count, self._since_s = count, time.monotonic()
 
 
 class Device:
@@ -124,12 +138,12 @@ class Device:
 
     def __init__(self, number: int, port: int, top: Path) -> None:
         self.name = f"scope-{number}"
-        self._topics = Topics(SITE, self.name)
         self._folder = top / self.name
         boot = begin_boot(self._folder)
+        self._fake = FakeDevice(self.name, SITE, sample="s1", boot=boot)
         self.outbox = self._open(verify=True)
         self.publisher = Publisher(
-            topics=self._topics,
+            topics=self._fake.topics,
             broker=BrokerSection(host=CLUSTER_NAME, port=port, protocol="3.1.1", max_backoff_s=2, keepalive_s=5),
             boot=boot,
             open_outbox=lambda: self._open(verify=False),
@@ -139,42 +153,12 @@ class Device:
     def _open(self, *, verify: bool) -> Outbox:
         return open_outbox(self._folder, device=self.name, min_free_mb=0, verify=verify)
 
-    def append(self, number: int) -> None:
-        self.outbox.append([Draft("field", self._topics.field("s1"), field_body(self.name, number))])
+    def append(self) -> None:
+        self.outbox.append([self._fake.field_draft(CELLS)])
 
     def close(self) -> None:
         self.publisher.stop(0)
         self.outbox.close()
-
-
-def field_body(device: str, number: int) -> dict[str, Any]:
-    """A field of a few cells, as large as a real one of that many."""
-    model = {"name": "detector", "version": "0.1.0", "sha256": "a" * 64}
-    names = ("neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil", "erythroblast", "platelet")
-    cell = {
-        "box": [100.0, 100.0, 172.5, 170.25],
-        "detector": {"class": "WBC", "score": 0.91},
-        "class": names[0],
-        "probability": 0.9,
-        "probabilities": dict.fromkeys(names, 0.1),
-        "margin": 0.8,
-        "status": "accepted",
-    }
-    return {
-        "schema": "hv/1/field",
-        "device": device,
-        "site": SITE,
-        "sample": "s1",
-        "captured_at": rfc3339_ms(datetime.now(timezone.utc)),
-        "captured_monotonic_ns": time.monotonic_ns(),
-        "clock": {"synchronised": True, "offset_ms": None},
-        "frame": {"n": number},
-        "counts": {names[0]: CELLS},
-        "unique_counts": {},
-        "duplicates": 0,
-        "cells": [{"cell_id": f"s1-{number * CELLS + n}", **cell} for n in range(CELLS)],
-        "provenance": {"agent": "0.1.0", "detector": model, "classifier": model, "config_sha256": "b" * 64},
-    }
 
 
 @contextmanager
@@ -196,38 +180,32 @@ def named_cluster(nodes: Sequence[Broker]) -> Iterator[None]:
         socket.getaddrinfo = before
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
-    """What came of it."""
+    """What came of it. By receiver: fields that are missing, messages it could not store, longest time without any."""
 
     committed: int
     missing: dict[str, int]
-    repeats: dict[str, int]
-    out_of_order: dict[str, int]
+    dead_letters: dict[str, int]
     longest_silence_s: dict[str, float]
     left_in_outboxes: int
     took_s: float
-    history: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
-        return not any(self.missing.values()) and self.left_in_outboxes == 0
+        return not any(self.missing.values()) and not any(self.dead_letters.values()) and self.left_in_outboxes == 0
 
     def __str__(self) -> str:
         lines = [
-            *self.history,
-            "",
             f"committed by the devices: {self.committed} fields in {self.took_s:.0f} s",
             f"left in the outboxes:     {self.left_in_outboxes}",
             "",
-            "| collector | missing | repeats | came late | longest silence from the kill on |",
-            "|---|---|---|---|---|",
+            "| collector | missing | not storable | longest silence from the kill on |",
+            "|---|---|---|---|",
         ]
         for name, missing in self.missing.items():
-            lines.append(
-                f"| {name} | {missing} | {self.repeats[name]} | {self.out_of_order[name]} "
-                f"| {self.longest_silence_s[name]:.1f} s |"
-            )
+            silence_s = self.longest_silence_s[name]
+            lines.append(f"| {name} | {missing} | {self.dead_letters[name]} | {silence_s:.1f} s |")
         return "\n".join(lines)
 
 
@@ -235,11 +213,9 @@ def run(top: Path, devices: int, fields: int, tell: Callable[[str], None] = prin
     """The whole story; raises NotInstalled without nats-server."""
     nodes = make_nats_cluster(top / "cluster")
     begun_s = time.monotonic()
-    history: list[str] = []
 
     def say(words: str) -> None:
-        history.append(f"{time.monotonic() - begun_s:6.1f} s  {words}")
-        tell(history[-1])
+        tell(f"{time.monotonic() - begun_s:6.1f} s  {words}")
 
     with ExitStack() as cleanup:
         for node in nodes:
@@ -247,10 +223,11 @@ def run(top: Path, devices: int, fields: int, tell: Callable[[str], None] = prin
             node.start()
         cleanup.enter_context(named_cluster(nodes))
         say(f"{len(nodes)} nodes are up")
-        collectors = [Collector(f"collector-{number}", nodes[0].port) for number in range(1, COLLECTORS + 1)]
+        collectors = [Receiver(f"collector-{number}", nodes[0].port, top) for number in range(1, COLLECTORS + 1)]
         for collector in collectors:
             cleanup.callback(collector.close)
-            collector.wait_subscribed()
+            collector.start()
+        wait_for_sessions(collectors, nodes[0].port)
         say(f"{len(collectors)} collectors are subscribed")
         fleet = [Device(number, nodes[0].port, top) for number in range(1, devices + 1)]
         for device in fleet:
@@ -263,12 +240,12 @@ def run(top: Path, devices: int, fields: int, tell: Callable[[str], None] = prin
         appender.start()
         cleanup.callback(appender.join)
         victim = random.choice(nodes)
-        wait_collected(collectors[0], committed // 3)
+        wait_collected(collectors, committed // 3)
         for collector in collectors:
-            collector.longest_silence_s = 0.0
+            collector.silences.begin()
         victim.kill()
         say(f"{victim.folder.name} killed with SIGKILL; {collectors[0].count()} of {committed} fields are collected")
-        wait_collected(collectors[0], 2 * committed // 3)
+        wait_collected(collectors, 2 * committed // 3)
         victim.start()
         say(f"{victim.folder.name} is back; {collectors[0].count()} fields are collected")
         appender.join()
@@ -280,30 +257,62 @@ def run(top: Path, devices: int, fields: int, tell: Callable[[str], None] = prin
                 collector.name: sum(len(collector.missing(device.name, fields)) for device in fleet)
                 for collector in collectors
             },
-            repeats={collector.name: collector.repeats() for collector in collectors},
-            out_of_order={collector.name: collector.out_of_order for collector in collectors},
-            longest_silence_s={collector.name: collector.longest_silence_s for collector in collectors},
+            dead_letters={collector.name: collector.dead_letters() for collector in collectors},
+            longest_silence_s={collector.name: collector.silences.longest_s for collector in collectors},
             left_in_outboxes=sum(device.outbox.depth() for device in fleet),
             took_s=time.monotonic() - begun_s,
-            history=history,
         )
 
 
+def wait_for_sessions(collectors: Sequence[Receiver], port: int) -> None:
+    """Until a probe that is published now is stored by all of them: what comes before has no receiver yet."""
+    fake = FakeDevice("probe", SITE)
+    topic, payload = fake.state()
+
+    def are_there() -> bool:
+        try:
+            with closing_link(port) as link:
+                link.publish(topic, payload, retain=True)
+                link.turn(0.5)
+        except BrokerUnavailable:  # the nodes have not found each other yet
+            return False
+        return all(collector._ask("SELECT device FROM devices WHERE device = 'probe'") for collector in collectors)
+
+    wait_until(are_there, "the collectors are subscribed")
+
+
+@contextmanager
+def closing_link(port: int) -> Iterator[BrokerLink]:
+    section = BrokerSection(host=CLUSTER_NAME, port=port)
+    link = open_link(section, client_id="probe", protocol="3.1.1", will=None)
+    try:
+        yield link
+    finally:
+        link.disconnect()
+
+
+def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.2)
+
+
 def append_all(fleet: Sequence[Device], fields: int) -> None:
-    for number in range(1, fields + 1):
+    for _ in range(fields):
         for device in fleet:
-            device.append(number)
+            device.append()
 
 
-def wait_collected(collector: Collector, count: int) -> None:
-    """Until the collector has so many; a cluster that stands still is found by `wait_for_all`."""
+def wait_collected(collectors: Sequence[Receiver], count: int) -> None:
+    """Until all of them have so many; a cluster that stands still is found by `wait_for_all`."""
     deadline_s = time.monotonic() + PATIENCE_S
-    while collector.count() < count and time.monotonic() < deadline_s:
-        time.sleep(0.02)
+    while min(collector.count() for collector in collectors) < count and time.monotonic() < deadline_s:
+        time.sleep(0.1)
 
 
 def wait_for_all(
-    collectors: Sequence[Collector], fleet: Sequence[Device], committed: int, say: Callable[[str], None]
+    collectors: Sequence[Receiver], fleet: Sequence[Device], committed: int, say: Callable[[str], None]
 ) -> None:
     """Until everything is there, or nothing moves any more."""
     seen: tuple[int, ...] = ()
