@@ -21,8 +21,9 @@ from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.topics import Topics
 
 from .clauses import Findings, read_clauses
-from .ears import Heard
+from .ears import Access, Ears, Heard
 from .listening import judge_all
+from .receiving import judge_receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "hv/1/lab/scope"
@@ -88,6 +89,35 @@ def test_the_agent_keeps_the_contract(agent: Any, subscriber: Any) -> None:
     }
     may_be_left = {"7.4", "7.12"}  # a clock without reference; nothing is kept
     assert left - passed <= may_be_left, text
+
+
+def test_the_collector_keeps_the_clauses_for_receivers(tmp_path: Path, mosquitto: Any) -> None:
+    pytest.importorskip("sqlalchemy")
+    broker = mosquitto()
+    command = ["collect", "--database", f"sqlite:///{tmp_path / 'central.db'}", "--broker", f"127.0.0.1:{broker.port}"]
+    with (tmp_path / "collector.log").open("wb") as log:
+        collector = subprocess.Popen([sys.executable, "-m", "agent", *command], cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline_s = time.monotonic() + 60
+        while "hv-collect-central" not in broker.log_text() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        code, text = run_kit(broker.port, "--receiver", "central", device="lab/kit")
+    finally:
+        collector.terminate()
+        collector.wait(30)
+    assert (code, "3 pass, 0 FAIL, 0 not tested" in text) == (0, True), text
+
+
+def test_a_receiver_that_acknowledges_nothing_fails(mosquitto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conformance.receiving.RECEIVER_S", 0.5)
+    broker = mosquitto()
+    findings = Findings()
+    ears = Ears(Access("127.0.0.1", broker.port), ("hv/1/lab/kit/#",), "hv/1/lab/kit")
+    try:
+        judge_receiver(ears, "hv/1/lab/kit", "nobody", findings)
+    finally:
+        ears.close()
+    assert [findings.result(number) for number in ("9.1", "9.2", "9.3")] == ["FAIL", "not tested", "not tested"]
 
 
 def test_a_device_that_is_not_there_is_told(mosquitto: Any) -> None:

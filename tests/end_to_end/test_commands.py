@@ -1,0 +1,175 @@
+"""Commands over a real broker to the real agent: operators' keys, exchanged models, power cuts in a sample."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as mqtt
+import yaml
+from agent_process import START_S, Bench, wait_until
+from ledger import Ledger
+
+from agent.config import Config, models_folder
+from agent.delivery.audit import verify
+from agent.delivery.commands import sign
+from agent.inference.manifest import load_manifest
+
+BASE = "hv/1/lab/scope"
+KEY = "0123456789abcdef0123456789abcdef"
+
+
+class Desk:
+    """Sends commands and hears the replies."""
+
+    def __init__(self, broker: Any, ears: Any) -> None:
+        self.ears = ears
+        self._asked = 0
+        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
+        self._client.connect(broker.host, broker.port)
+        self._client.loop_start()
+
+    def ask(self, name: str, *, key: str | None = None, **body: Any) -> dict[str, Any]:
+        self._asked += 1
+        sent = {"transaction": f"desk-{self._asked}", "at": datetime.now(timezone.utc).isoformat(), **body}
+        if key is not None:
+            sent["auth"] = sign(name, sent, BASE, key.encode())
+        self._client.publish(f"{BASE}/cmd/{name}", json.dumps(sent), qos=1).wait_for_publish(10)
+
+        def is_it(message: Any) -> bool:
+            return message.kind == "reply" and message.body["transaction"] == sent["transaction"]
+
+        messages = self.ears.wait_for(lambda heard: any(map(is_it, heard)), START_S)
+        return dict(next(filter(is_it, messages)).body)
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+def use_lively_slide(bench: Bench, **keys: Any) -> None:
+    slide = {"interval_s": 0.2, "frame_width_px": 320, "frame_height_px": 240, "nucleated_cells_per_field": 3}
+    bench.config["camera"] = {"kind": "simulated", "simulated": {**slide, "red_cells_per_field": 4, **keys}}
+
+
+def put_next_models(folder: Path) -> None:
+    """The shipped models under another version, where an operator puts new ones."""
+    shipped = models_folder(Config().models)
+    manifest = load_manifest(shipped)
+    for name in ("manifest.json", manifest.detector.file, manifest.classifier.file):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(shipped / name, folder / name)
+    text = json.loads((folder / "manifest.json").read_text())
+    text["classifier"]["version"] = "7.7"
+    (folder / "manifest.json").write_text(json.dumps(text))
+
+
+def version_in(message: Any) -> str:
+    return str(message.body["provenance"]["classifier"]["version"])
+
+
+def wait_fields(ears: Any, is_it: Callable[[Any], bool]) -> None:
+    since = len(ears.messages)
+    ears.wait_for(lambda heard: any(one.kind == "field" and is_it(one) for one in heard[since:]), START_S)
+
+
+def test_an_operator_exchanges_the_models_and_the_configuration_and_nobody_else_does(
+    bench: Bench, mosquitto: Any, subscriber: Any
+) -> None:
+    broker = mosquitto()
+    ears = subscriber(broker, "hv/1/#")
+    bench.use_broker(broker.port)
+    use_lively_slide(bench)
+    (bench.folder / "operator.key").write_text(f"{KEY}\n")
+    bench.config["commands"] = {"operator": "key", "operator_key_file": "operator.key"}
+    put_next_models(bench.outbox_folder / "models" / "staging" / "next")
+    agent = bench.start()
+    wait_fields(ears, lambda _one: True)
+    desk = Desk(broker, ears)
+    try:
+        assert desk.ask("model.stage", folder="next")["code"] == "not-allowed"
+        assert desk.ask("model.stage", key="x" * 32, folder="next")["code"] == "not-allowed"
+        assert desk.ask("model.activate", key=KEY)["code"] == "no-models"
+        assert desk.ask("model.stage", key=KEY, folder="next")["status"] == "ok"
+        assert desk.ask("model.activate", key=KEY)["status"] == "ok"
+        wait_fields(ears, lambda one: version_in(one) == "7.7")
+
+        # The next start counts with them too.
+        assert agent.terminate() == 0
+        agent = bench.start()
+        wait_fields(ears, lambda one: version_in(one) == "7.7")
+        assert desk.ask("model.rollback", key=KEY)["status"] == "ok"
+        wait_fields(ears, lambda one: version_in(one) != "7.7")
+
+        # The configuration: a faulty one is refused, a good one is in force.
+        config_file = bench.folder / "config.yaml"
+        good = yaml.safe_load(config_file.read_text())
+        config_file.write_text(yaml.safe_dump({**good, "quality": {"min_brightness": "very"}}))
+        failed = desk.ask("reload", key=KEY)
+        assert (failed["status"], "quality.min_brightness" in failed["message"]) == ("failed", True)
+        config_file.write_text(yaml.safe_dump({**good, "models": {"threads": 1, "min_probability": 1.0}}))
+        assert desk.ask("reload", key=KEY)["data"]["changed"] == ["models.min_probability"]
+        wait_fields(ears, lambda one: all(c["status"] != "accepted" for c in one.body["cells"] if c["probabilities"]))
+    finally:
+        desk.close()
+    assert agent.terminate() == 0
+    ledger = Ledger(ears.messages)
+    ledger.check_numbers()
+    lines = [json.dumps(entry) for entry in ledger.audit.values()]
+    assert verify(lines).is_sound
+    done = Counter((entry["action"], entry["outcome"]) for entry in ledger.audit.values())
+    assert done["cmd.model.stage", "refused"] == 2
+    assert (
+        done["cmd.model.stage", "done"] == done["cmd.model.activate", "done"] == done["cmd.model.rollback", "done"] == 1
+    )
+    assert done["cmd.reload", "failed"] == done["cmd.reload", "done"] == 1
+    assert done["work-changed", "done"] >= 1
+    told = {info["models"][1]["version"] for info in ledger.infos}
+    assert "7.7" in told
+    assert "Traceback" not in agent.log_text
+
+
+def test_a_sample_that_is_cut_by_sigkill_again_and_again_ends_with_every_cell_counted_once(
+    bench: Bench, mosquitto: Any, subscriber: Any
+) -> None:
+    broker = mosquitto("max_queued_messages 0")
+    ears = subscriber(broker, "hv/1/#")
+    bench.use_broker(broker.port)
+    use_lively_slide(bench)
+    bench.config["sample"] = {"start": "command"}
+    agent = bench.start()
+    ears.wait_for(lambda heard: any(one.kind == "state" and one.body["state"] == "ready" for one in heard), START_S)
+    desk = Desk(broker, ears)
+    try:
+        begun = desk.ask("start", sample="s-1", accession="A-1", age_band="adult", stop_at_cells=40)
+        assert begun["status"] == "ok"
+        for _ in range(3):
+            wait_fields(ears, lambda _one: True)
+            agent.kill()
+            agent = bench.start()
+        ears.wait_for(
+            lambda heard: any(one.kind == "differential" and one.payload and "seq" in one.body for one in heard),
+            2 * START_S,
+        )
+        wait_until(lambda: bench.waiting() == {}, "everything is sent")
+        assert desk.ask("ping")["data"]["phase"] == "finished"
+    finally:
+        desk.close()
+    assert agent.terminate() == 0
+    ledger = Ledger(ears.messages)
+    ledger.check_numbers()
+    ledger.check_cells()
+    (report,) = ledger.reports.values()
+    counted: Counter[str] = Counter()
+    for field in ledger.fields.values():
+        counted.update(field["counts"])
+    assert report["counts"] == dict(counted), "the report is the sum of all fields, none lost and none twice"
+    assert report["fields"] == len(ledger.fields)
+    assert report["nucleated"] >= 40
+    assert (report["status"], report["accession"]) == ("final", "A-1")
+    assert {field["sample"] for field in ledger.fields.values()} == {"s-1"}
