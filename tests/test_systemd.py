@@ -12,7 +12,7 @@ import pytest
 
 from agent import systemd
 
-UNIT = Path(__file__).parent.parent / "systemd" / "hematovision.service"
+UNITS = sorted((Path(__file__).parent.parent / "systemd").glob("*.service"))
 
 EXPOSURE_LIMIT = 25
 """`systemd-analyze security` in tenths: 92 is a unit without care; ours has 19, newer versions ask for more."""
@@ -81,11 +81,18 @@ needs_systemd_analyze = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=UNITS, ids=lambda path: path.stem)
+def unit(request: pytest.FixtureRequest) -> Path:
+    """Each shipped unit."""
+    path: Path = request.param
+    return path
+
+
 @pytest.fixture
-def unit_to_verify(tmp_path: Path) -> Path:
-    """The shipped unit, with a program that exists on this machine: verify complains about a missing one."""
-    lines = UNIT.read_text().splitlines(keepends=True)
-    copy = tmp_path / UNIT.name
+def unit_to_verify(unit: Path, tmp_path: Path) -> Path:
+    """The unit, with a program that exists on this machine: verify complains about a missing one."""
+    lines = unit.read_text().splitlines(keepends=True)
+    copy = tmp_path / unit.name
     copy.write_text("".join("ExecStart=/bin/true\n" if line.startswith("ExecStart=") else line for line in lines))
     return copy
 
@@ -126,15 +133,15 @@ def test_the_unit_is_well_confined(unit_to_verify: Path) -> None:
     assert security.returncode == 0, security.stdout[-400:] + security.stderr
 
 
-def test_the_unit_does_not_wait_for_the_network() -> None:
+def test_the_unit_does_not_wait_for_the_network(unit: Path) -> None:
     """Waiting for network-online.target held the boot up; the agent counts with the broker away."""
-    assert "network-online" not in "".join(line for line in UNIT.read_text().splitlines() if not line.startswith("#"))
+    assert "network-online" not in "".join(line for line in unit.read_text().splitlines() if not line.startswith("#"))
 
 
-def test_every_setting_of_the_unit_has_its_reason() -> None:
+def test_every_setting_of_the_unit_has_its_reason(unit: Path) -> None:
     """A setting stands below a comment, or in one block with settings that share it."""
     has_reason = False
-    for line in UNIT.read_text().splitlines():
+    for line in unit.read_text().splitlines():
         if not line.strip() or line.startswith("["):
             has_reason = False
         elif line.startswith("#"):

@@ -172,11 +172,10 @@ class Ledger:
         acks: dict[tuple[Place, str, int], Ack] = {}
         wanted = dict.fromkeys(self._touched)
         for place in self._awake:
-            book = self._books[place]
-            entries = self._connection.execute(select(tables.acks).where(is_of(tables.acks, place)))
-            wanted |= dict.fromkeys(
-                (place, row.stream, row.since_boot) for row in entries if row.since_boot in book.sinces
-            )
+            since = self._books[place].sinces[-1]
+            of_newest = and_(is_of(tables.acks, place), tables.acks.c.since_boot == since)
+            streams = self._connection.execute(select(tables.acks.c.stream).where(of_newest)).scalars()
+            wanted |= dict.fromkeys((place, stream, since) for stream in streams)
         for place, stream, since in wanted:
             numbering = self._page(place, stream, since).numbering
             if numbering.received_seq:

@@ -117,12 +117,18 @@ class Store:
         return outcome
 
     def acks(self) -> list[Ack]:
-        """All that may be acknowledged, of all devices: for a collector that has just started."""
+        """All that may be acknowledged, of all devices and their newest numbers: for a collector that has started."""
         page = tables.acks
+        newest = (
+            select(page.c.site, page.c.device, func.max(page.c.since_boot).label("since_boot"))
+            .group_by(page.c.site, page.c.device)
+            .subquery()
+        )
+        same = and_(*(page.c[name] == newest.c[name] for name in ("site", "device", "since_boot")))
+        query = select(page).join(newest, same).where(page.c.seq > 0)
         with explained(self._engine), self._engine.connect() as connection:
             return [
-                Ack(Place(row.site, row.device), row.stream, row.boot, row.seq)
-                for row in connection.execute(select(page).where(page.c.seq > 0).order_by(page.c.since_boot))
+                Ack(Place(row.site, row.device), row.stream, row.boot, row.seq) for row in connection.execute(query)
             ]
 
     def questions(self, now: datetime, most: int = 20) -> list[Question]:

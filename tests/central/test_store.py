@@ -197,6 +197,9 @@ def test_a_lost_outbox_begins_another_numbering_of_all_streams(store: Store, row
     (gap,) = rows(tables.gaps)
     assert (gap["status"], gap["note"]) == ("gone", "the numbers began again under boot 2")
     assert store.questions(later(60)) == []
+    # A device that is back knows nothing of its old numbers.
+    assert set(store.acks()) == {Ack(PLACE, "event", 2, 1), Ack(PLACE, "field", 2, 2)}
+    assert set(commit(store, [device.state()]).acks) == set(store.acks())
 
 
 def test_a_new_numbering_is_seen_even_if_its_first_messages_are_missing(
