@@ -509,6 +509,21 @@ def read_secret(file: Path | None, variable: str, environment: Mapping[str, str]
     return secret
 
 
+SHORTEST_KEY = 32
+"""Characters of the operators' key: 128 bits in hexadecimal."""
+
+
+def read_operator_key(section: CommandsSection) -> bytes | None:
+    """The key with which operators' commands are signed; None where they are not. Raises ConfigError."""
+    if section.operator != "key" or section.operator_key_file is None:
+        return None
+    secret = read_secret(section.operator_key_file, "") or ""
+    if len(secret) < SHORTEST_KEY:
+        fault = f"the operators' key must have {SHORTEST_KEY} characters or more; `openssl rand -hex 32` makes one"
+        raise ConfigError(str(section.operator_key_file), (fault,))
+    return secret.encode()
+
+
 @functools.cache  # once for each file: the publisher reads its password again with every connection
 def _warn_of_open_file(file: Path) -> None:
     log.warning("password file %s is readable for all users of this computer; `chmod 600` mends it", file)

@@ -16,6 +16,8 @@ from agent.config import (
     CAMERA_PASSWORD_VARIABLE,
     BrokerSection,
     Config,
+    load_reference_intervals,
+    read_operator_key,
     read_secret,
     state_folder,
 )
@@ -50,6 +52,8 @@ def run_checks(config: Config) -> Iterator[Check]:
     tries: tuple[tuple[str, Callable[[Config], str]], ...] = (
         ("passwords", _try_passwords),
         ("models", _try_models),
+        ("commands", _try_commands),
+        ("reference", _try_reference),
         ("camera", _try_camera),
         ("broker", _try_broker),
         ("outbox", _try_outbox),
@@ -78,6 +82,23 @@ def _try_models(config: Config) -> str:
         f"{identity.name} {identity.version}" for identity in (models.detector.identity, models.classifier.identity)
     ]
     return f"{' and '.join(names)} load and run with {models.runtime}; their SHA-256 is the manifest's"
+
+
+def _try_commands(config: Config) -> str:
+    """Read the operators' key, where commands are signed with one."""
+    section = config.commands
+    if not section.enabled:
+        return "none are heard (commands.enabled)"
+    read_operator_key(section)
+    who = {"none": "nobody", "broker": "whom the broker's rights let", "key": "who signs with the operators' key"}
+    return f"heard; models and configuration may be changed by: {who[section.operator]}"
+
+
+def _try_reference(config: Config) -> str:
+    """Read the table of reference intervals."""
+    rows = load_reference_intervals(config.differential.reference_file)
+    bands = len({row.age_band for row in rows})
+    return f"intervals for {len({row.class_name for row in rows})} classes in {bands} age bands"
 
 
 def _try_camera(config: Config) -> str:

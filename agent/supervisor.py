@@ -35,7 +35,7 @@ from agent.config import (
     SampleSection,
     config_sha256,
     models_folder,
-    read_secret,
+    read_operator_key,
     state_folder,
 )
 from agent.delivery.audit import Entry
@@ -48,7 +48,7 @@ from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
 from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, Refused, fresh_sample, new_sid
 from agent.domain import AgentState, SampleState
-from agent.errors import CameraError, ConfigError, OutboxError
+from agent.errors import CameraError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
@@ -87,9 +87,6 @@ DISK_LOW_FACTOR, DISK_FINE_FACTOR = 4, 5
 
 MOST_COMMANDS_WAITING = 64
 """Persons send one; a program that sends more than this at once is told to wait."""
-
-SHORTEST_KEY = 32
-"""Characters of the operators' key: 128 bits in hexadecimal."""
 
 WORK_KEY = "audit/work"
 """Note: the agent, configuration and models of the last start."""
@@ -218,17 +215,10 @@ def model_slots(config: Config, folder: Path) -> ModelSlots:
 
 def make_desk(config: Config, outbox: Outbox, workshop: Workshop) -> Desk:
     """The desk at which this agent's commands are done. Raises ConfigError for an operator key that is none."""
-    section = config.commands
-    key = None
-    if section.operator == "key" and section.operator_key_file is not None:
-        secret = read_secret(section.operator_key_file, "") or ""
-        if len(secret) < SHORTEST_KEY:
-            fault = f"the operators' key must have {SHORTEST_KEY} characters or more"
-            raise ConfigError(str(section.operator_key_file), (fault,))
-        key = secret.encode()
+    topics = Topics(config.site, config.device)
     return Desk(
         outbox,
-        Gatekeeper(Topics(config.site, config.device).base, section.operator, key),
+        Gatekeeper(topics.base, config.commands.operator, read_operator_key(config.commands)),
         lambda: workshop.sample_section,
         Instruments(
             self_test=workshop.self_test,

@@ -405,6 +405,8 @@ def test_check_config_passes_where_all_is_well(
         ["pass", "configuration"],
         ["pass", "passwords"],
         ["pass", "models"],
+        ["pass", "commands"],
+        ["pass", "reference"],
         ["pass", "camera"],
         ["pass", "broker"],
         ["pass", "outbox"],
@@ -420,6 +422,8 @@ def test_check_config_tries_everything_and_says_what_fails(tmp_path: Path, call:
     assert (code, err) == (1, "")
     assert [line.split()[:2] for line in out.splitlines()[2:-1]] == [
         ["FAIL", "models"],
+        ["pass", "commands"],
+        ["pass", "reference"],
         ["FAIL", "camera"],
         ["FAIL", "broker"],
         ["FAIL", "outbox"],

@@ -128,3 +128,22 @@ def test_a_password_file_is_read_and_never_shown(tmp_path: Path):
     assert found.is_passed
     assert "hunter2" not in found.words
     assert check("passwords", "", tmp_path).words == "none are named"
+
+
+def test_an_operators_key_must_be_there_and_long_enough(tmp_path: Path):
+    text = "commands: {operator: key, operator_key_file: op.key}"
+    assert "cannot be read" in check("commands", text, tmp_path).words
+    (tmp_path / "op.key").write_text("short")
+    short = check("commands", text, tmp_path)
+    assert (short.is_passed, "openssl rand -hex 32" in short.words) == (False, True)
+    (tmp_path / "op.key").write_text("0123456789abcdef" * 2)
+    found = check("commands", text, tmp_path)
+    assert found.is_passed
+    assert "0123456789" not in found.words
+
+
+def test_the_laboratorys_reference_table_is_read(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text("- {class: x, age_band: adult, low_pct: 9, high_pct: 2, source: s}")
+    found = check("reference", "differential: {reference_file: own.yaml}", tmp_path)
+    assert (found.is_passed, "row 1" in found.words) == (False, True)
+    assert check("reference", "", tmp_path).is_passed

@@ -456,6 +456,8 @@ def write_client_files(client: Client, top: Path, settings: Settings, authority:
             f"  host: {settings.hosts[0]}\n"
             f"  port: {settings.port}\n"
             f"  tls: {{enabled: true, ca_file: ca.pem, certificate_file: {name}.pem, key_file: {name}.key}}\n"
+            "commands:\n"
+            "  operator: broker  # the acl beside this lets operators alone write to cmd/reload and cmd/model.*\n"
         )
         write_file(folder / "config.yaml", words.encode())
 

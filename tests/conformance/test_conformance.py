@@ -105,7 +105,7 @@ def test_the_collector_keeps_the_clauses_for_receivers(tmp_path: Path, mosquitto
     finally:
         collector.terminate()
         collector.wait(30)
-    assert (code, "3 pass, 0 FAIL, 0 not tested" in text) == (0, True), text
+    assert (code, "3 pass, 0 FAIL" in text) == (0, True), text
 
 
 def test_a_receiver_that_acknowledges_nothing_fails(mosquitto: Any, monkeypatch: pytest.MonkeyPatch) -> None:

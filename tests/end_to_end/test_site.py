@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from agent_process import START_S, Bench, wait_until
 
 from deploy.broker.make_site import Client, make_site
@@ -48,6 +49,8 @@ def test_results_go_out_commands_of_an_operator_come_in_and_the_end_of_the_certi
     tls = {key: value if key == "enabled" else str(value) for key, value in site.tls("device", "scope").items()}
     bench.use_broker(meet.port, tls=tls)
     bench.use_folder(make_fields(2), watch=True, settle_s=0)
+    written = yaml.safe_load((site.top / "devices" / "scope" / "config.yaml").read_text())
+    bench.config["commands"] = written["commands"]
     agent = bench.start()
 
     def heard(part: str) -> list[dict[str, Any]]:
@@ -62,6 +65,10 @@ def test_results_go_out_commands_of_an_operator_come_in_and_the_end_of_the_certi
 
     assert anna.publish(f"{BASE}/cmd/ping", json.dumps({"transaction": "t-1"}).encode()) == 0
     wait_until(lambda: any(reply["transaction"] == "t-1" for reply in heard("reply/ping")), "the reply", START_S)
+    assert anna.publish(f"{BASE}/cmd/reload", json.dumps({"transaction": "t-3", "by": "anna"}).encode()) == 0
+    wait_until(lambda: any(reply["transaction"] == "t-3" for reply in heard("reply/reload")), "the reply", START_S)
+    assert heard("reply/reload")[-1]["status"] == "ok", "the site's configuration leaves it to the broker's rights"
+    assert collector.publish(f"{BASE}/cmd/reload", json.dumps({"transaction": "t-4"}).encode()) >= 0x80
     assert collector.publish(f"{BASE}/cmd/stop", json.dumps({"transaction": "t-2"}).encode()) >= 0x80
     assert agent.terminate() == 0, agent.log_text
     assert not heard("reply/stop")
