@@ -22,7 +22,7 @@ def test_at_full_rate_with_faults_the_agent_keeps_no_frames(tmp_path: Path) -> N
     assert figures.added_mb < 25, str(figures)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_clock_that_is_set_back_and_forth_by_a_year_costs_no_result_and_no_order(tmp_path: Path) -> None:
     try:
         verdict = clock.run(tmp_path, fields=3)

@@ -1,6 +1,6 @@
 """The system clock is set back and forth by a year under a running agent: order kept, nothing lost, told.
 
-    python -m tests.proofs.clock [--fields 10]
+    python -m tests.proofs.clock [--fields 5]
 
 A real agent and a real mosquitto; the agent's process sees a clock of its own (libfaketime, `apt install faketime`),
 which is set a year back, two years forward, two days back, and right again. The second and the third time the broker is
@@ -41,7 +41,10 @@ OFFSETS_S = (-365 * DAY_S, 365 * DAY_S, 363 * DAY_S, 0)
 
 FIELDS_COMMITTED = "SELECT last_seq FROM streams WHERE stream = 'field'"
 
-PATIENCE_S = 150.0
+HISTORICAL_AFTER_S = 60.0
+"""From the contract."""
+
+PATIENCE_S = 300.0
 """For anything that the agent does on a slow machine with other work."""
 
 KEEPS_SESSIONS = "max_queued_messages 0\npersistence true\npersistence_location {folder}/\nautosave_interval 1\n"
@@ -81,13 +84,16 @@ class Ears:
         topics = [("hv/1/lab/scope/field/+", 1), ("hv/1/lab/scope/event", 1)]
         self._client.on_connect = lambda client, *_: client.subscribe(topics)
         self._client.on_subscribe = lambda *_: self._is_subscribed.set()
-        self._client.on_message = lambda _c, _u, message: self.messages.append(json.loads(message.payload))
+        self._client.on_message = self._on_message
         self._client.connect(broker.host, broker.port, keepalive=5)
         self._client.loop_start()
         assert self._is_subscribed.wait(10)
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [body for body in self.messages if body["schema"] == f"hv/1/{kind}"]
+
+    def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        self.messages.append({**json.loads(message.payload), "arrived_monotonic_s": time.monotonic()})
 
     def close(self) -> None:
         self._client.disconnect()
@@ -175,15 +181,20 @@ def judge(ears: Ears) -> Verdict:
     backwards = sum(time_of(b) < time_of(a) for a, b in pairwise(fields))
     if backwards < 2:
         faults.append(f"the wall clock went back {backwards} times in the fields; this run has shown nothing")
-    # The fields of the first boot that waited for the broker are rightly historical after the restart.
+    # What waited for the broker over the restart is rightly historical, and what waited for more than a minute.
     last_boot = fields[-1]["id"].split(":")[1]
-    if any(body["historical"] for body in by_boot[last_boot]):
+    if any(body["historical"] and age_s(body) < HISTORICAL_AFTER_S for body in by_boot[last_boot]):
         faults.append("a field is called historical although it was sent within a minute")
     steps = steps_told(ears)
     expected = [after - before for before, after in pairwise((0, *OFFSETS_S))]
     if len(steps) != len(expected) or any(abs(a - b) > 5 for a, b in zip(steps, expected, strict=True)):
         faults.append(f"steps of {expected} s were made and {steps} told")
     return Verdict(len({body["seq"] for body in fields}), len(by_boot), tuple(steps), tuple(faults))
+
+
+def age_s(body: dict[str, Any]) -> float:
+    """From capture to arrival; the monotonic clock is the computer's, the same for both ends and not touched."""
+    return float(body["arrived_monotonic_s"]) - body["captured_monotonic_ns"] / 1e9
 
 
 def time_of(body: dict[str, Any]) -> datetime:
@@ -239,7 +250,7 @@ def wait_until(is_so: Callable[[], bool], what: str, *, is_needed: bool = True) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.clock", description=__doc__.split("\n")[0])
-    parser.add_argument("--fields", type=int, default=10, help="between two steps (default: %(default)s)")
+    parser.add_argument("--fields", type=int, default=5, help="between two steps (default: %(default)s)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="clock-proof-") as folder:
         try:
