@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -58,6 +59,10 @@ logger = logging.getLogger(__name__)
 NO_SAMPLE_YET = SampleState("none", phase="idle")
 """Before the first sample; it is never published."""
 
+MOST_REFUSALS_TOLD = 30
+REFUSALS_WITHIN_S = 60.0
+"""So many refusals are audited and told within this time; the next one that is says how many were not."""
+
 NUMBER_KEY = "sample-number"
 """Note: how many samples this outbox has begun; goes into the id of those that nobody named."""
 
@@ -74,8 +79,8 @@ class Refused(Exception):
 class Deed:
     """What a command gives, to be stored as a whole. sample: None = unchanged; entry: None = not audited.
 
-    answer_to: the transaction that must not be done again. is_stop: frames taken until now still belong to the sample.
-    wants_snapshot: the next frame is to be published as a picture.
+    answer_to: the transaction that must not be done again. wants_snapshot: the next frame is to be published as a
+    picture. is_done_outside: models or configuration have changed already.
     """
 
     reply: Reply
@@ -88,6 +93,7 @@ class Deed:
     answer: str = ""
     is_repeated: bool = False
     wants_snapshot: bool = False
+    is_done_outside: bool = False
 
     @property
     def must_be_stored(self) -> bool:
@@ -139,6 +145,8 @@ class Desk:
         self._clock = clock
         self._is_clock_true = is_clock_true
         self._monotonic_s = monotonic_s
+        self._told_at_s: deque[float] = deque()
+        self._untold = 0
 
     def judge(self, inbound: InboundCommand) -> Command | Refusal:
         """Whether an arrived command may be done."""
@@ -148,13 +156,25 @@ class Desk:
     def refuse(self, refusal: Refusal, reporter: Reporter) -> Deed:
         """The reply to a command that was not understood or is not allowed; the latter is audited."""
         reply = Reply(refusal.name, refusal.transaction, "refused", refusal.code, refusal.message, {})
-        if refusal.code not in ("not-allowed", "retained"):
+        if refusal.code not in ("not-allowed", "retained") or not self._may_tell():
             return Deed(reply)
         name = _word(refusal.name)
-        detail = {"command": name, "code": refusal.code}
+        detail = {"command": name, "code": refusal.code, "not_told_before": self._untold}
+        self._untold = 0
         event = self._event(reporter, "command-refused", f"{name}: {refusal.message}", "warning", detail)
-        entry = Entry(f"cmd.{name}", "refused", refusal.message, refusal.by, None, refusal.transaction)
+        entry = Entry(f"cmd.{name}", "refused", refusal.message, refusal.by, None, refusal.transaction, detail)
         return Deed(reply, drafts=(event,), entry=entry if refusal.code == "not-allowed" else None)
+
+    def _may_tell(self) -> bool:
+        """Whether one more refusal may be recorded: whoever sends thousands must not fill the disk with them."""
+        now_s = self._monotonic_s()
+        while self._told_at_s and now_s - self._told_at_s[0] > REFUSALS_WITHIN_S:
+            self._told_at_s.popleft()
+        if len(self._told_at_s) >= MOST_REFUSALS_TOLD:
+            self._untold += 1
+            return False
+        self._told_at_s.append(now_s)
+        return True
 
     def do(self, command: Command, sample: SampleState, reporter: Reporter) -> Deed:
         """Do a command, or say why not. Raises OutboxError when what is needed cannot be read."""
@@ -352,12 +372,13 @@ class Desk:
     def _remember(self, command: Command, deed: Deed) -> Deed:
         """Keep the answer, so that the same transaction is not done twice; a refusal is audited as one."""
         reply = deed.reply
+        is_done_outside = command.kind.role == "operator" and reply.status == "ok"
         kept = {"digest": command.digest, "command": command.name, "status": reply.status, "code": reply.code}
         answer = canonical_json({**kept, "message": reply.message, "data": dict(reply.data)}).decode()
         entry = deed.entry
         if entry is None:
             entry = replace(self._entry(command, reply.message, {"code": reply.code}), outcome="refused")
-        return replace(deed, answer_to=command.transaction, answer=answer, entry=entry)
+        return replace(deed, answer_to=command.transaction, answer=answer, entry=entry, is_done_outside=is_done_outside)
 
     @staticmethod
     def _repeat(command: Command, before: str) -> Deed:

@@ -472,6 +472,7 @@ class Pipeline(threading.Thread):
 
     def _serve(self, inbound: InboundCommand, service: Service, *, can_store: bool) -> None:
         judged = service.desk.judge(inbound)
+        deed: Deed | None = None
         try:
             if isinstance(judged, Refusal):
                 deed = service.desk.refuse(judged, self._bench.reporter)
@@ -481,13 +482,15 @@ class Pipeline(threading.Thread):
                 deed = _not_stored(judged, "the outbox takes nothing now")
             if deed.must_be_stored and can_store:
                 # What has changed models or configuration is done; that it was must be stored, however long it takes.
-                is_operators = isinstance(judged, Command) and judged.kind.role == "operator"
-                self._store_deed(deed, keeps_trying=is_operators)
+                self._store_deed(deed, keeps_trying=deed.is_done_outside)
+                self._mark_storing()
         except OutboxDamaged:
             raise
         except OutboxError as error:
             self._mark_stopped(error)
-            deed = _not_stored(judged, str(error))
+            # What reaches beyond the outbox was done before it could be recorded; the next start audits what it finds.
+            is_done = deed is not None and deed.is_done_outside
+            deed = _not_recorded(judged, str(error)) if is_done else _not_stored(judged, str(error))
         self._wants_snapshot |= deed.wants_snapshot
         body = reply_body(
             deed.reply,
@@ -680,6 +683,11 @@ def _sample_key(sample: SampleState) -> tuple[object, ...]:
 def _not_stored(judged: Command | Refusal, reason: str) -> Deed:
     message = f"nothing was done: {reason}; send it again, as another transaction, when the alert is gone"
     return Deed(Reply(judged.name, judged.transaction, "failed", "outbox-stopped", message, {}))
+
+
+def _not_recorded(judged: Command | Refusal, reason: str) -> Deed:
+    message = f"it was done, and could not be recorded: {reason}"
+    return Deed(Reply(judged.name, judged.transaction, "failed", "not-recorded", message, {}))
 
 
 def _event(

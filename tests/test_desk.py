@@ -388,6 +388,57 @@ def test_a_command_is_done_wholly_or_not_at_all(outbox: Outbox) -> None:
     assert [entry["n"] for entry in place.messages("audit")] == [1]
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline_s, "it did not come to it"
+        time.sleep(0.005)
+
+
+def test_what_has_changed_the_configuration_is_recorded_as_soon_as_the_disk_takes_it(outbox: Outbox) -> None:
+    full = FullOutbox(outbox)
+    place = Place(full)  # type: ignore[arg-type]
+    place.send("reload", "t-1")
+    place.pipeline.start()
+    try:
+        wait_until(lambda: full.refused > 3)
+        assert place.health.snapshot().outbox == "stopped"
+        assert place.replies == []
+        full.is_full = False
+        wait_until(lambda: bool(place.replies))
+    finally:
+        full.is_full = False
+        assert place.pipeline.stop(5)
+    assert place.replies[0]["status"] == "ok"
+    assert place.health.snapshot().outbox == "ok"
+    assert [entry["action"] for entry in place.messages("audit")] == ["cmd.reload"]
+
+
+def test_what_was_done_and_cannot_be_recorded_is_not_called_undone(outbox: Outbox) -> None:
+    full = FullOutbox(outbox)
+    place = Place(full)  # type: ignore[arg-type]
+    place.send("reload", "t-1")
+    place.pipeline.start()
+    wait_until(lambda: full.refused > 3)
+    assert place.pipeline.stop(5)
+    (reply,) = place.replies
+    assert (reply["status"], reply["code"]) == ("failed", "not-recorded")
+    assert "it was done" in reply["message"]
+
+
+def test_whoever_sends_a_thousand_refused_commands_does_not_fill_the_disk(outbox: Outbox) -> None:
+    place = Place(outbox)
+    desk = place.pipeline._service.desk  # type: ignore[union-attr]
+    desk._gatekeeper = Gatekeeper(BASE, "none")
+    for number in range(100):
+        assert place.do("reload", f"t-{number}")["code"] == "not-allowed"
+    assert len(place.messages("audit")) == len(place.messages("event")) == 30
+    desk._monotonic_s = lambda: time.monotonic() + 61
+    place.commands.put(InboundCommand("reload", b'{"transaction":"t"}', received_monotonic_s=time.monotonic() + 61))
+    place.pipeline._serve_commands()
+    assert place.messages("audit")[-1]["detail"]["not_told_before"] == 70
+
+
 def test_while_a_frame_waits_for_the_disk_commands_are_answered_at_once(outbox: Outbox) -> None:
     full = FullOutbox(outbox)
     full.is_full = False
