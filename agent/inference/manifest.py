@@ -236,6 +236,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise ModelError(
             f"{path}: not a manifest of this agent ({faults}); install the package again or set models.folder"
         ) from cause
+    except (ValueError, RecursionError) as cause:  # a number of thousands of digits, a thousand brackets
+        raise ModelError(f"{path}: not a manifest: {str(cause)[:200]}; install the package again") from cause
 
 
 def read_model_file(folder: Path, entry: ModelEntry) -> bytes:

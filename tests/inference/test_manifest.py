@@ -197,3 +197,10 @@ def test_kinds_are_given_to_classes_that_are_counted_only(folder: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match="cell_kinds: a class that is never counted"):
         load_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"manifest": ' + "9" * 10_000 + "}", "[]", "null", "\x00"])
+def test_a_manifest_that_no_one_can_have_written_is_refused_in_words(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ModelError, match=r"manifest\.json: not "):
+        load_manifest(folder)
