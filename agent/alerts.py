@@ -12,7 +12,7 @@ CAMERA_TROUBLE: tuple[CameraState, ...] = ("lost", "frozen")
 
 ALERT_IDS = (
     *("camera-lost", "camera-frozen", "outbox-stopped", "dead-letters", "disk-low", "self-test-failed"),
-    *("certificate-expiring", "models-fell-back", "clock-not-synchronised"),
+    *("certificate-expiring", "models-fell-back", "clock-not-synchronised", "outbox-set-aside", "outbox-dropping"),
 )
 """Every alert of this version. That the broker refuses us cannot be told through the broker."""
 
@@ -33,10 +33,14 @@ def open_problems(
     near_expiries: Iterable[str] = (),
     went_back: str | None = None,
     is_clock_true: bool = True,
+    salvage: str | None = None,
+    dropped: Mapping[str, int] | None = None,
 ) -> Mapping[str, Problem]:
     """The problems of this moment by alert id.
 
     near_expiries: in words, of each certificate that ends soon. went_back: why other models are in use than activated.
+    salvage: what came of a damaged outbox at this start. dropped: messages of each stream that went unconfirmed, for
+    room, since this start.
     """
     found: dict[str, Problem] = {}
     if seen.camera in CAMERA_TROUBLE:
@@ -46,6 +50,11 @@ def open_problems(
     if dead_letters:
         words = f"{dead_letters} messages were refused and set aside; `hematovision outbox list --dead` shows them"
         found["dead-letters"] = Problem("warning", words)
+    if salvage is not None:
+        found["outbox-set-aside"] = Problem("error", salvage)
+    if dropped:
+        words = ", ".join(f"{count} {stream}" for stream, count in sorted(dropped.items()))
+        found["outbox-dropping"] = Problem("warning", f"the outbox is full: dropped unconfirmed {words}; results stay")
     if is_disk_low:
         found["disk-low"] = Problem("warning", "the disk is nearly full; soon intake stops. Free space")
     if seen.last_self_test is not None and not seen.last_self_test.is_passed:

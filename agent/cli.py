@@ -207,9 +207,16 @@ def build_parser() -> argparse.ArgumentParser:
         "action",
         nargs="?",
         default="status",
-        choices=("status", "list", "requeue", "export"),
-        help="status: how many wait, and how long (default); list: one line a message; "
-        "requeue: send dead letters again; export: JSON Lines",
+        choices=("status", "list", "inspect", "requeue", "discard", "export"),
+        help="status: how many wait, and how long (default); list: one line a message; inspect: dead letters, whole; "
+        "requeue: send dead letters again; discard: throw dead letters away; export: JSON Lines",
+    )
+    outbox.add_argument(
+        "numbers",
+        nargs="*",
+        type=_count,
+        metavar="NUMBER",
+        help="inspect, requeue, discard: numbers of dead letters, from `list --dead`; requeue without any: all",
     )
     outbox.add_argument("--dead", action="store_true", help="list, export: the dead letters (refused messages) instead")
     outbox.add_argument("--limit", type=_count, default=100, metavar="N", help="list: at most N; default: 100")

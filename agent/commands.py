@@ -22,7 +22,7 @@ from agent.delivery.audit import verify
 from agent.delivery.messages import round_probabilities, serialise
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.demo import DemoOptions, run_demo
-from agent.errors import HematoVisionError
+from agent.errors import HematoVisionError, OutboxError
 from agent.inference.models import Models, open_models
 from agent.offline import (
     Album,
@@ -149,7 +149,9 @@ def outbox(arguments: argparse.Namespace) -> int:
     actions: Mapping[str, Callable[[Outbox, argparse.Namespace], None]] = {
         "status": _outbox_status,
         "list": _outbox_list,
+        "inspect": _outbox_inspect,
         "requeue": _outbox_requeue,
+        "discard": _outbox_discard,
         "export": _outbox_export,
     }
     # Not verified: an agent may be writing to it, and setting a damaged file aside is the agent's own business.
@@ -164,6 +166,9 @@ def _outbox_status(outbox: Outbox, _arguments: argparse.Namespace) -> None:
     print(f"waiting       {outbox.depth()} messages")
     print(f"oldest        {'-' if oldest_age_s is None else f'{oldest_age_s:.0f} s'}")
     print(f"dead letters  {outbox.dead_letter_count()}")
+    print(f"kept          {outbox.kept_bytes() / 2**20:.1f} MB that were confirmed, to be sent again when asked for")
+    dropped = ", ".join(f"{count} {stream}" for stream, count in outbox.dropped().items())
+    print(f"dropped       {dropped or 'nothing'}{' (unconfirmed, for room)' if dropped else ''}")
     print(RESEARCH_USE_ONLY)
 
 
@@ -179,8 +184,28 @@ def _outbox_list(outbox: Outbox, arguments: argparse.Namespace) -> None:
     print(RESEARCH_USE_ONLY)
 
 
-def _outbox_requeue(outbox: Outbox, _arguments: argparse.Namespace) -> None:
-    moved = outbox.requeue()
+def _outbox_inspect(outbox: Outbox, arguments: argparse.Namespace) -> None:
+    for line in outbox.export_rows(dead_letters=True, only=_numbers(outbox, arguments)):
+        print(json.dumps(json.loads(line), indent=2, ensure_ascii=False))
+
+
+def _outbox_discard(outbox: Outbox, arguments: argparse.Namespace) -> None:
+    gone = outbox.discard(_numbers(outbox, arguments))
+    print(f"{gone} dead letters thrown away, {outbox.dead_letter_count()} stay. {RESEARCH_USE_ONLY}")
+
+
+def _numbers(outbox: Outbox, arguments: argparse.Namespace) -> list[int]:
+    """The dead letters that were named. Raises OutboxError: none, or one that is not there."""
+    if not arguments.numbers:
+        raise OutboxError(f"outbox {arguments.action}: name the dead letters; `outbox list --dead` shows their numbers")
+    there = {letter.letter_id for letter in outbox.dead_letters()}
+    if missing := sorted(set(arguments.numbers) - there):
+        raise OutboxError(f"{outbox.path}: there is no dead letter {missing[0]}; `outbox list --dead` shows which are")
+    return list(arguments.numbers)
+
+
+def _outbox_requeue(outbox: Outbox, arguments: argparse.Namespace) -> None:
+    moved = outbox.requeue(_numbers(outbox, arguments) if arguments.numbers else None)
     print(f"{moved} dead letters wait again, {outbox.dead_letter_count()} stay. {RESEARCH_USE_ONLY}")
 
 

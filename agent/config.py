@@ -259,15 +259,46 @@ class DifferentialSection(Section):
 
 
 class OutboxSection(Section):
-    """The results on disk that the broker has not taken yet."""
+    """The results on disk that nobody has confirmed yet, and for a while those that are confirmed."""
 
     folder: Path | None = None
     """Folder of the outbox; must be on a local disk. null = $STATE_DIRECTORY (systemd), else
     $XDG_STATE_HOME/hematovision, else ~/.local/state/hematovision."""
     max_mb: Annotated[float, Field(ge=1, le=1_000_000)] = 2048
-    """MB; when the outbox has grown to this, intake stops until the broker has taken some. Nothing is dropped."""
+    """MB; when the outbox has grown to this, room is made: first confirmed results go, then pictures, cells (their
+    fields hold them too) and old events, and what goes is counted. When that is not enough, intake stops."""
     min_free_mb: Annotated[float, Field(ge=0, le=1_000_000)] = 64
-    """MB; disk space that the outbox leaves free; below it intake stops."""
+    """MB; disk space that the outbox leaves free; below it, it makes room in the same way, and then intake stops."""
+
+
+class DeliverySection(Section):
+    """Until when a result is kept on this device, and how it is sent again."""
+
+    confirm: Literal["broker", "receiver"] = "broker"
+    """Whose word lets a result leave: broker = its acknowledgement (what it loses afterwards is lost; while nobody
+    subscribes, results wait here); receiver = the receivers' own word that they have it on disk (ack/{receiver})."""
+    receiver: Annotated[
+        str,
+        Field(
+            pattern=r"^[a-z0-9-]{1,63}( *, *[a-z0-9-]{1,63}){0,7}$",
+            json_schema_extra={"x-allowed": "a name as in ack/{receiver}, or up to 8 of them separated by commas"},
+        ),
+    ] = "central"
+    """For confirm: receiver. Whose word counts; of several, a result waits for the word of each."""
+    resend_s: Annotated[float, Field(ge=1, le=86400)] = 60
+    """s; for confirm: receiver. What was sent and not confirmed for this long is sent again; the time doubles, up to
+    an hour, while no receiver confirms anything."""
+    unconfirmed: Annotated[int, Field(ge=20, le=100_000)] = 2000
+    """Messages; for confirm: receiver. At this many sent and not confirmed, no new ones are sent."""
+    keep_hours: Annotated[float, Field(ge=0, le=8760)] = 72
+    """hours; for how long confirmed results are kept as well, to be sent again at cmd/replay; 0 = not at all."""
+    keep_mb: Annotated[float, Field(ge=0, le=1_000_000)] = 256
+    """MB; how much of them is kept. They are the first to go when the outbox or the disk becomes full."""
+
+    @property
+    def receivers(self) -> tuple[str, ...]:
+        """The names in `receiver`, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.receiver.split(",")))
 
 
 class TlsSection(Section):
@@ -354,6 +385,7 @@ class Config(Section):
     sample: SampleSection = SampleSection()
     differential: DifferentialSection = DifferentialSection()
     outbox: OutboxSection = OutboxSection()
+    delivery: DeliverySection = DeliverySection()
     broker: BrokerSection = BrokerSection()
     publish: PublishSection = PublishSection()
     commands: CommandsSection = CommandsSection()

@@ -42,11 +42,11 @@ from agent.delivery.audit import Entry
 from agent.delivery.certificates import Expiry, read_expiries
 from agent.delivery.commands import Gatekeeper, InboundCommand, canonical_json
 from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body, rfc3339_ms
-from agent.delivery.outbox import Outbox, begin_boot, lock_folder, open_outbox
+from agent.delivery.outbox import Outbox, Salvage, begin_boot, lock_folder, open_outbox
 from agent.delivery.publisher import Publisher
 from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
-from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, Refused, fresh_sample, new_sid
+from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid
 from agent.domain import AgentState, SampleState
 from agent.errors import CameraError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot
@@ -105,7 +105,15 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         folder = state_folder(config.outbox)
         cleanup.enter_context(lock_folder(folder))
         begin_boot(folder)
-        open_here = partial(open_outbox, folder, config.outbox.max_mb, config.outbox.min_free_mb, device=config.device)
+        open_here = partial(
+            open_outbox,
+            folder,
+            config.outbox.max_mb,
+            config.outbox.min_free_mb,
+            device=config.device,
+            keep_mb=config.delivery.keep_mb,
+            keep_hours=config.delivery.keep_hours,
+        )
         outbox = open_here()
         open_another = partial(open_here, verify=False)
 
@@ -118,6 +126,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             open_outbox=open_another,
             health=health,
             health_interval_s=config.publish.health_interval_s,
+            delivery=config.delivery,
             take_command=partial(_put_if_room, commands) if config.commands.enabled else None,
         )
         publisher.start()
@@ -140,7 +149,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             documents_every_s=config.differential.update_s,
         )
         if config.commands.enabled:
-            desk = make_desk(config, outbox, workshop)
+            desk = make_desk(config, outbox, workshop, publisher.send_again)
             pipeline.use_service(Service(commands, desk, publisher.publish_reply, publisher.publish_picture))
 
         def on_change(work: Work) -> None:
@@ -167,11 +176,12 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             open_another,
             alerts=AlertBoard(publisher, pipeline, stale=read_raised(outbox)),
             went_back=workshop.went_back,
+            salvage=None if outbox.salvage is None else salvage_words(outbox.salvage),
         )
         logger.info("sample %s, boot %d, %d messages wait", sample.sid, outbox.boot, outbox.depth())
         record_work(pipeline, outbox, workshop)
-        if outbox.set_aside is not None:
-            pipeline.tell("outbox-set-aside", f"damaged, kept as {outbox.set_aside}; a new one was begun", "error")
+        if outbox.salvage is not None:
+            pipeline.tell("outbox-set-aside", salvage_words(outbox.salvage), "error", {"rows": outbox.salvage.rows})
         if workshop.went_back is not None:
             pipeline.tell("model-rolled-back", workshop.went_back, "error")
         pipeline.tell("agent-started", f"agent {agent.__version__}, sample {sample.sid}", detail={"sample": sample.sid})
@@ -213,8 +223,11 @@ def model_slots(config: Config, folder: Path) -> ModelSlots:
     return ModelSlots(place, models_folder(config.models), config.commands.staging_folder or place / "staging")
 
 
-def make_desk(config: Config, outbox: Outbox, workshop: Workshop) -> Desk:
-    """The desk at which this agent's commands are done. Raises ConfigError for an operator key that is none."""
+def make_desk(config: Config, outbox: Outbox, workshop: Workshop, send_again: Callable[[str, int, int], None]) -> Desk:
+    """The desk at which this agent's commands are done. send_again: of the publisher.
+
+    Raises ConfigError for an operator key that is none.
+    """
     topics = Topics(config.site, config.device)
     return Desk(
         outbox,
@@ -226,7 +239,7 @@ def make_desk(config: Config, outbox: Outbox, workshop: Workshop) -> Desk:
             stage=workshop.stage,
             activate=workshop.activate,
             roll_back=workshop.roll_back,
-            replay=_replay,
+            replay=partial(_replay, outbox, send_again),
             describe=workshop.describe,
         ),
         clock=lambda: datetime.now(timezone.utc),
@@ -235,8 +248,24 @@ def make_desk(config: Config, outbox: Outbox, workshop: Workshop) -> Desk:
     )
 
 
-def _replay(stream: str, first: int, last: int) -> Done:
-    raise Refused("not-kept", f"{stream} {first} to {last}: this agent keeps nothing that was acknowledged")
+def salvage_words(salvage: Salvage) -> str:
+    """What came of a damaged outbox, for the event and the alert."""
+    extent = "all of it could be read" if salvage.is_whole else "not all of it could be read: results may be missing"
+    return f"damaged, kept as {salvage.bad}; {salvage.rows} messages were read out of it; {extent}"
+
+
+def _replay(outbox: Outbox, send_again: Callable[[str, int, int], None], stream: str, first: int, last: int) -> Done:
+    """Have messages sent again, and say which are gone."""
+    answer = outbox.request_replay(stream, first, last)
+    send_again(stream, first, last)
+    facts = {"asked": answer.asked, "waiting": answer.waiting, "gone": [list(span) for span in answer.gone]}
+    words = f"{stream} {first} to {last}: {answer.asked} are sent again, {answer.waiting} were on their way"
+    if answer.gone:
+        words += f", {sum(end - begin + 1 for begin, end in answer.gone)} are not kept any more"
+    if answer.beyond is not None:
+        facts["beyond"] = answer.beyond
+        words += f"; {answer.beyond} and later do not exist yet"
+    return Done(words, facts)
 
 
 def _put_if_room(commands: queue.Queue[InboundCommand], command: InboundCommand) -> bool:
@@ -415,6 +444,7 @@ class Watch:
         *,
         alerts: AlertBoard | None = None,
         went_back: str | None = None,
+        salvage: str | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -438,7 +468,10 @@ class Watch:
         self._told_expiries: set[str] = set()
         self._alerts = alerts
         self._went_back = went_back
+        self._salvage = salvage
         self._dead_letters: int | None = None
+        self._dropped_before: Mapping[str, int] | None = None
+        self._dropped: Mapping[str, int] = {}
         self._near_expiries: tuple[str, ...] = ()
         self._is_clock_true = True
 
@@ -537,7 +570,7 @@ class Watch:
         expiries = read_expiries(self._config.broker.tls, datetime.now(timezone.utc))
         self._tell_expiries(expiries)
         self._near_expiries = tuple(expiry.words for expiry in expiries if expiry.is_near)
-        self._dead_letters = self._count_dead_letters()
+        self._look_into_outbox()
         self._is_clock_true = machine.clock.is_synchronised
         self._publisher.publish_health(
             health_body(
@@ -565,6 +598,8 @@ class Watch:
             near_expiries=self._near_expiries,
             went_back=self._went_back,
             is_clock_true=self._is_clock_true,
+            salvage=self._salvage,
+            dropped=self._dropped,
         )
         self._alerts.show(problems, datetime.now(timezone.utc))
 
@@ -594,9 +629,16 @@ class Watch:
                 self._pipeline.tell("certificate-expiring", expiry.words, "warning", detail)
         self._told_expiries = {expiry.key for expiry in expiries if expiry.is_near}
 
-    def _count_dead_letters(self) -> int | None:
+    def _look_into_outbox(self) -> None:
+        """How many messages were set aside, and how many went for room since this start."""
         try:
             with self._open_outbox() as outbox:
-                return outbox.dead_letter_count()
+                self._dead_letters, dropped = outbox.dead_letter_count(), outbox.dropped()
         except OutboxError:
-            return None
+            self._dead_letters = None
+            return
+        if self._dropped_before is None:
+            self._dropped_before = dropped
+        before = self._dropped_before
+        self._dropped = {name: count - before.get(name, 0) for name, count in dropped.items()}
+        self._dropped = {name: count for name, count in self._dropped.items() if count > 0}

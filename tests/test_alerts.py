@@ -31,6 +31,8 @@ def test_nothing_is_open_while_all_is_well() -> None:
         ("certificate-expiring", None, {"near_expiries": ["ca.pem: expires in 3 days"]}),
         ("models-fell-back", None, {"went_back": "slot a cannot be used"}),
         ("clock-not-synchronised", None, {"is_clock_true": False}),
+        ("outbox-set-aside", None, {"salvage": "damaged, 3 messages were read out of it"}),
+        ("outbox-dropping", None, {"dropped": {"cell": 64}}),
     ],
 )
 def test_each_problem_has_its_alert(alert_id: str, change: Any, more: dict[str, Any]) -> None:

@@ -502,6 +502,21 @@ def test_outbox_sends_dead_letters_again_when_asked(outbox_folder: Path, call: C
     assert "4 messages" in call("outbox", "--folder", outbox_folder)[1]
 
 
+def test_a_dead_letter_can_be_looked_at_sent_again_and_thrown_away_by_its_number(
+    outbox_folder: Path, call: Callable[..., tuple[int, str, str]]
+):
+    assert json.loads(call("outbox", "inspect", "1", "--folder", outbox_folder)[1])["reason"] == "not authorised"
+    assert "1 dead letters wait again, 0 stay" in call("outbox", "requeue", "1", "--folder", outbox_folder)[1]
+    code, _, err = call("outbox", "discard", "1", "--folder", outbox_folder)
+    assert (code, "there is no dead letter 1" in err) == (5, True)
+    with open_outbox(outbox_folder, min_free_mb=0, device="m") as outbox:
+        outbox.reject(outbox.pending(0, 1)[0].row_id, "too large")
+        (letter,) = outbox.dead_letters()
+    assert "name the dead letters" in call("outbox", "discard", "--folder", outbox_folder)[2]
+    out = call("outbox", "discard", str(letter.letter_id), "--folder", outbox_folder)[1]
+    assert "1 dead letters thrown away, 0 stay" in out
+
+
 def test_outbox_finds_its_folder_in_the_configuration(outbox_folder: Path, call: Callable[..., tuple[int, str, str]]):
     config = outbox_folder.parent / "c.yaml"
     config.write_text("outbox: {folder: state}")

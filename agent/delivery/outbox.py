@@ -1,12 +1,15 @@
-"""The outbox: what has been counted and not yet been taken by the broker, on disk, in order.
+"""The outbox: what has been counted and not yet been confirmed, on disk, in order; and for a while what has been.
 
 What it promises
   * All drafts of one `append`, the sample's state and the finished frame are stored together or not at all.
   * When `append` returns, they survive a power cut (`synchronous=FULL`).
   * Numbers (`seq`) are without gaps in each stream, over restarts too.
   * The newest word on each retained topic, notes and answers to transactions are stored in the same transaction.
-  * A row leaves only by `acknowledge` or, with its reason, by `reject` into the dead letters. Nothing is dropped for
-    room: a full outbox refuses the next append, and takes it again when the broker has taken some.
+  * A row leaves only by `acknowledge`, by `confirm` (a receiver has it on its disk) or, with its reason, into the dead
+    letters. What has left stays as history, to be sent again when asked for, as long as there is room and time for it.
+  * For room goes, oldest first: history, pictures, cells (their fields hold them too), events. What goes unconfirmed is
+    counted (`dropped`). Fields, differentials and the audit never go: a full outbox refuses the next append, and takes
+    it again when some have left.
 
 What it does not promise
   * That a message is delivered once only: an acknowledgement lost in a power cut sends the message again.
@@ -22,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -36,17 +40,24 @@ from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
 from agent.delivery.messages import Draft, RetainedDocument, message_id, serialise, stamp
+from agent.delivery.salvage import FoundRow, find_rows
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
 
+logger = logging.getLogger(__name__)
+
 DATABASE_NAME = "outbox.db"
+SALVAGING_NAME, SALVAGED_NAME = "outbox.db.salvaging", "outbox.db.salvaged"
+DAMAGE_NAME = "damaged"
+"""A mark: damage was met in use. The quick check at the next start need not find it, so the mark counts instead."""
+
 BOOT_NAME = "boot"
 LOCK_NAME = "lock"
 
 APPLICATION_ID = 0x48764F62
 """`HvOb`; tells our file from any other SQLite database."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 BUSY_TIMEOUT_S = 10.0
 """A commit takes milliseconds; a checkpoint of a large write-ahead log on a slow card takes seconds."""
@@ -66,6 +77,28 @@ VACUUM_STEP_PAGES = 256
 it are empty. Sooner would be costly: full pages at the end of the file have to be moved first."""
 
 EXPORT_STEP_ROWS = 200
+
+NUMBERS_LEFT_OUT = 100_000
+"""When nobody knows any more how far the numbers went, they go on this far beyond the highest that is left: a number
+that comes twice with different contents would hide a loss, one that never comes tells of it."""
+
+CONFIRM_STEP_ROWS = 1000
+PRUNE_STEP_ROWS = 64
+"""Rows that leave in one transaction: others wait for it."""
+
+FIRST_TO_GO = ("image", "cell", "event")
+"""Streams that make room for results when nothing else is left, in this order."""
+
+EVENTS_KEPT = 100
+"""The newest events stay even then: among them the one which says that the outbox is full."""
+
+PUBLISH_PROPERTIES_BYTES = 22
+"""MQTT 5 properties of a row's PUBLISH with their length: payload format, content type `application/json`."""
+
+WAITING, KEPT, ASKED = 0, 1, 2
+"""States of a row: not confirmed; confirmed and kept as history; history that is to be sent again."""
+
+PACKET_LIMIT_NOTE = "broker/max-packet-bytes"
 
 MOST_ANSWERS = 512
 """Transactions that are remembered: more than a person or a program sends while any repeat of them is under way."""
@@ -116,12 +149,31 @@ _TABLES_OF_2 = (
     "CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE answers (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE NOT NULL, text TEXT NOT NULL)",
 )
+_TABLES_OF_3 = (
+    # A constant default takes no room in a row, and going from 0 to 1 or 2 changes one byte of it.
+    "ALTER TABLE rows ADD COLUMN state INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX rows_by_state ON rows (state)",
+    "CREATE INDEX rows_by_number ON rows (stream, state, seq)",
+    # kept_bytes: payloads of rows that are history.
+    "ALTER TABLE tally ADD COLUMN kept_bytes INTEGER NOT NULL DEFAULT 0",
+    # What each receiver has acknowledged, where there are several and a row waits for all of them.
+    "CREATE TABLE acks (receiver TEXT NOT NULL, stream TEXT NOT NULL, boot INTEGER NOT NULL, seq INTEGER NOT NULL, "
+    "PRIMARY KEY (receiver, stream, boot, seq)) WITHOUT ROWID",
+    "CREATE TABLE dropped (stream TEXT PRIMARY KEY, rows INTEGER NOT NULL, last_at TEXT NOT NULL) WITHOUT ROWID",
+)
+_COPIED_TABLES = (
+    *("streams", "rows", "dead_letters", "finished", "sample", "documents", "notes", "answers", "acks", "dropped"),
+)
+STREAMS = ("field", "cell", "event", "audit", "differential", "image")
 _COPIED = "stream, boot, seq, topic, captured_monotonic_ns, appended_unix_s, payload, crc32"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One stored message. row_id: its place in the order of sending. is_intact: the payload is what was stored."""
+    """One stored message. row_id: its place in the order of sending. is_intact: the payload is what was stored.
+
+    is_replay: it was confirmed before and is asked for again.
+    """
 
     row_id: int
     stream: str
@@ -131,6 +183,7 @@ class Row:
     captured_monotonic_ns: int
     payload: bytes
     is_intact: bool = True
+    is_replay: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +193,33 @@ class StoredDocument:
     topic: str
     payload: bytes | None
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayAnswer:
+    """What becomes of numbers that were asked for. asked: confirmed before, sent again. waiting: on their way anyway.
+
+    gone: ranges (first, last) that are not here: too old, set aside, dropped for room, or lost with a file.
+    beyond: the first number of the range that was never given; None = all of them were.
+    """
+
+    asked: int
+    waiting: int
+    gone: tuple[tuple[int, int], ...]
+    beyond: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Salvage:
+    """What came of a damaged file. bad: where it was put. rows: how many were read out of it, dead letters with them.
+
+    is_whole: every table could be read to its end. reason: what was found.
+    """
+
+    bad: Path
+    rows: int
+    is_whole: bool
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +339,8 @@ def open_outbox(
     min_free_mb: float = 64,
     device: str = "",
     *,
+    keep_mb: float = 0,
+    keep_hours: float = 0,
     verify: bool = True,
     create: bool = True,
     mounts_file: Path = Path("/proc/mounts"),
@@ -267,8 +349,10 @@ def open_outbox(
 ) -> Outbox:
     """Open the outbox of a folder for the calling thread.
 
-    verify: read the whole file; one that is no outbox or is damaged is set aside (`Outbox.set_aside` names it) and a
-        new one is begun. For the first opening of a process only: others would go on writing into the old file.
+    keep_mb, keep_hours: how much of what was confirmed is kept, and for how long, to be sent again. 0 = nothing.
+    verify: read the whole file; one that is no outbox or is damaged is set aside, a new one is begun and is given all
+        that can still be read (`Outbox.salvage` tells of it). For the first opening of a process only: others would go
+        on writing into the old file.
     create: False = an outbox must be there already.
     Raises OutboxError: network file system, no right to write, disk full; OutboxDamaged: damaged, and verify is False.
     """
@@ -276,15 +360,20 @@ def open_outbox(
     path = folder / DATABASE_NAME
     if not create and not path.exists():
         raise OutboxError(f"{path}: there is no outbox; give the folder of a running agent")
-    set_aside: Path | None = None
+    salvage: Salvage | None = None
+    mark = folder / DAMAGE_NAME
+    if verify:
+        _finish_salvage(path)
     try:
-        connection = _connect(path, verify=verify)
-    except OutboxDamaged:
+        connection = _connect(path, verify=verify, mark=mark if verify else None)
+    except OutboxDamaged as error:
         if not verify:
             raise
-        set_aside = _set_aside(path)
-        begin_boot(folder)  # the new file numbers from 1; a new boot keeps the ids apart
+        boot = begin_boot(folder)  # what is numbered from now on is kept apart from what may have been lost
+        salvage = _salvage(path, boot, str(error))
         connection = _connect(path, verify=True)
+    if verify:
+        mark.unlink(missing_ok=True)
     return Outbox(
         connection,
         path,
@@ -292,16 +381,21 @@ def open_outbox(
         boot=read_boot(folder),
         max_bytes=int(max_mb * 1024 * 1024),
         min_free_bytes=int(min_free_mb * 1024 * 1024),
-        set_aside=set_aside,
+        keep_bytes=int(keep_mb * 1024 * 1024) if keep_hours > 0 else 0,
+        keep_s=keep_hours * 3600,
+        salvage=salvage,
         monotonic_ns=monotonic_ns,
         unix_time=unix_time,
     )
 
 
-def _connect(path: Path, *, verify: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, verify: bool, mark: Path | None = None) -> sqlite3.Connection:
+    if mark is not None and mark.exists() and path.exists():
+        raise OutboxDamaged(f"{path}: damaged: {mark.read_text(errors='replace')[:300].strip() or 'met in use'}")
     with _explained(path):
         # The thread check is off because the supervisor opens the outbox and hands it to the pipeline's thread.
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        connection.text_factory = _lenient_text
         try:
             _prepare(connection, path, verify=verify)
         except BaseException:
@@ -335,8 +429,9 @@ def _make_tables(connection: sqlite3.Connection) -> None:
         version = _pragma(connection, "user_version")
         if version == SCHEMA_VERSION:
             return  # another thread was first
-        for statement in (*(_TABLES if version == 0 else ()), *_TABLES_OF_2):
-            connection.execute(statement)
+        for number, statements in enumerate((_TABLES, _TABLES_OF_2, _TABLES_OF_3), start=1):
+            for statement in statements if version < number else ():
+                connection.execute(statement)
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
@@ -345,9 +440,151 @@ def _verify(connection: sqlite3.Connection, path: Path) -> None:
     verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     if verdict != "ok":
         raise OutboxDamaged(f"{path}: damaged: {verdict}")
-    counted, told = connection.execute("SELECT (SELECT COUNT(*) FROM rows), depth FROM tally").fetchone()
-    if counted != told:
-        connection.execute("UPDATE tally SET depth = ?", (counted,))
+    counted = connection.execute(
+        "SELECT (SELECT COUNT(*) FROM rows WHERE state = 0), "
+        "(SELECT COALESCE(SUM(LENGTH(payload)), 0) FROM rows WHERE state > 0)"
+    ).fetchone()
+    if counted != connection.execute("SELECT depth, kept_bytes FROM tally").fetchone():
+        connection.execute("UPDATE tally SET depth = ?, kept_bytes = ?", counted)
+
+
+# --------------------------------------------------------------------------------------------------------- salvage
+
+
+def _salvage(path: Path, boot: int, reason: str) -> Salvage:
+    """Put a damaged file away and begin a new one with all that can be read of it.
+
+    At every moment either the damaged file is in its place, or the finished new one is there: a start that is killed,
+    or finds the disk full, is made again from the beginning. Raises OutboxError.
+    """
+    fresh, done = path.with_name(SALVAGING_NAME), path.with_name(SALVAGED_NAME)
+    for ending in ("", "-wal", "-shm"):
+        fresh.with_name(fresh.name + ending).unlink(missing_ok=True)
+    logger.error("%s; reading what can be read", reason)
+    with contextlib.closing(_connect(fresh, verify=False)) as connection, _explained(fresh):
+        with _transaction(connection):
+            rows, is_whole = _copy_readable(path, connection)
+            connection.execute("UPDATE tally SET boot = MAX(boot, ?)", (boot,))
+        _verify(connection, fresh)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    try:
+        fresh.replace(done)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutboxError(f"{done}: cannot be written: {error.strerror}; mend the rights of the folder") from error
+    bad = _set_aside(path)
+    _finish_salvage(path)
+    whole = "all of it" if is_whole else "not all of it could be read"
+    logger.error("%s: kept as %s; %d messages were read out of it (%s)", path, bad, rows, whole)
+    return Salvage(bad, rows, is_whole, reason)
+
+
+def _finish_salvage(path: Path) -> None:
+    """Bring the finished new file into its place, if there is one and the damaged one has left it."""
+    done = path.with_name(SALVAGED_NAME)
+    if not done.exists():
+        return
+    if path.exists():
+        done.unlink()  # ended before the damaged one was put away: it is made again
+        return
+    try:
+        for ending in ("-wal", "-shm"):  # ended while it was put away; to the new file they would be poison
+            left = path.with_name(path.name + ending)
+            if left.exists():
+                left.rename(path.with_name(f"{path.name}.bad-left-{time.time_ns()}{ending}"))
+        done.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutboxError(f"{path}: cannot be written: {error.strerror}; mend the rights of the folder") from error
+
+
+def _copy_readable(path: Path, fresh: sqlite3.Connection) -> tuple[int, bool]:
+    """Copy all that can be read of a damaged file; how many messages, and whether every table came to its end."""
+    ends = dict.fromkeys(_COPIED_TABLES, False)
+    # Read-only: nothing of the damaged file or its log is changed, and closing makes no checkpoint.
+    with (
+        contextlib.suppress(sqlite3.Error),  # not even its head can be read
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as damaged,
+    ):
+        damaged.text_factory = _lenient_text
+        ends = {table: _copy_table(damaged, fresh, table) for table in _COPIED_TABLES}
+    if not (ends["rows"] and ends["dead_letters"]):
+        here = "SELECT stream, boot, seq FROM rows UNION ALL SELECT stream, boot, seq FROM dead_letters"
+        taken = set(fresh.execute(here).fetchall())
+        with contextlib.suppress(OSError):
+            for row in find_rows(path):
+                if (row.stream, row.boot, row.seq) not in taken:
+                    _put_found(fresh, row)
+                    taken.add((row.stream, row.boot, row.seq))
+    _mend_numbers(fresh, are_known=ends["streams"])
+    count = fresh.execute("SELECT (SELECT COUNT(*) FROM rows) + (SELECT COUNT(*) FROM dead_letters)").fetchone()[0]
+    return int(count), all(ends.values())
+
+
+def _copy_table(damaged: sqlite3.Connection, fresh: sqlite3.Connection, table: str) -> bool:
+    """Copy a table from its beginning and, when that breaks off, from its end; whether it could be read throughout."""
+    try:
+        theirs = {str(column[1]) for column in damaged.execute(f"PRAGMA table_info({table})")}
+        columns = [column[1] for column in fresh.execute(f"PRAGMA table_info({table})") if column[1] in theirs]
+    except sqlite3.DatabaseError:
+        return False
+    if not columns:
+        return True  # of an older version
+    key = {"rows": "row_id", "dead_letters": "letter_id"}.get(table)
+    put = f"INSERT OR IGNORE INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+    are_sound = True
+    for order in (f" NOT INDEXED ORDER BY {key}", f" NOT INDEXED ORDER BY {key} DESC") if key else ("",):
+        try:
+            for values in damaged.execute(f"SELECT {', '.join(columns)} FROM {table}{order}"):
+                if key and not _is_sound(dict(zip(columns, values, strict=True))):
+                    are_sound = False  # its pages are read once more, in case another copy of it is right
+                else:
+                    fresh.execute(put, values)
+        except sqlite3.DatabaseError:
+            continue
+        return are_sound
+    return False
+
+
+def _is_sound(row: Mapping[str, Any]) -> bool:
+    kinds = {"stream": str, "topic": str, "boot": int, "seq": int, "captured_monotonic_ns": int, "payload": bytes}
+    return all(isinstance(row[name], kind) for name, kind in kinds.items()) and (
+        _checksum(row["topic"], row["payload"]) == row["crc32"]
+    )
+
+
+def _put_found(fresh: sqlite3.Connection, row: FoundRow) -> None:
+    """Where it was in the order of sending, if that place is free."""
+    columns = (row.stream, row.boot, row.seq, row.topic, row.captured_monotonic_ns, row.appended_unix_s)
+    if row.reason:
+        fresh.execute(
+            f"INSERT INTO dead_letters ({_COPIED}, reason, rejected_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*columns, row.payload, row.crc32, row.reason, row.rejected_at),
+        )
+        return
+    is_free = fresh.execute("SELECT 1 FROM rows WHERE row_id = ?", (row.row_id,)).fetchone() is None
+    fresh.execute(
+        f"INSERT INTO rows (row_id, {_COPIED}, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (row.row_id if is_free and 0 < row.row_id < 2**62 else None, *columns, row.payload, row.crc32, row.state),
+    )
+
+
+def _mend_numbers(fresh: sqlite3.Connection, *, are_known: bool) -> None:
+    """No number that is left may be given again."""
+    highest = dict(
+        fresh.execute(
+            "SELECT stream, MAX(seq) FROM "
+            "(SELECT stream, seq FROM rows UNION ALL SELECT stream, seq FROM dead_letters) GROUP BY stream"
+        ).fetchall()
+    )
+    if are_known:
+        stored = dict(fresh.execute("SELECT stream, last_seq FROM streams").fetchall())
+        lasts = {name: max(seq, stored.get(name, 0)) for name, seq in highest.items()}
+    else:
+        # All streams alike: to a receiver one that begins at 1 again would mean that all do.
+        beyond = max(highest.values(), default=0) + NUMBERS_LEFT_OUT
+        lasts = dict.fromkeys((*STREAMS, *highest), beyond) if highest else {}
+    fresh.executemany("INSERT OR REPLACE INTO streams VALUES (?, ?)", lasts.items())
 
 
 def _set_aside(path: Path) -> Path:
@@ -397,7 +634,7 @@ def _refuse_network_file_system(folder: Path, mounts_file: Path) -> None:
 class Outbox:
     """One thread's way to the outbox; made by `open_outbox`.
 
-    boot: the boot that new ids carry. set_aside: the damaged file that opening found and put away, else None.
+    boot: the boot that new ids carry. salvage: what opening made of a damaged file; None = it was whole.
     """
 
     def __init__(
@@ -409,17 +646,21 @@ class Outbox:
         boot: int,
         max_bytes: int,
         min_free_bytes: int,
-        set_aside: Path | None,
+        keep_bytes: int = 0,
+        keep_s: float = 0,
+        salvage: Salvage | None = None,
         monotonic_ns: Callable[[], int],
         unix_time: Callable[[], float],
     ) -> None:
         self.path = path
         self.device = device
         self.boot = boot
-        self.set_aside = set_aside
+        self.salvage = salvage
         self._connection = connection
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
+        self._keep_bytes = keep_bytes
+        self._keep_s = keep_s
         self._monotonic_ns = monotonic_ns
         self._unix_time = unix_time
 
@@ -485,40 +726,119 @@ class Outbox:
             )
 
     def acknowledge(self, row_ids: Sequence[int]) -> None:
-        """The broker has these rows; they leave. Unknown ids are passed over."""
-        # An acknowledgement lost in a power cut only repeats a message, so it need not wait for the disk: on an SD
-        # card that is the greater part of the time, and of the wear. The next append makes it durable too.
+        """These rows are where they should be; they leave, and history that was asked for is history again.
+
+        Unknown ids are passed over.
+        """
+        with self._leaving() as connection:
+            found = (
+                connection.execute("SELECT row_id, state, LENGTH(payload) FROM rows WHERE row_id = ?", (row_id,))
+                for row_id in row_ids
+            )
+            self._let_go([row for rows in found for row in rows.fetchall()])
+
+    def confirm(self, receiver: str, stream: str, boot: int, seq: int, receivers: Sequence[str]) -> list[int] | None:
+        """A receiver has all of a stream up to this number on its disk; what all the receivers have leaves.
+
+        receivers: all that have to confirm. Returns the ids of the rows that left; None: this cannot be true, for such
+        a number was never given, and nothing is done.
+        """
         with self._explaining():
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            try:
-                with _transaction(self._connection) as connection:
-                    gone = sum(
-                        connection.execute("DELETE FROM rows WHERE row_id = ?", (row_id,)).rowcount
-                        for row_id in row_ids
-                    )
-                    connection.execute("UPDATE tally SET depth = depth - ?", (gone,))
-                self._shrink()
-            finally:
-                self._connection.execute("PRAGMA synchronous=FULL")
+            known = self._connection.execute("SELECT last_seq FROM streams WHERE stream = ?", (stream,)).fetchone()
+        if boot > self.boot or known is None or seq > known[0]:
+            return None
+        left: list[int] = []
+        is_more = True
+        while is_more:
+            with self._leaving() as connection:
+                if len(receivers) > 1:
+                    self._note_ack(receiver, stream, boot, seq)
+                found = connection.execute(
+                    "SELECT row_id, state, LENGTH(payload), boot, seq FROM rows "
+                    "WHERE stream = ? AND state = 0 AND seq <= ? AND boot <= ? ORDER BY seq LIMIT ?",
+                    (stream, seq, boot, CONFIRM_STEP_ROWS),
+                ).fetchall()
+                marks = [self._acks(other, stream) for other in receivers if other != receiver]
+                leaving = [
+                    (row_id, state, size)
+                    for row_id, state, size, row_boot, row_seq in found
+                    if all(any(row_boot <= b and row_seq <= s for b, s in theirs) for theirs in marks)
+                ]
+                self._let_go(leaving)
+            left += [row_id for row_id, _, _ in leaving]
+            is_more = len(leaving) == CONFIRM_STEP_ROWS
+        return left
+
+    def prune(self) -> None:
+        """Let history go that is too old or too much; a little at each call."""
+        with self._leaving():
+            self._prune()
+
+    def request_replay(self, stream: str, first: int, last: int) -> ReplayAnswer:
+        """Have what is kept of these numbers, both included, sent again."""
+        with self._writing() as connection:
+            known = connection.execute("SELECT last_seq FROM streams WHERE stream = ?", (stream,)).fetchone()
+            last_given = known[0] if known else 0
+            span = (stream, first, min(last, last_given))
+            asked = connection.execute(
+                "UPDATE rows SET state = 2 WHERE stream = ? AND state = 1 AND seq BETWEEN ? AND ?", span
+            ).rowcount
+            waiting = connection.execute(
+                "SELECT COUNT(*) FROM rows WHERE stream = ? AND state = 0 AND seq BETWEEN ? AND ?", span
+            ).fetchone()[0]
+            here = connection.execute(
+                "SELECT DISTINCT seq FROM rows WHERE stream = ? AND state IN (0, 2) AND seq BETWEEN ? AND ? "
+                "ORDER BY seq",
+                span,
+            )
+            gone, following = [], first
+            for (seq,) in here:
+                if seq > following:
+                    gone.append((following, seq - 1))
+                following = seq + 1
+            if following <= span[2]:
+                gone.append((following, span[2]))
+        beyond = max(first, last_given + 1) if last > last_given else None
+        return ReplayAnswer(asked, waiting, tuple(gone), beyond)
+
+    def note_packet_limit(self, max_packet_bytes: int | None) -> None:
+        """The largest PUBLISH that the broker takes, as it said last; None = it set no limit. Survives a restart."""
+        text = None if max_packet_bytes is None else str(max_packet_bytes)
+        if self.note(PACKET_LIMIT_NOTE) != text:
+            with self._writing() as connection:
+                if text is None:
+                    connection.execute("DELETE FROM notes WHERE key = ?", (PACKET_LIMIT_NOTE,))
+                else:
+                    _note(connection, PACKET_LIMIT_NOTE, text)
 
     def reject(self, row_id: int, reason: str, events: Sequence[Draft] = ()) -> None:
         """Set a row aside with the reason why it cannot be sent, and store the events that tell of it."""
-        now = datetime.fromtimestamp(self._unix_time(), timezone.utc).isoformat(timespec="seconds")
+        now = self._now_text()
         with self._writing() as connection:
             moved = connection.execute(
                 f"INSERT INTO dead_letters ({_COPIED}, reason, rejected_at) "
-                f"SELECT {_COPIED}, ?, ? FROM rows WHERE row_id = ?",
+                f"SELECT {_COPIED}, ?, ? FROM rows WHERE row_id = ? AND state = 0",
                 (reason, now, row_id),
             ).rowcount
+            # History that cannot be sent again goes: nobody lacks it, and asking for it must come to an end.
+            connection.execute(
+                "UPDATE tally SET kept_bytes = kept_bytes - "
+                "(SELECT COALESCE(SUM(LENGTH(payload)), 0) FROM rows WHERE row_id = ? AND state > 0)",
+                (row_id,),
+            )
             connection.execute("DELETE FROM rows WHERE row_id = ?", (row_id,))
             connection.execute("UPDATE tally SET depth = depth - ?", (moved,))
             self._store(events)
 
-    def requeue(self) -> int:
-        """Put the dead letters back to be sent, behind all that waits; damaged ones stay. Returns how many."""
+    def requeue(self, letter_ids: Sequence[int] | None = None) -> int:
+        """Put dead letters back to be sent, behind all that waits; damaged ones stay. None = all. Returns how many."""
         with self._writing() as connection:
             letters = connection.execute("SELECT letter_id, topic, payload, crc32 FROM dead_letters ORDER BY letter_id")
-            intact = [letter_id for letter_id, topic, payload, crc32 in letters if _checksum(topic, payload) == crc32]
+            intact = [
+                letter_id
+                for letter_id, topic, payload, crc32 in letters
+                if _checksum(topic, payload) == crc32 and (letter_ids is None or letter_id in letter_ids)
+            ]
             for letter_id in intact:
                 connection.execute(
                     f"INSERT INTO rows ({_COPIED}) SELECT {_COPIED} FROM dead_letters WHERE letter_id = ?", (letter_id,)
@@ -526,6 +846,14 @@ class Outbox:
                 connection.execute("DELETE FROM dead_letters WHERE letter_id = ?", (letter_id,))
             connection.execute("UPDATE tally SET depth = depth + ?", (len(intact),))
         return len(intact)
+
+    def discard(self, letter_ids: Sequence[int]) -> int:
+        """Throw dead letters away for good, at a person's word. Returns how many."""
+        with self._writing() as connection:
+            return sum(
+                connection.execute("DELETE FROM dead_letters WHERE letter_id = ?", (letter_id,)).rowcount
+                for letter_id in letter_ids
+            )
 
     def clear_finished(self) -> None:
         """Forget the sample's state and the finished frames: the source has come to its regular end."""
@@ -564,18 +892,23 @@ class Outbox:
             found = self._connection.execute("SELECT text FROM answers WHERE name = ?", (name,)).fetchone()
         return None if found is None else str(found[0])
 
-    def pending(self, after_row: int, limit: int) -> list[Row]:
-        """The next rows to send, in order; after_row: 0, or the last row id that was taken."""
+    def pending(self, after_row: int, limit: int, without: Sequence[str] = ()) -> list[Row]:
+        """The next rows to send, in order; after_row: 0, or the last row id that was taken. without: streams."""
+        return self._rows(WAITING, after_row, limit, without)
+
+    def asked_again(self, after_row: int, limit: int) -> list[Row]:
+        """History that is to be sent again, in order."""
+        return self._rows(ASKED, after_row, limit)
+
+    def _rows(self, state: int, after_row: int, limit: int, without: Sequence[str] = ()) -> list[Row]:
+        others = f"AND stream NOT IN ({', '.join('?' * len(without))}) " if without else ""
         with self._explaining():
             found = self._connection.execute(
                 "SELECT row_id, stream, boot, seq, topic, captured_monotonic_ns, payload, crc32 FROM rows "
-                "WHERE row_id > ? ORDER BY row_id LIMIT ?",
-                (after_row, limit),
+                f"WHERE state = ? AND row_id > ? {others}ORDER BY row_id LIMIT ?",
+                (state, after_row, *without, limit),
             ).fetchall()
-        return [
-            Row(row_id, stream, boot, seq, topic, captured_ns, payload, _checksum(topic, payload) == crc32)
-            for row_id, stream, boot, seq, topic, captured_ns, payload, crc32 in found
-        ]
+        return [_read_row(columns, is_replay=state == ASKED) for columns in found]
 
     def depth(self) -> int:
         """How many rows wait."""
@@ -584,15 +917,26 @@ class Outbox:
     def dead_letter_count(self) -> int:
         return int(self._value("SELECT COUNT(*) FROM dead_letters"))
 
+    def kept_bytes(self) -> int:
+        """bytes; payloads of what was confirmed and is kept to be sent again."""
+        return int(self._value("SELECT kept_bytes FROM tally"))
+
+    def dropped(self) -> dict[str, int]:
+        """How many messages of each stream went unconfirmed, for room, since this file was begun."""
+        with self._explaining():
+            return dict(self._connection.execute("SELECT stream, rows FROM dropped ORDER BY stream").fetchall())
+
     def oldest_age_s(self) -> float | None:
         """s; how long the first row has waited; None when nothing waits. After a restart by the wall clock."""
         with self._explaining():
             found = self._connection.execute(
-                "SELECT boot, captured_monotonic_ns, appended_unix_s FROM rows ORDER BY row_id LIMIT 1"
+                "SELECT boot, captured_monotonic_ns, appended_unix_s FROM rows WHERE state = 0 ORDER BY row_id LIMIT 1"
             ).fetchone()
         if found is None:
             return None
         boot, captured_ns, appended_unix_s = found
+        if not (isinstance(captured_ns, int) and isinstance(appended_unix_s, (int, float))):
+            return None  # the disk has changed it
         if boot == self.boot:
             return max(0.0, (self._monotonic_ns() - int(captured_ns)) / 1e9)
         return max(0.0, self._unix_time() - float(appended_unix_s))
@@ -600,7 +944,11 @@ class Outbox:
     def sample_state(self) -> SampleState | None:
         """The state stored with the last field; None before the first and after the sample was closed."""
         text = self._value("SELECT state FROM sample")
-        return None if text is None else sample_from(str(text))
+        try:
+            return None if text is None else sample_from(str(text))
+        except (ValueError, TypeError, AttributeError):
+            logger.error("%s: the disk has changed the sample's state; a new sample is begun", self.path)  # noqa: TRY400
+            return None
 
     def finished_keys(self) -> frozenset[str]:
         """Origin keys of the frames that are done with, as they are now; may be handed to another thread."""
@@ -616,11 +964,16 @@ class Outbox:
             ).fetchall()
         return tuple(DeadLetter(*columns) for columns in found)
 
-    def export_rows(self, *, dead_letters: bool = False) -> Iterator[str]:
-        """What waits, or what was set aside, one JSON object a line: row, topic, message (as text when damaged)."""
+    def export_rows(self, *, dead_letters: bool = False, only: Sequence[int] | None = None) -> Iterator[str]:
+        """What waits, or what was set aside, one JSON object a line: row, topic, message (as text when damaged).
+
+        only: of the dead letters those with these numbers.
+        """
         if dead_letters:
             for letter in self.dead_letters():
-                yield _export_line(letter.letter_id, letter.topic, letter.payload, reason=letter.reason)
+                if only is None or letter.letter_id in only:
+                    more = {"reason": letter.reason, "rejected_at": letter.rejected_at}
+                    yield _export_line(letter.letter_id, letter.topic, letter.payload, **more)
             return
         after_row = 0
         while rows := self.pending(after_row, EXPORT_STEP_ROWS):
@@ -639,12 +992,33 @@ class Outbox:
             )
 
     def _store(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
-        """Insert the drafts; inside a transaction."""
-        self._connection.execute("UPDATE tally SET boot = MAX(boot, ?), depth = depth + ?", (self.boot, len(drafts)))
+        """Insert the drafts; inside a transaction. Too large for the broker = at once into the dead letters."""
         rows = self._number(drafts)
         more_bytes = sum(len(row[6]) for row in rows)
-        self._refuse_when_full(more_bytes, is_event=all(draft.stream == "event" for draft in drafts))
-        return tuple(self._insert(row) for row in rows)
+        self._make_room(more_bytes, is_event=all(draft.stream == "event" for draft in drafts))
+        text = self.note(PACKET_LIMIT_NOTE) if rows else None
+        limit = None if text is None else int(text)
+        row_ids, waiting = [], 0
+        for row in rows:
+            length = publish_bytes(row[3], row[6])
+            if limit is not None and length > limit:
+                row_ids.append(0)
+                self._set_aside_at_once(row, f"too large: {length} bytes, the broker takes {limit}")
+            else:
+                row_ids.append(self._insert(row))
+                waiting += 1
+        self._connection.execute("UPDATE tally SET boot = MAX(boot, ?), depth = depth + ?", (self.boot, waiting))
+        return tuple(row_ids)
+
+    def _set_aside_at_once(self, row: tuple[Any, ...], reason: str) -> None:
+        logger.warning("%s %d:%d is set aside: %s", row[0], row[1], row[2], reason)
+        self._connection.execute(
+            f"INSERT INTO dead_letters ({_COPIED}, reason, rejected_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, reason, self._now_text()),
+        )
+
+    def _now_text(self) -> str:
+        return datetime.fromtimestamp(self._unix_time(), timezone.utc).isoformat(timespec="seconds")
 
     def _number(self, drafts: Sequence[Draft]) -> list[tuple[Any, ...]]:
         """The columns of each draft's row, stamped and serialised; inside the transaction that stores them."""
@@ -685,25 +1059,115 @@ class Outbox:
         with contextlib.suppress(sqlite3.OperationalError):  # a reader is busy, the disk is full: the append will tell
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _refuse_when_full(self, more_bytes: int, *, is_event: bool) -> None:
+    def _make_room(self, more_bytes: int, *, is_event: bool) -> None:
+        """Let go what may go until this fits; raises OutboxError when nothing is left that may."""
         if more_bytes == 0:
             return
+        while (fault := self._why_full(more_bytes, is_event=is_event)) is not None:
+            if not (self._drop_history() or any(self._drop(stream) for stream in FIRST_TO_GO)):
+                raise OutboxError(fault)
+
+    def _why_full(self, more_bytes: int, *, is_event: bool) -> str | None:
         reserve = EVENT_RESERVE_BYTES if is_event else 0
         page_bytes = _pragma(self._connection, "page_size")
         empty_bytes = _pragma(self._connection, "freelist_count") * page_bytes
         used_bytes = _pragma(self._connection, "page_count") * page_bytes - empty_bytes
         if used_bytes + more_bytes > self._max_bytes + reserve:
-            raise OutboxError(
+            return (
                 f"{self.path}: full: {used_bytes / 2**20:.1f} MB are used, outbox.max_mb is "
                 f"{self._max_bytes / 2**20:g}; connect the broker, or raise outbox.max_mb"
             )
         free_bytes = _disk_free_bytes(self.path) + empty_bytes
         to_leave_bytes = max(self._min_free_bytes, LEAST_FREE_BYTES)
         if free_bytes - more_bytes < to_leave_bytes - reserve:
-            raise OutboxError(
+            return (
                 f"{self.path}: the disk has {free_bytes / 2**20:.1f} MB left, {to_leave_bytes / 2**20:g} must stay "
                 "free (outbox.min_free_mb); free space on the disk, or connect the broker"
             )
+        return None
+
+    def _drop_history(self) -> bool:
+        """Some of the oldest history; False = there is none."""
+        for state in (KEPT, ASKED):
+            oldest = self._connection.execute(
+                "SELECT row_id, LENGTH(payload) FROM rows WHERE state = ? ORDER BY row_id LIMIT ?",
+                (state, PRUNE_STEP_ROWS),
+            ).fetchall()
+            if oldest:
+                self._forget(oldest)
+                return True
+        return False
+
+    def _drop(self, stream: str) -> bool:
+        """Some of the oldest waiting rows of a stream, counted; False = there are none that may go."""
+        spared = EVENTS_KEPT if stream == "event" else 0
+        newest = self._connection.execute(
+            "SELECT seq FROM rows WHERE stream = ? AND state = 0 ORDER BY seq DESC LIMIT 1 OFFSET ?", (stream, spared)
+        ).fetchone()
+        if newest is None:
+            return False
+        oldest = self._connection.execute(
+            "SELECT row_id FROM rows WHERE stream = ? AND state = 0 AND seq <= ? ORDER BY seq LIMIT ?",
+            (stream, newest[0], PRUNE_STEP_ROWS),
+        ).fetchall()
+        self._connection.executemany("DELETE FROM rows WHERE row_id = ?", oldest)
+        self._connection.execute("UPDATE tally SET depth = depth - ?", (len(oldest),))
+        before = self._connection.execute("SELECT rows FROM dropped WHERE stream = ?", (stream,)).fetchone()
+        self._connection.execute(
+            "INSERT OR REPLACE INTO dropped VALUES (?, ?, ?)",
+            (stream, (before[0] if before else 0) + len(oldest), self._now_text()),
+        )
+        return True
+
+    def _let_go(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """(row_id, state, bytes) of rows that were confirmed; inside a transaction."""
+        waiting = [(row_id, size) for row_id, state, size in rows if state == WAITING]
+        again = [row_id for row_id, state, _ in rows if state == ASKED]
+        if self._keep_bytes:
+            moved = [row_id for row_id, _ in waiting] + again
+            self._connection.executemany("UPDATE rows SET state = 1 WHERE row_id = ?", ((row_id,) for row_id in moved))
+            grown = sum(size for _, size in waiting)
+        else:
+            self._connection.executemany("DELETE FROM rows WHERE row_id = ?", ((row_id,) for row_id, _, _ in rows))
+            grown = -sum(size for _, state, size in rows if state != WAITING)
+        self._connection.execute(
+            "UPDATE tally SET depth = depth - ?, kept_bytes = kept_bytes + ?", (len(waiting), grown)
+        )
+        self._prune()
+
+    def _prune(self) -> None:
+        """Some of the history that is too old or too much; more at the next call."""
+        kept_bytes = self._connection.execute("SELECT kept_bytes FROM tally").fetchone()[0]
+        if kept_bytes == 0:
+            return
+        oldest_s = self._unix_time() - self._keep_s
+        oldest = self._connection.execute(
+            "SELECT row_id, LENGTH(payload), appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT ?",
+            (PRUNE_STEP_ROWS,),
+        ).fetchall()
+        leaving = []
+        for row_id, size, appended_unix_s in oldest:
+            if kept_bytes <= self._keep_bytes and appended_unix_s >= oldest_s:
+                break
+            leaving.append((row_id, size))
+            kept_bytes -= size
+        self._forget(leaving)
+
+    def _forget(self, rows: Sequence[tuple[int, int]]) -> None:
+        """(row_id, bytes) of history that goes for good."""
+        self._connection.executemany("DELETE FROM rows WHERE row_id = ?", ((row_id,) for row_id, _ in rows))
+        self._connection.execute("UPDATE tally SET kept_bytes = kept_bytes - ?", (sum(size for _, size in rows),))
+
+    def _note_ack(self, receiver: str, stream: str, boot: int, seq: int) -> None:
+        """Acknowledgements of different numberings stand beside each other; the others are covered by the newest."""
+        ack = (receiver, stream, boot, seq)
+        self._connection.execute("DELETE FROM acks WHERE receiver = ? AND stream = ? AND boot <= ? AND seq <= ?", ack)
+        self._connection.execute("INSERT INTO acks VALUES (?, ?, ?, ?)", ack)
+
+    def _acks(self, receiver: str, stream: str) -> list[tuple[int, int]]:
+        return self._connection.execute(
+            "SELECT boot, seq FROM acks WHERE receiver = ? AND stream = ?", (receiver, stream)
+        ).fetchall()
 
     def _shrink(self) -> None:
         """Give empty pages back to the disk, a few at a time."""
@@ -721,6 +1185,22 @@ class Outbox:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         with self._explaining(), _transaction(self._connection) as connection:
             yield connection
+
+    @contextmanager
+    def _leaving(self) -> Iterator[sqlite3.Connection]:
+        """A transaction in which rows leave.
+
+        One that is lost in a power cut only repeats messages, so it need not wait for the disk: on an SD card that is
+        the greater part of the time, and of the wear. The next append makes it durable too.
+        """
+        with self._explaining():
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            try:
+                with _transaction(self._connection) as connection:
+                    yield connection
+                self._shrink()
+            finally:
+                self._connection.execute("PRAGMA synchronous=FULL")
 
     def _explaining(self) -> Any:
         return _explained(self.path)
@@ -764,6 +1244,8 @@ def _explained(path: Path) -> Iterator[None]:
         if type(error) is not sqlite3.DatabaseError:
             raise  # a fault of this program, not of the file
         # Only "not a database" and "malformed" come as the base class itself.
+        with contextlib.suppress(OSError):
+            path.with_name(DAMAGE_NAME).write_text(f"met in use: {error}\n")
         raise OutboxDamaged(f"{path}: damaged ({error}); the next start of the agent sets it aside") from error
 
 
@@ -790,6 +1272,26 @@ def _disk_free_bytes(path: Path) -> int:
         return shutil.disk_usage(path.parent).free
     except OSError as error:
         raise OutboxError(f"{path.parent}: the disk does not answer: {error.strerror}") from error
+
+
+def publish_bytes(topic: str, payload: bytes) -> int:
+    """How long the PUBLISH packet of a row is with MQTT 5."""
+    rest = 2 + len(topic.encode()) + 2 + PUBLISH_PROPERTIES_BYTES + len(payload)
+    return 1 + (1 if rest < 128 else 2 if rest < 16_384 else 3 if rest < 2_097_152 else 4) + rest
+
+
+def _lenient_text(raw: bytes) -> str:
+    """What the disk has changed must not stop the reading; the checksum tells of it."""
+    return raw.decode("utf-8", errors="replace")
+
+
+def _read_row(columns: Sequence[Any], *, is_replay: bool) -> Row:
+    """A row as it stands there, whatever the disk has made of its columns."""
+    row_id, stream, boot, seq, topic, captured_ns, payload, crc32 = columns
+    is_intact = isinstance(topic, str) and isinstance(payload, bytes) and _checksum(topic, payload) == crc32
+    numbers = [value if isinstance(value, int) else 0 for value in (boot, seq, captured_ns)]
+    payload = payload if isinstance(payload, bytes) else str(payload).encode()
+    return Row(row_id, str(stream), numbers[0], numbers[1], str(topic), numbers[2], payload, is_intact, is_replay)
 
 
 def _checksum(topic: str, payload: bytes) -> int:

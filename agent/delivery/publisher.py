@@ -4,11 +4,14 @@
     state, info, health (newest of each) ---^               |
     retained documents, replies ------------^               |
     outbox.acknowledge <----------------- PUBACK -----------+
+    outbox.confirm <--------------------- ack/{receiver} ---+
     queue of commands <------------------ cmd/{name} -------+
 
 Rules
-  * A row leaves the outbox on its own PUBACK and on nothing else. After every new connection sending begins again at
-    the first row that is left, so a message may come twice, and never not at all.
+  * With `delivery.confirm: broker` a row leaves the outbox on its own PUBACK and on nothing else; not on one that says
+    that nobody subscribes: then its stream waits. With `receiver` it leaves when all receivers have acknowledged it,
+    and is sent again when they have not for a while. After every new connection sending begins again at the first row
+    that is left, so a message may come twice, and never not at all.
   * On every connection state, info and health are sent before any row: a broker that was restarted knows nothing.
   * Nobody waits for the publisher. Other threads hand over documents, or wake it; both return at once.
   * A message that the broker refuses for good is set aside (dead letter) and told as an event; one that it refuses for
@@ -21,13 +24,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 
-from agent.config import BrokerSection
+from agent.config import BrokerSection, DeliverySection
+from agent.delivery.acks import read_ack
 from agent.delivery.commands import InboundCommand, reply_topic
 from agent.delivery.link import BrokerLink, HungUp, Passing, ProtocolRefused, Received, Waker, Will, open_link
 from agent.delivery.messages import Body, serialise, state_body
@@ -55,6 +60,9 @@ SHORT_ENDS = 5
 
 FAREWELL_S = 2.0
 """For the last word of state and the goodbye."""
+
+PRUNE_EVERY_S = 60.0
+"""How often history is looked through when nothing is confirmed."""
 
 LAST_WORDS = (AgentState.STOPPING, AgentState.DISCONNECTED)
 
@@ -99,6 +107,7 @@ class Publisher(threading.Thread):
         open_outbox: Callable[[], Outbox],
         health: Health,
         health_interval_s: float = 30.0,
+        delivery: DeliverySection | None = None,
         take_command: Callable[[InboundCommand], bool] | None = None,
         environ: Mapping[str, str] = os.environ,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
@@ -127,6 +136,17 @@ class Publisher(threading.Thread):
         self._documents = Documents()
         self._passings = Passings()
         self._take_command = take_command
+        delivery = delivery or DeliverySection()
+        self._delivery = delivery
+        self._ack_topics = (
+            {topics.ack(receiver): receiver for receiver in delivery.receivers}
+            if delivery.confirm == "receiver"
+            else {}
+        )
+        self._missed: queue.SimpleQueue[tuple[str, int, int]] = queue.SimpleQueue()
+        self._complaints: set[str] = set()
+        self._unheard: tuple[str, ...] = ()
+        self._pruned_at_s = -math.inf
         self._state_lock = threading.Lock()
         self._state: AgentState | None = None
         self._stop_at_s: float | None = None
@@ -172,6 +192,11 @@ class Publisher(threading.Thread):
         self._passings.put(Passing(topic, jpeg, content_type="image/jpeg"))
         self._waker.wake()
 
+    def send_again(self, stream: str, first: int, last: int) -> None:
+        """A receiver misses these numbers: do not wait with those that it has not confirmed."""
+        self._missed.put((stream, first, last))
+        self._waker.wake()
+
     def wake(self) -> None:
         """There is something new in the outbox."""
         self._waker.wake()
@@ -209,6 +234,7 @@ class Publisher(threading.Thread):
                 self._documents,
                 self._topics,
                 passings=self._passings,
+                delivery=self._delivery,
                 limit=self._broker.window,
                 monotonic_ns=self._monotonic_ns,
                 now=self._now,
@@ -250,8 +276,8 @@ class Publisher(threading.Thread):
         connected_at_s = time.monotonic()
         is_ending = False
         window.begin(link)
-        if self._take_command is not None:
-            link.subscribe((self._topics.commands,))
+        self._subscribe(link)
+        self._note_packet_limit(link, outbox)
         try:
             while not link.is_closed:
                 self._report(outbox)
@@ -265,24 +291,71 @@ class Publisher(threading.Thread):
                     self._say_goodbye(link, window)
                     return True
                 window.turn(link, self._waker)
-                self._hear(link)
+                self._hear(link, window)
+                self._tell_unheard(link, window)
         finally:
             link.abandon()
             window.end(link)
         self._note_the_end(link, has_progressed=window.has_progressed)
         return False
 
-    def _hear(self, link: BrokerLink) -> None:
-        """Hand the commands on that have come. They are judged, and done, by the pipeline between two frames."""
+    def _subscribe(self, link: BrokerLink) -> None:
+        """Anew on each connection: no broker has to remember it."""
+        commands = () if self._take_command is None else (self._topics.commands,)
+        if filters := (*commands, *self._ack_topics):
+            link.subscribe(filters)
+
+    @staticmethod
+    def _note_packet_limit(link: BrokerLink, outbox: Outbox) -> None:
+        """What is too large is to be known before it enters. MQTT 3.1.1 brokers do not tell: the last word holds."""
+        if not link.is_v5:
+            return
+        try:
+            outbox.note_packet_limit(link.max_packet_bytes)
+        except OutboxDamaged:
+            raise
+        except OutboxError as error:
+            logger.debug("%s", error)
+
+    def _hear(self, link: BrokerLink, window: Window) -> None:
+        """Hand on what has come: acknowledgements to the outbox, commands to the pipeline, which judges and does them
+        between two frames.
+        """
         for subscribed in link.take_subscribed():
             if not subscribed.is_granted:
-                logger.error("the broker lets us hear no commands: %s: %s", subscribed.topic_filter, subscribed.reason)
+                logger.error("the broker does not let us hear %s: %s", subscribed.topic_filter, subscribed.reason)
         for received in link.take_received():
+            if (receiver := self._ack_topics.get(received.topic)) is not None:
+                self._take_ack(received, receiver, window)
+                continue
             command = self._command(received)
             if command is not None and self._take_command is not None and not self._take_command(command):
                 reply = Reply(command.name, None, "refused", "busy", "too many commands wait; send it again later", {})
                 body = reply_body(reply, self._topics, boot=self._boot, at=self._now())
                 self.publish_reply(reply_topic(command, self._topics), body, command.correlation)
+        while not self._missed.empty():
+            window.send_again(*self._missed.get())
+
+    def _take_ack(self, received: Received, receiver: str, window: Window) -> None:
+        device = self._topics.device
+        ack = read_ack(received.payload, receiver=receiver, device=device, is_retained=received.is_retained)
+        if isinstance(ack, str):
+            self._complain(f"an acknowledgement of {receiver} is not believed: {ack}")
+        elif not window.take_ack(ack):
+            self._complain(f"{receiver} acknowledges what was never sent: {ack.stream} {ack.boot}:{ack.seq}")
+
+    def _complain(self, words: str) -> None:
+        """Once for each kind: whoever sends nonsense sends it often."""
+        kind = words.partition(":")[0]
+        if kind not in self._complaints:
+            self._complaints.add(kind)
+            logger.warning("%s", words)
+
+    def _tell_unheard(self, link: BrokerLink, window: Window) -> None:
+        if window.unheard == self._unheard:
+            return
+        self._unheard = window.unheard
+        self._tell_connected(link)
 
     def _command(self, received: Received) -> InboundCommand | None:
         prefix = self._topics.commands.removesuffix("+")
@@ -392,7 +465,10 @@ class Publisher(threading.Thread):
         return self._short_ends >= SHORT_ENDS
 
     def _tell_connected(self, link: BrokerLink) -> None:
-        self._tell("connected", f"{self._broker.host}:{self._broker.port}, MQTT {link.protocol}")
+        words = f"{self._broker.host}:{self._broker.port}, MQTT {link.protocol}"
+        if self._unheard:
+            words += f"; nobody subscribes to {', '.join(self._unheard)}: that waits here"
+        self._tell("connected", words)
 
     def _tell(self, state: BrokerState, detail: str) -> None:
         """To health always; to the log when it has changed, and not each time while no connection holds."""
@@ -419,6 +495,9 @@ class Publisher(threading.Thread):
         self._reported_at_s = time.monotonic()
         try:
             self._health.storage(outbox.depth(), outbox.oldest_age_s())
+            if time.monotonic() - self._pruned_at_s >= PRUNE_EVERY_S:
+                self._pruned_at_s = time.monotonic()
+                outbox.prune()
         except OutboxDamaged:
             raise
         except OutboxError as error:

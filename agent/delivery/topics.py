@@ -53,6 +53,10 @@ class Topics:
         """Filter of all commands to this device."""
         return f"{self.base}/cmd/+"
 
+    def ack(self, receiver: str) -> str:
+        """Where a receiver says what it has on its disk."""
+        return f"{self.base}/ack/{_checked(receiver)}"
+
     def reply(self, command: str) -> str:
         """Where a command is answered that named no response topic. command: a word of the command list."""
         return f"{self.base}/reply/{command}"

@@ -10,11 +10,14 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
+from agent.config import DeliverySection
+from agent.delivery.acks import Ack
 from agent.delivery.link import Acknowledged, BrokerLink, Passing, Waker
 from agent.delivery.messages import Body, as_historical, event_draft, message_id, serialise
 from agent.delivery.outbox import Outbox, Row, StoredDocument
@@ -51,6 +54,15 @@ same row five times so closely, after having taken the three documents before it
 
 SPEAK_AGAIN_AFTER_S = 60.0
 """A broker that refuses every message would cause as many events: one a minute, with their number."""
+
+LONGEST_RESEND_S = 3600.0
+
+FIRST_HOLD_S = 1.0
+LONGEST_HOLD_S = 30.0
+"""While nobody subscribes to a stream, one of its messages is tried after these pauses, doubled each time."""
+
+_NOBODY_SUBSCRIBED = 0x10
+"""MQTT 5: taken, and thrown away by the broker, for it had nobody to give it to."""
 
 _REFUSED_FOR_GOOD = frozenset({0x87, 0x90, 0x95, 0x99})
 """PUBACK codes that repeating does not cure: not authorised, topic invalid, packet too large, payload format invalid.
@@ -140,6 +152,63 @@ class Strikes:
     alone: int = 0
 
 
+class Awaiting:
+    """Rows that the broker has taken and a receiver has not confirmed, in the order of sending; outlives connections.
+
+    first_s: after this long they are due again; doubled up to LONGEST_RESEND_S while nothing is confirmed.
+    """
+
+    def __init__(self, first_s: float) -> None:
+        self._first_s = first_s
+        self._resend_s = first_s
+        self._sent: OrderedDict[int, tuple[float, str, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def __contains__(self, row_id: int) -> bool:
+        return row_id in self._sent
+
+    def note(self, row: Row, now_s: float) -> None:
+        self._sent[row.row_id] = (now_s, row.stream, row.seq)
+        self._sent.move_to_end(row.row_id)
+
+    def forget(self, row_ids: Iterable[int]) -> None:
+        """These were confirmed: somebody is there."""
+        for row_id in row_ids:
+            self._sent.pop(row_id, None)
+            self._resend_s = self._first_s
+
+    def hurry(self, stream: str, first: int, last: int) -> bool:
+        """These numbers are missed: they are due now. Whether any of them waited."""
+        missed = [row_id for row_id, (_, name, seq) in self._sent.items() if name == stream and first <= seq <= last]
+        for row_id in missed:
+            del self._sent[row_id]
+        return bool(missed)
+
+    def take_due(self, now_s: float) -> bool:
+        """Forget those that are due, so that they are sent again; whether there are any."""
+        due = []
+        for row_id, (sent_s, _, _) in self._sent.items():
+            if now_s - sent_s < self._resend_s:
+                break
+            due.append(row_id)
+        for row_id in due:
+            del self._sent[row_id]
+        if due:
+            self._resend_s = min(2 * self._resend_s, max(LONGEST_RESEND_S, self._first_s))
+        return bool(due)
+
+
+@dataclass(slots=True)
+class Hold:
+    """A stream to which nobody subscribes: it waits until `until_s`, is due, and then one of its rows is tried."""
+
+    until_s: float
+    pause_s: float
+    stage: Literal["waiting", "due", "trying"] = "waiting"
+
+
 class Window:
     """What is under way; belongs to the publisher's thread. limit: most messages at a time (the broker may want less).
 
@@ -152,6 +221,7 @@ class Window:
         documents: Documents,
         topics: Topics,
         *,
+        delivery: DeliverySection,
         passings: Passings | None = None,
         limit: int,
         monotonic_ns: Callable[[], int],
@@ -162,10 +232,14 @@ class Window:
         self._passings = passings or Passings()
         self._topics = topics
         self._own_limit = limit
+        self._receivers = delivery.receivers if delivery.confirm == "receiver" else ()
+        self._most_awaiting = delivery.unconfirmed
         self._monotonic_ns = monotonic_ns
         self._now = now
         # Outlives a connection:
         self._acknowledged: set[int] = set()  # not yet stored as such; a full disk may keep them here for a while
+        self._awaiting = Awaiting(delivery.resend_s)
+        self._holds: dict[str, Hold] = {}
         self._strikes = Strikes()
         self._is_outbox_failing = False
         self._set_aside_since_event = 0
@@ -184,6 +258,10 @@ class Window:
         self._ready: deque[Row] = deque()
         self._after_row = 0
         self._may_have_more = True
+        self._asked: deque[Row] = deque()
+        self._asked_after = 0
+        self._may_have_asked = True
+        self._is_far_ahead = False
         self._looked_at_s = 0.0
 
     def begin(self, link: BrokerLink) -> None:
@@ -194,20 +272,55 @@ class Window:
         self._sent_versions.clear()
         self._stored_after = 0
         self._heard_at_s = time.monotonic()
+        self._holds.clear()  # whoever subscribes may be there now
         self._from_the_first_row()
 
     def look(self) -> None:
         """There may be new rows and documents."""
         self._may_have_more = True
         self._may_have_stored = True
+        self._may_have_asked = True
+        if not self._asked:
+            self._asked_after = 0
         self._looked_at_s = time.monotonic()
 
     @property
     def is_empty(self) -> bool:
-        """Whether all documents and rows known now were sent and answered."""
+        """Whether all documents and rows known now were sent and answered; not what nobody subscribes to."""
         return self.are_documents_taken and not (
-            self._under_way or self._ready or self._may_have_more or self._acknowledged or self._may_have_stored
+            self._under_way
+            or self._ready
+            or self._asked
+            or self._may_have_more
+            or self._may_have_asked
+            or self._may_have_stored
+            or self._acknowledged
+            or self._awaiting
         )
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """Streams to which nobody subscribes: their rows wait."""
+        return tuple(sorted(self._holds))
+
+    def take_ack(self, ack: Ack) -> bool:
+        """A receiver has all of a stream up to a message. False: that cannot be true, such a number was never given."""
+        try:
+            left = self._outbox.confirm(ack.receiver, ack.stream, ack.boot, ack.seq, self._receivers)
+        except OutboxError as error:
+            self._outbox_failed(error)  # they are sent again, and acknowledged again
+            return True
+        self._awaiting.forget(left or ())
+        if left:
+            self._is_far_ahead = False
+        return left is not None
+
+    def send_again(self, stream: str, first: int, last: int) -> None:
+        """A receiver misses these numbers; those that wait for its word are sent again now."""
+        if self._awaiting.hurry(stream, first, last):
+            self._is_far_ahead = False
+            self._from_the_first_row()
+        self.look()
 
     @property
     def are_documents_taken(self) -> bool:
@@ -297,6 +410,10 @@ class Window:
         self._settle(link.turn(self._longest_wait_s(), waker.fileno()))
         if waker.was_woken() or time.monotonic() - self._looked_at_s >= IDLE_TURN_S:
             self.look()
+        if self._awaiting.take_due(time.monotonic()):
+            self._is_far_ahead = False
+            self._from_the_first_row()
+        self._look_at_holds()
         if self._under_way and time.monotonic() - self._heard_at_s > ACKNOWLEDGE_TIMEOUT_S:
             link.abandon(f"it has acknowledged nothing for {ACKNOWLEDGE_TIMEOUT_S:g} s")
 
@@ -333,10 +450,11 @@ class Window:
     # ---- sending
 
     def _send_row(self, link: BrokerLink, row: Row) -> None:
-        length = link.packet_bytes(row.topic, row.payload)
         if not row.is_intact:
             self._set_aside(row, "it is not what was stored: the disk has changed it", kind="row-damaged")
-        elif link.max_packet_bytes is not None and length > link.max_packet_bytes:
+            return
+        length = link.packet_bytes(row.topic, row.payload)
+        if link.max_packet_bytes is not None and length > link.max_packet_bytes:
             self._set_aside(row, f"too large: {length} bytes, the broker takes {link.max_packet_bytes}")
         elif row.row_id == self._strikes.row_id and self._strikes.alone >= POISON_AFTER:
             self._set_aside(row, f"the connection breaks each time this message is sent ({length} bytes)")
@@ -351,30 +469,84 @@ class Window:
         self._under_way[mid] = sent
 
     def _is_historical(self, row: Row) -> bool:
-        """Older boots: always, for their monotonic times cannot be compared with ours."""
-        if row.boot != self._outbox.boot:
+        """What is sent at a request, and older boots, always: their monotonic times cannot be compared with ours."""
+        if row.boot != self._outbox.boot or row.is_replay:
             return True
         return self._monotonic_ns() - row.captured_monotonic_ns > HISTORICAL_AFTER_S * 1e9
 
     def _next_row(self) -> Row | None:
+        """The next to send: what was never confirmed first, then what is asked for again."""
         passed_over = {sent.row_id for sent in self._under_way.values() if isinstance(sent, Row)} | self._acknowledged
-        while self._ready or self._may_have_more:
+        while (self._ready or self._may_have_more) and not self._is_far_ahead:
             if not self._ready:
-                rows = self._outbox.pending(self._after_row, FETCH_ROWS)
+                rows = self._outbox.pending(self._after_row, FETCH_ROWS, self._waiting_streams())
                 self._may_have_more = len(rows) == FETCH_ROWS
                 if not rows:
-                    return None
+                    break
                 self._after_row = rows[-1].row_id
                 self._ready.extend(rows)
             row = self._ready.popleft()
-            if row.row_id not in passed_over:
+            if row.row_id in passed_over or row.row_id in self._awaiting or not self._may_try(row):
+                continue
+            if self._receivers and len(self._awaiting) + len(self._under_way) >= self._most_awaiting:
+                self._ready.appendleft(row)
+                self._is_far_ahead = True
+                break
+            return row
+        while self._asked or self._may_have_asked:
+            if not self._asked:
+                rows = self._outbox.asked_again(self._asked_after, FETCH_ROWS)
+                self._may_have_asked = len(rows) == FETCH_ROWS
+                if not rows:
+                    break
+                self._asked_after = rows[-1].row_id
+                self._asked.extend(rows)
+            row = self._asked.popleft()
+            if row.row_id not in passed_over and row.stream not in self._holds:
                 return row
         return None
 
     def _from_the_first_row(self) -> None:
         self._ready.clear()
-        self._after_row = 0
+        self._asked.clear()
+        self._after_row = self._asked_after = 0
         self.look()
+
+    # ---- streams to which nobody subscribes
+
+    def _waiting_streams(self) -> tuple[str, ...]:
+        return tuple(stream for stream, hold in self._holds.items() if hold.stage == "waiting")
+
+    def _may_try(self, row: Row) -> bool:
+        """Of a stream that nobody heard, one row at a time, when its time has come."""
+        hold = self._holds.get(row.stream)
+        if hold is None:
+            return True
+        if hold.stage != "due":
+            return False
+        hold.stage = "trying"
+        return True
+
+    def _hold(self, stream: str) -> None:
+        """Nobody subscribes to this stream: the others go on, this one is tried again later."""
+        before, now_s = self._holds.get(stream), time.monotonic()
+        if before is not None and before.stage != "trying":
+            return  # another of the same window
+        pause_s = FIRST_HOLD_S if before is None else min(2 * before.pause_s, LONGEST_HOLD_S)
+        self._holds[stream] = Hold(now_s + pause_s, pause_s)
+
+    def _look_at_holds(self) -> None:
+        """When the pause of a stream is over, look for its first row."""
+        now_s = time.monotonic()
+        for hold in self._holds.values():
+            if hold.stage == "waiting" and now_s >= hold.until_s:
+                hold.stage = "due"
+                self._from_the_first_row()
+
+    def _heard(self, stream: str) -> None:
+        """Somebody subscribes."""
+        if self._holds.pop(stream, None) is not None:
+            self._from_the_first_row()
 
     @property
     def _is_careful(self) -> bool:
@@ -401,10 +573,17 @@ class Window:
             self.store_acknowledgements()
 
     def _settle_row(self, row: Row, answer: Acknowledged) -> None:
-        if answer.is_taken:
-            self._acknowledged.add(row.row_id)
+        if answer.code == _NOBODY_SUBSCRIBED:
+            self._clear_strikes(row)
+            self._hold(row.stream)
+        elif answer.is_taken:
+            if self._receivers and not row.is_replay:
+                self._awaiting.note(row, time.monotonic())
+            else:
+                self._acknowledged.add(row.row_id)
             self.has_progressed = True
             self._clear_strikes(row)
+            self._heard(row.stream)
         elif answer.code in _REFUSED_FOR_GOOD:
             try:
                 self._set_aside(row, f"the broker refuses it: {answer.reason} (code {answer.code})")
@@ -412,6 +591,7 @@ class Window:
                 self._outbox_failed(error)
         else:
             logger.debug("%s: refused for now (%s)", row.topic, answer.reason)
+            self._holds.pop(row.stream, None)
             self._pause()
 
     def _settle_cleared(self, document: StoredDocument) -> None:
@@ -442,6 +622,7 @@ class Window:
         self._outbox.reject(row.row_id, reason, events)
         logger.warning("set aside %s %s: %s", row.stream, name, reason)
         self._clear_strikes(row)
+        self._holds.pop(row.stream, None)
         self._set_aside_since_event = 0 if is_told else self._set_aside_since_event + 1
         if is_told:
             self._spoke_at_s = time.monotonic()
@@ -467,7 +648,8 @@ class Window:
             return min(IDLE_TURN_S, self._pause_until_s - time.monotonic())
         # A fill that was cut short by its bound has more to do at once.
         is_room = len(self._under_way) < (1 if self._is_careful else self._limit)
-        return 0.0 if is_room and self._ready else IDLE_TURN_S
+        has_more = (self._ready and not self._is_far_ahead) or self._asked
+        return 0.0 if is_room and has_more else IDLE_TURN_S
 
     def _outbox_failed(self, error: OutboxError) -> None:
         if isinstance(error, OutboxDamaged):

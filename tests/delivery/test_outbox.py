@@ -23,10 +23,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import agent.delivery.outbox as outbox_module
 from agent.delivery.messages import Draft, RetainedDocument
 from agent.delivery.outbox import (
     EVENT_RESERVE_BYTES,
     Outbox,
+    ReplayAnswer,
     begin_boot,
     lock_folder,
     open_outbox,
@@ -375,7 +377,7 @@ def test_a_disk_that_is_really_full_stores_nothing_half_and_goes_on_when_there_i
         seqs = [row.seq for row in outbox.pending(0, 1000)]
         assert seqs == list(range(1, len(stored) + 4))
     with make_outbox(small_disk) as outbox:
-        assert outbox.set_aside is None
+        assert outbox.salvage is None
         assert outbox.depth() == len(stored) + 3
 
 
@@ -430,7 +432,7 @@ def test_a_disk_that_becomes_read_only_is_said_in_these_words(small_disk: Path) 
         begin_boot(small_disk)
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     with make_outbox(small_disk) as outbox:
-        assert outbox.set_aside is None
+        assert outbox.salvage is None
         assert outbox.depth() == 1
 
 
@@ -474,15 +476,20 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path, damage:
         make_outbox(tmp_path, verify=False).pending(0, 1000)
     boot = begin_boot(tmp_path)
     with make_outbox(tmp_path) as outbox:
-        assert outbox.set_aside is not None
-        assert outbox.set_aside.name.startswith("outbox.db.bad-")
-        assert outbox.set_aside.read_bytes() == as_found
-        assert outbox.boot > boot  # its numbers begin at 1: no id may come twice
+        assert outbox.salvage is not None
+        assert outbox.salvage.bad.name.startswith("outbox.db.bad-")
+        assert outbox.salvage.bad.read_bytes() == as_found
+        assert outbox.boot > boot  # no id may come twice, whatever was lost
+        left = [(row.boot, row.seq) for row in outbox.pending(0, 10_000)]
+        assert len(left) == outbox.salvage.rows == len(set(left))
+        assert (len(left) > 0) == (damage in (truncate, break_pages))
         outbox.append([make_draft()])
-        assert messages(outbox)[0]["id"] == f"scope:{outbox.boot}:1"
+        newest = messages(outbox)[-1]
+        assert newest["id"] == f"scope:{outbox.boot}:{newest['seq']}"
+        assert newest["seq"] > max((seq for _, seq in left), default=0)
     with make_outbox(tmp_path) as outbox:
-        assert outbox.set_aside is None
-        assert outbox.depth() == 1
+        assert outbox.salvage is None
+        assert outbox.depth() == len(left) + 1
 
 
 def test_a_second_damage_in_the_same_second_overwrites_nothing(tmp_path: Path) -> None:
@@ -497,10 +504,10 @@ def test_a_write_ahead_log_that_is_rubbish_too_does_not_live_on_beside_the_new_f
     garble(path)
     garble(tmp_path / "outbox.db-wal")
     with make_outbox(tmp_path) as outbox:
-        assert outbox.set_aside is not None
+        assert outbox.salvage is not None
         outbox.append([make_draft()])
     with make_outbox(tmp_path) as outbox:
-        assert outbox.set_aside is None
+        assert outbox.salvage is None
         assert outbox.depth() == 1
 
 
@@ -741,15 +748,33 @@ def test_what_cannot_be_said_leaves_nothing_of_the_whole_append(outbox: Outbox) 
     assert (outbox.depth(), outbox.documents(), outbox.note("k"), outbox.answer("t-1")) == (0, [], None, None)
 
 
-def test_an_outbox_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
-    with make_outbox(tmp_path) as outbox:
-        outbox.append([make_draft()])
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_outbox_of_an_older_version_is_taken_over_with_every_row(tmp_path: Path, version: int) -> None:
+    with make_outbox(tmp_path / "new") as outbox:
+        outbox.append([make_draft(), make_draft("cell")])
+    begin_boot(tmp_path)
+    tables = {1: outbox_module._TABLES, 2: (*outbox_module._TABLES, *outbox_module._TABLES_OF_2)}[version]
     with sqlite3.connect(tmp_path / "outbox.db") as old:
-        for table in ("documents", "notes", "answers"):
-            old.execute(f"DROP TABLE {table}")
-        old.execute("PRAGMA user_version=1")
+        for statement in tables:
+            old.execute(statement)
+        old.execute("ATTACH ? AS new", (str(tmp_path / "new" / "outbox.db"),))
+        old.execute(
+            f"INSERT INTO rows (row_id, {outbox_module._COPIED}) SELECT row_id, {outbox_module._COPIED} FROM new.rows"
+        )
+        old.execute("INSERT INTO streams SELECT * FROM new.streams")
+        old.execute("UPDATE tally SET depth = 2, boot = 1")
+        old.execute(f"PRAGMA application_id={outbox_module.APPLICATION_ID}")
+        old.execute(f"PRAGMA user_version={version}")
     old.close()
-    with make_outbox(tmp_path) as outbox:
-        assert outbox.depth() == 1
+    with make_outbox(tmp_path, keep_mb=1, keep_hours=1) as outbox:
+        assert outbox.depth() == 2
+        assert [(row.stream, row.seq, row.is_intact) for row in outbox.pending(0, 9)] == [
+            ("field", 1, True),
+            ("cell", 1, True),
+        ]
+        outbox.append([make_draft()])
+        outbox.acknowledge([row.row_id for row in outbox.pending(0, 2)])
+        assert [row.seq for row in outbox.pending(0, 9)] == [2]
+        assert outbox.request_replay("field", 1, 2) == ReplayAnswer(1, 1, ())
         outbox.append((), notes={"k": "v"})
         assert outbox.note("k") == "v"

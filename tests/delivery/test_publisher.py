@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import paho.mqtt.client as mqtt
 import pytest
 
 from agent.config import BrokerSection
@@ -90,6 +91,21 @@ def health_numbers(health: Health) -> dict[str, Any]:
     )
 
 
+class Listener:
+    """Somebody who subscribes to everything, so that the broker takes it; comes back when the broker does."""
+
+    def __init__(self, broker: Any) -> None:
+        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        self._client.reconnect_delay_set(0.05, 0.05)
+        self._client.on_connect = lambda client, *_: client.subscribe("hv/#", qos=0)
+        self._client.connect_async(broker.host, broker.port, keepalive=2)
+        self._client.loop_start()
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
 class Bench:
     """An outbox, a publisher on it and its health; several publishers one after the other are restarts."""
 
@@ -98,6 +114,7 @@ class Bench:
         self.boot = begin_boot(folder)
         self.health = Health()
         self.publisher: Publisher | None = None
+        self.listener: Listener | None = None
         self.outbox = self.open()
         self.fields = 0
 
@@ -110,6 +127,8 @@ class Bench:
             self.outbox.append([field_draft(self.fields, filler)])
 
     def start(self, broker: Any, **options: Any) -> Publisher:
+        if self.listener is None and not options.get("tls") and not options.get("username"):
+            self.listener = Listener(broker)
         section = {"host": broker.host, "port": broker.port, "max_backoff_s": 0.3, "keepalive_s": 2}
         named: dict[str, Any] = {
             "topics": TOPICS,
@@ -135,6 +154,8 @@ class Bench:
     def close(self) -> None:
         if self.publisher is not None:
             self.publisher.stop(0)
+        if self.listener is not None:
+            self.listener.close()
         self.outbox.close()
 
 
@@ -473,7 +494,7 @@ def test_a_refused_password_is_told_once_and_mended_without_a_restart(
     secret.chmod(0o600)
     caplog.set_level(logging.DEBUG)
     bench.append(3)
-    bench.start(broker, username="scope", password_file=secret)
+    bench.start(broker, username="scope", password_file=secret, protocol="3.1.1")
     bench.wait_until(lambda: bench.health.snapshot().broker == "refused")
     time.sleep(1.5)
     assert bench.health.snapshot().broker == "refused"
@@ -762,7 +783,7 @@ def test_tls_with_a_client_certificate(bench: Bench, mosquitto: Any, authority: 
     )
     good = {"enabled": True, "ca_file": ca, "certificate_file": certificate, "key_file": key}
     bench.append(200)
-    bench.start(broker, tls=good)
+    bench.start(broker, tls=good, protocol="3.1.1")
     bench.wait_empty()
 
     def attempt(**tls: Any) -> BrokerLink:
@@ -851,7 +872,7 @@ def test_a_damaged_outbox_ends_the_thread_and_says_why(
     assert "the publisher has ended" in caplog.text
     bench.publisher = None
     bench.outbox = bench.open()
-    assert bench.outbox.set_aside is not None
+    assert bench.outbox.salvage is not None
 
 
 # --------------------------------------------------------------------------------------------------------------- stop
@@ -885,7 +906,7 @@ def test_stop_does_not_wait_for_a_broker_that_is_not_there(bench: Bench, mosquit
 def test_stop_makes_one_last_attempt_at_a_broker_that_is_back(bench: Bench, mosquitto: Any) -> None:
     broker = mosquitto(start=False)
     bench.append(5)
-    publisher = bench.start(broker, max_backoff_s=60, jitter=lambda: 1.0)
+    publisher = bench.start(broker, max_backoff_s=60, protocol="3.1.1", jitter=lambda: 1.0)
     bench.wait_until(lambda: bench.health.snapshot().broker == "lost")
     time.sleep(3)  # now it waits for long
     broker.start()
