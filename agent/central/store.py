@@ -98,6 +98,8 @@ class Store:
 
     def commit(self, arrivals: Sequence[Arrival]) -> Outcome:
         """Store a batch. Raises StoreUnavailable: nothing of it is stored, try all of it again."""
+        if not arrivals:
+            return Outcome()
         try:
             return self._commit(arrivals)
         except _Culprit as error:
