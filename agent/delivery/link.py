@@ -8,6 +8,7 @@ what is to be done and tells what happened.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
@@ -39,6 +40,10 @@ CONNECT_TIMEOUT_S = 5.0
 
 CONNACK_TIMEOUT_S = 5.0
 """A frozen broker's kernel still takes the connection, but nobody answers."""
+
+ASK_AGAIN_S = 5.0
+"""A cluster that is electing a leader refuses subscriptions for some seconds; who took that as the last word would
+never hear of anything again."""
 
 CONTENT_TYPE = "application/json"
 
@@ -162,6 +167,7 @@ class BrokerLink:
         self._received: deque[Received] = deque()
         self._subscribed: deque[Subscribed] = deque()
         self._asked: dict[int, tuple[str, ...]] = {}
+        self._ask_again_at_s: dict[str, float] = {}
         self._session = session
         self._properties: dict[int | None, tuple[Properties, int]] = {}
         self._client = mqtt.Client(
@@ -208,7 +214,10 @@ class BrokerLink:
         return 5 + rest
 
     def subscribe(self, topic_filters: Sequence[str]) -> None:
-        """Ask for topics with QoS 1; the answers come by `take_subscribed`, the messages by `take_received`."""
+        """Ask for topics with QoS 1; the answers come by `take_subscribed`, the messages by `take_received`.
+
+        What is refused is asked for again every ASK_AGAIN_S, and told when it is granted after all.
+        """
         _, mid = self._client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])
         if mid is not None:
             self._asked[mid] = tuple(topic_filters)
@@ -238,6 +247,7 @@ class BrokerLink:
         sock = self._client.socket()
         if sock is not None:
             try:
+                self._ask_again()
                 self._turn(sock, timeout_s, waker_fd)
             except (OSError, *_FOREIGN_WORDS) as error:
                 self.was_hung_up = True
@@ -323,6 +333,13 @@ class BrokerLink:
         return {"clean_start": False, "properties": properties}
 
     # ---- inside
+
+    def _ask_again(self) -> None:
+        now_s = time.monotonic()
+        due = [topic_filter for topic_filter, at_s in self._ask_again_at_s.items() if at_s <= now_s]
+        if due:
+            self._ask_again_at_s.update(dict.fromkeys(due, math.inf))  # until the answer is here
+            self.subscribe(due)
 
     def _turn(self, sock: mqtt.SocketLike, timeout_s: float, waker_fd: int | None) -> None:
         pending = getattr(sock, "pending", None)
@@ -414,7 +431,14 @@ class BrokerLink:
         self, _client: mqtt.Client, _userdata: Any, mid: int, codes: list[ReasonCode], _properties: Any
     ) -> None:
         for topic_filter, code in zip(self._asked.pop(mid, ()), codes, strict=False):
-            self._subscribed.append(Subscribed(topic_filter, code.value, str(code)))
+            answer = Subscribed(topic_filter, code.value, str(code))
+            is_known = not answer.is_granted and topic_filter in self._ask_again_at_s
+            if answer.is_granted:
+                self._ask_again_at_s.pop(topic_filter, None)
+            else:
+                self._ask_again_at_s[topic_filter] = time.monotonic() + ASK_AGAIN_S
+            if not is_known:
+                self._subscribed.append(answer)
 
     def _on_disconnect(
         self, _client: mqtt.Client, _userdata: Any, flags: mqtt.DisconnectFlags, code: ReasonCode, _properties: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.config import BrokerSection
-from agent.delivery.link import BrokerLink, Received, Session, open_link
+from agent.delivery.link import BrokerLink, Received, Session, Subscribed, open_link
 
 
 def connect(broker: Any, protocol: str, *, receive_maximum: int = 100, client_id: str = "receiver") -> BrokerLink:
@@ -109,3 +111,27 @@ def test_two_receivers_share_a_subscription_between_them(mosquitto: Any) -> None
     assert got == {b"0", b"1", b"2", b"3", b"4", b"5"}
     for link in (one, other, sender):
         link.disconnect()
+
+
+def test_a_subscription_that_is_refused_is_asked_for_again_until_it_is_granted(
+    nats: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By nats-server, which refuses beyond a sum of 65535; in a cluster it does so while a leader is elected, too."""
+    monkeypatch.setattr("agent.delivery.link.ASK_AGAIN_S", 0.2)
+    broker = nats("max_ack_pending: 40000")
+    link = connect(broker, "3.1.1")
+    assert subscribe(link, "a", "b") == [True, False]
+    config = broker.folder / "nats.conf"
+    config.write_text(config.read_text().replace("max_ack_pending: 40000", "max_ack_pending: 1000"))
+    os.kill(broker.pid, signal.SIGHUP)
+    answers: list[Subscribed] = []
+
+    def is_granted() -> bool:
+        answers.extend(link.take_subscribed())
+        return bool(answers)
+
+    turn_until(link, is_granted)
+    assert [(answer.topic_filter, answer.is_granted) for answer in answers] == [("b", True)]
+    link.publish("b", b"{}")
+    assert [received.topic for received in receive(link, 1)] == ["b"]
+    link.disconnect()

@@ -1,12 +1,13 @@
 """A cluster of three brokers, a hundred devices, one node killed in the middle: is anything missing at the collectors?
 
-    python -m tests.proofs.cluster [--devices 100] [--fields 100]
+    python -m tests.proofs.cluster [--devices 100] [--fields 100] [--confirm receiver|broker]
 
 Three nats-servers with JetStream on this machine keep each message on two nodes before they acknowledge it. Each device
 is the agent's own outbox and publisher, without camera and models; the collectors are those of `hematovision collect`.
 When a third of all fields is collected one node, any of them, is killed with SIGKILL; when two thirds are, it comes
 back with its disk. Devices and collectors find another node by the name of the cluster, which stands for all addresses.
 
+With `--confirm receiver`, the default, a field leaves its device at the word of both collectors, else at the broker's.
 Prints the ledger of both ends and exits with 1 if anything that a device committed is missing at a collector.
 """
 
@@ -25,12 +26,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agent.central.collector import Collector
 from agent.central.database import open_database
 from agent.central.settings import CollectorConfig
-from agent.config import BrokerSection
+from agent.config import BrokerSection, DeliverySection
 from agent.delivery.link import BrokerLink, open_link
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import Publisher
@@ -45,6 +46,9 @@ CLUSTER_NAME = "cluster.test"
 SITE = "lab"
 COLLECTORS = 2
 CELLS = 8
+
+RESEND_S = 30.0
+"""What no collector has confirmed for this long is sent again."""
 
 PATIENCE_S = 180.0
 """With nothing arriving for so long, the rest counts as missing."""
@@ -136,7 +140,7 @@ class Silences:
 class Device:
     """The agent's outbox and publisher under one name."""
 
-    def __init__(self, number: int, port: int, top: Path) -> None:
+    def __init__(self, number: int, port: int, top: Path, delivery: DeliverySection) -> None:
         self.name = f"scope-{number}"
         self._folder = top / self.name
         boot = begin_boot(self._folder)
@@ -148,6 +152,7 @@ class Device:
             boot=boot,
             open_outbox=lambda: self._open(verify=False),
             health=Health(),
+            delivery=delivery,
         )
 
     def _open(self, *, verify: bool) -> Outbox:
@@ -209,7 +214,9 @@ class Report:
         return "\n".join(lines)
 
 
-def run(top: Path, devices: int, fields: int, tell: Callable[[str], None] = print) -> Report:
+def run(
+    top: Path, devices: int, fields: int, confirm: Literal["broker", "receiver"], tell: Callable[[str], None] = print
+) -> Report:
     """The whole story; raises NotInstalled without nats-server."""
     nodes = make_nats_cluster(top / "cluster")
     begun_s = time.monotonic()
@@ -229,7 +236,9 @@ def run(top: Path, devices: int, fields: int, tell: Callable[[str], None] = prin
             collector.start()
         wait_for_sessions(collectors, nodes[0].port)
         say(f"{len(collectors)} collectors are subscribed")
-        fleet = [Device(number, nodes[0].port, top) for number in range(1, devices + 1)]
+        names = ", ".join(collector.name for collector in collectors)
+        delivery = DeliverySection(confirm=confirm, receiver=names, resend_s=RESEND_S)
+        fleet = [Device(number, nodes[0].port, top, delivery) for number in range(1, devices + 1)]
         for device in fleet:
             cleanup.callback(device.close)
             device.publisher.start()
@@ -336,11 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.cluster", description=__doc__.split("\n")[0])
     parser.add_argument("--devices", type=int, default=100)
     parser.add_argument("--fields", type=int, default=100, help="for each device (default: %(default)s)")
+    parser.add_argument(
+        "--confirm", choices=("receiver", "broker"), default="receiver", help="at whose word they leave"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="cluster-proof-") as folder:
         try:
-            report = run(Path(folder), options.devices, options.fields)
+            report = run(Path(folder), options.devices, options.fields, options.confirm)
         except NotInstalled as error:
             print(error, file=sys.stderr)
             return 2
