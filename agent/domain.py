@@ -144,7 +144,11 @@ class CellStatus(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a field. classification is None where the detector alone names the cell (mature red cells)."""
+    """One cell of a field. classification is None where the detector alone names the cell (mature red cells).
+
+    is_counted: whether this view stands for its cell in the slide's unique counts; None where that is not followed.
+    supersedes: ids of views that stood for it before and no longer do.
+    """
 
     cell_id: str
     detection: Detection
@@ -154,6 +158,8 @@ class Cell:
     status: CellStatus
     slide_um: tuple[float, float] | None = None
     duplicate_of: str | None = None
+    is_counted: bool | None = None
+    supersedes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +191,30 @@ class ClockReading:
     offset_ms: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SlidePlace:
+    """Where a field lies on its slide: its upper left corner and turn within a part, in frame pixels and degrees.
+
+    part: fields of one part lie in one system of coordinates; a field at an unknown place begins a new part.
+    confidence: 0 to 1, how well the overlapping pictures agree; 1 where the stage tells.
+    """
+
+    source: Literal["stage", "registered", "unknown"]
+    part: int
+    x_px: float
+    y_px: float
+    turn_deg: float
+    confidence: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FieldResult:
     """All that one accepted frame gave. timing_ms: by stage name (capture, quality, detect, crop, classify, total).
 
-    counts: counted cells of this field by class, with the key `unidentified` for cells without a trusted class.
-    unique_counts: the same without cells seen before on the slide; empty while the field's place is unknown.
+    counts: cells of this field by class, seen before or not, with the key `unidentified` for cells without a trusted
+        class.
+    unique_counts: what the field adds to the slide's counts of each cell once; may be negative, see
+        `agent.analysis.duplicates`. place: None where overlapping fields are not followed (single pictures).
     """
 
     frame: Frame
@@ -202,6 +226,7 @@ class FieldResult:
     timing_ms: Mapping[str, float]
     provenance: Provenance
     clock: ClockReading
+    place: SlidePlace | None = None
 
 
 AgeBand = Literal["newborn", "infant", "child", "adolescent", "adult", "elder"]
@@ -234,7 +259,10 @@ class SampleState:
     opened_at, ended_at: RFC 3339. end_reason: in a word, why it ends. reports: final and amended differentials so far;
     amendments: cells that a person named anew.
     target_cells: nucleated cells, target_half_width_pct: % points, at which it stops by itself; None = it does not.
-    area_um2: of all fields; None once a field of unknown size was counted. not_classed: cells seen and never named.
+    counts: each cell of the slide once, by class. duplicates: views of cells that were counted before.
+    unplaced: fields at an unknown place, but for the first: a cell of them may have been counted twice unnoticed.
+    area_um2: of all that was seen, overlaps once; None once a field of unknown size was counted.
+    not_classed: cells seen and never named.
     """
 
     sid: str
@@ -254,6 +282,8 @@ class SampleState:
     amendments: int = 0
     area_um2: float | None = 0.0
     not_classed: int = 0
+    duplicates: int = 0
+    unplaced: int = 0
 
 
 class AgentState(str, enum.Enum):

@@ -30,6 +30,7 @@ import agent
 from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.analysis.differential import Chamber, Confusion, Rules, kinds_in_order, sum_areas
+from agent.analysis.duplicates import Observation, SlideMap, Trace, map_from_traces, trace_to_text
 from agent.analysis.quality import GateMemory, assess_frame
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
@@ -44,13 +45,13 @@ from agent.delivery.outbox import NO_NOTES, Outbox
 from agent.delivery.reports import Reply, reply_body
 from agent.delivery.topics import Topics
 from agent.desk import Deed, Desk
-from agent.domain import CellStatus, ClockReading, FieldResult, Frame, FrameQuality, Provenance, SampleState
+from agent.domain import CellStatus, ClockReading, FieldResult, Frame, FrameQuality, Provenance, SampleState, SlidePlace
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
 from agent.health import Health
 from agent.inference.manifest import Manifest
 from agent.inference.models import Models
 from agent.machine import read_clock
-from agent.reporting import Reporter, note_cells, tally_of
+from agent.reporting import Reporter, cell_key, note_cells, tally_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,9 @@ TELL_AGAIN_S = 60.0
 
 GATE_NOTE = "gate"
 """The outbox's note of what the quality gate has learnt about this device."""
+
+SLIDE_NOTES = "slide/"
+"""The outbox's notes of the current sample's fields, from which the map of its slide is made again after a restart."""
 
 STAGES_OF_A_FRAME = ("capture", "quality", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
@@ -174,7 +178,7 @@ class Outcome:
     """What one frame gave, to be stored as a whole.
 
     field: None for a frame that was dropped; `dropped` then says why. finished_key: its `origin_key`.
-    gate: what the quality gate remembers now; None = as before.
+    gate: what the quality gate remembers now; None = as before. trace: what the map of the slide keeps of the field.
     """
 
     sample: SampleState
@@ -184,6 +188,7 @@ class Outcome:
     dropped: str | None = None
     notes: Mapping[str, str | None] = with_default(default_factory=lambda: NO_NOTES)
     gate: GateMemory | None = None
+    trace: Trace | None = None
 
 
 def process_frame(
@@ -192,9 +197,13 @@ def process_frame(
     bench: Bench,
     clock: ClockReading,
     gate: GateMemory | None = None,
+    slide: SlideMap | None = None,
     now_ns: Callable[[], int] = time.monotonic_ns,
 ) -> Outcome:
-    """Everything that one frame gives: its field with all its cells, or the reason why it gives none."""
+    """Everything that one frame gives: its field with all its cells, or the reason why it gives none.
+
+    slide: the map of the sample's slide, which is only read; None = overlapping fields are not followed.
+    """
     watch = Stopwatch(now_ns)
     watch.add("capture", frame.captured_monotonic_ns)
     if sample.phase not in COUNTING:
@@ -207,11 +216,53 @@ def process_frame(
     if not quality.is_accepted:
         return Outcome(seen, frame.origin_key, dropped=quality.reasons[0], gate=gate)
     field = analyse_frame(frame, quality, bench, sample, clock, watch)
+    observed = None
+    if slide is not None:
+        with watch.stage("place"):
+            observed = slide.observe(frame, field.cells)
+        field = _on_its_slide(field, observed, watch)
     drafts = field_drafts(field, bench.topics, sample.sid, with_cells=bench.with_cells, accession=sample.accession)
-    notes = {**note_cells(sample.sid, field.cells, bench.counting.kinds), GATE_NOTE: gate_to_text(gate)}
-    counted = add_field(seen, field, bench.field_area_um2)
-    outcome = Outcome(counted, frame.origin_key, drafts, field, notes=notes, gate=gate)
+    counted = [cell for cell in field.cells if cell.is_counted is not False]
+    notes: dict[str, str | None] = {**note_cells(sample.sid, counted, bench.counting.kinds)}
+    notes |= {cell_key(sample.sid, old): None for cell in field.cells for old in cell.supersedes}
+    notes[GATE_NOTE] = gate_to_text(gate)
+    if observed is not None:
+        if sample.fields == 0:
+            notes[SLIDE_NOTES] = None  # what an earlier sample left
+        notes[f"{SLIDE_NOTES}{sample.sid}/{sample.fields + 1:07}"] = trace_to_text(observed.trace)
+    outcome = Outcome(
+        add_field(seen, field, bench.field_area_um2, 1.0 if observed is None else observed.new_share),
+        frame.origin_key,
+        drafts,
+        field,
+        notes=notes,
+        gate=gate,
+        trace=None if observed is None else observed.trace,
+    )
     return stop_when_enough(outcome, bench, frame.captured_at)
+
+
+def _on_its_slide(field: FieldResult, observed: Observation, watch: Stopwatch) -> FieldResult:
+    """The field with what it is on its slide; the time for that is part of its total."""
+    took_ms, shift = watch.timing_ms["place"], observed.place.shift
+    place = SlidePlace(
+        observed.place.source,
+        observed.place.part,
+        shift.x,
+        shift.y,
+        math.degrees(shift.turn),
+        observed.place.confidence,
+    )
+    is_dirt = {cell.cell_id for cell in observed.cells if cell.status is CellStatus.ARTEFACT}
+    return replace(
+        field,
+        cells=observed.cells,
+        counts=count_cells(cell for cell in field.cells if cell.cell_id not in is_dirt),
+        unique_counts=observed.unique_counts,
+        duplicates=observed.duplicates,
+        place=place,
+        timing_ms=MappingProxyType({**field.timing_ms, "place": took_ms, "total": field.timing_ms["total"] + took_ms}),
+    )
 
 
 def stop_when_enough(outcome: Outcome, bench: Bench, at: datetime) -> Outcome:
@@ -271,17 +322,26 @@ def analyse_frame(
     )
 
 
-def add_field(sample: SampleState, field: FieldResult, area_um2: float | None = None) -> SampleState:
-    """The sample with one field more. area_um2: of the field; None = from the calibration, where there is one."""
+def add_field(
+    sample: SampleState, field: FieldResult, area_um2: float | None = None, new_share: float = 1.0
+) -> SampleState:
+    """The sample with one field more.
+
+    area_um2: of the field; None = from the calibration, where there is one. new_share: of it that was not seen before.
+    """
     frame = field.frame
     if area_um2 is None and frame.um_per_px is not None:
         area_um2 = frame.width_px * frame.height_px * frame.um_per_px**2
+    # The first field has nothing to be registered to, and nothing to be counted twice against.
+    is_lost = sample.fields > 0 and field.place is not None and field.place.source == "unknown"
     return replace(
         sample,
         next_cell_number=sample.next_cell_number + len(field.cells),
         fields=sample.fields + 1,
-        counts=_sum_counts(sample.counts, field.counts),
-        area_um2=sum_areas(sample.area_um2, area_um2),
+        counts=_sum_counts(sample.counts, field.counts if field.place is None else field.unique_counts),
+        area_um2=sum_areas(sample.area_um2, None if area_um2 is None else area_um2 * new_share),
+        duplicates=sample.duplicates + field.duplicates,
+        unplaced=sample.unplaced + is_lost,
         not_classed=sample.not_classed + sum(cell.status is CellStatus.ARTEFACT for cell in field.cells),
     )
 
@@ -291,6 +351,7 @@ def _um2(area_mm2: float | None) -> float | None:
 
 
 def _sum_counts(first: Mapping[str, int], second: Mapping[str, int]) -> Mapping[str, int]:
+    """Class by class; `second` may be negative. Classes without a cell are left out."""
     return MappingProxyType(dict(sorted((Counter(first) + Counter(second)).items())))
 
 
@@ -333,6 +394,7 @@ class Pipeline(threading.Thread):
         self._frames = frames
         self._outbox = outbox
         self._gate = gate_from_text(outbox.note(GATE_NOTE))
+        self._slide = _slide_from_notes(outbox, sample)
         self._bench = bench
         self._health = health
         self._on_stored = on_stored
@@ -408,8 +470,13 @@ class Pipeline(threading.Thread):
                 self._store(self._report_unreadable(taken))
             elif isinstance(taken, Frame):
                 self._take_snapshot(taken)
-                self._store(process_frame(taken, self.sample, self._bench, read_clock(), self._gate))
+                self._store(self._process(taken))
         self._store_events()
+
+    def _process(self, frame: Frame) -> Outcome:
+        if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.fields > 0):
+            self._slide = SlideMap(self.sample.sid)
+        return process_frame(frame, self.sample, self._bench, read_clock(), self._gate, self._slide)
 
     def _end_of_source(self) -> None:
         if self.sample.phase in ("running", "paused"):
@@ -578,6 +645,8 @@ class Pipeline(threading.Thread):
             return False
         self.sample = outcome.sample
         self._gate = outcome.gate or self._gate
+        if outcome.trace is not None:
+            self._slide.add(outcome.trace)
         if outcome.field is not None:
             self._health.count_field(outcome.field.timing_ms)
             self._on_counted()
@@ -654,6 +723,16 @@ class Pipeline(threading.Thread):
                 logger.debug("note waits: %s", error)
                 return
             self._memos.popleft()
+
+
+def _slide_from_notes(outbox: Outbox, sample: SampleState) -> SlideMap:
+    """The map of the sample's slide as it was after the last stored field."""
+    notes = outbox.notes(f"{SLIDE_NOTES}{sample.sid}/") if sample.fields else {}
+    try:
+        return map_from_traces(sample.sid, notes.values())
+    except ValueError as error:
+        logger.error("the map of sample %s cannot be read, it begins anew: %s", sample.sid, error)  # noqa: TRY400
+        return SlideMap(sample.sid)
 
 
 CHAIN_KEY = "audit/head"

@@ -120,7 +120,13 @@ class KeptSample:
 
 def tally_of(sample: SampleState) -> Tally:
     """What a differential is made from."""
-    return Tally(sample.counts, sample.fields, area_um2=sample.area_um2, not_classed=sample.not_classed)
+    return Tally(
+        sample.counts,
+        sample.fields,
+        is_unique=sample.unplaced == 0,
+        area_um2=sample.area_um2,
+        not_classed=sample.not_classed,
+    )
 
 
 def status_of(sample: SampleState) -> ReportStatus:

@@ -146,7 +146,7 @@ class FieldMessage(Part):
     clock: ClockPart = ClockPart()
     frame: FramePart
     counts: dict[str, Whole] = {}
-    unique_counts: dict[str, Whole] = {}
+    unique_counts: dict[str, Signed] = {}
     duplicates: Whole = 0
     cells: list[CellPart]
     timing_ms: dict[str, float] = {}

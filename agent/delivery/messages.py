@@ -18,7 +18,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from agent.delivery.topics import CONTRACT_VERSION, Topics
-from agent.domain import AgentState, Attribute, Cell, ClockReading, FieldResult, ModelIdentity, Provenance
+from agent.domain import AgentState, Attribute, Cell, ClockReading, FieldResult, ModelIdentity, Provenance, SlidePlace
 from agent.errors import MessageRejected
 from agent.health import HealthSnapshot, MachineReading
 
@@ -104,6 +104,7 @@ def field_body(result: FieldResult, device: str, site: str, sid: str, accession:
         "counts": _counts(result.counts),
         "unique_counts": _counts(result.unique_counts),
         "duplicates": int(result.duplicates),
+        **({} if result.place is None else {"place": _place_body(result.place)}),
         "cells": [_cell_keys(cell) for cell in result.cells],
         "provenance": _provenance_body(result.provenance),
     }
@@ -381,6 +382,8 @@ def _cell_keys(cell: Cell) -> Body:
         **({"morphology": _morphology_body(named.morphology)} if named is not None and named.morphology else {}),
         "status": cell.status.value,
         **({} if cell.duplicate_of is None else {"duplicate_of": cell.duplicate_of}),
+        **({} if cell.is_counted is None else {"counted": cell.is_counted}),
+        **({"supersedes": list(cell.supersedes)} if cell.supersedes else {}),
     }
 
 
@@ -419,6 +422,16 @@ def _model_body(identity: ModelIdentity) -> Body:
 def model_words(identity: ModelIdentity) -> str:
     """A model in one line: name, version and the first digits of its digest."""
     return f"{identity.name} {identity.version} ({identity.sha256[:16]})"
+
+
+def _place_body(place: SlidePlace) -> Body:
+    where = {"x_px": _rounded(place.x_px, 1), "y_px": _rounded(place.y_px, 1), "turn_deg": _rounded(place.turn_deg, 2)}
+    return {
+        "source": place.source,
+        "part": int(place.part),
+        **({} if place.source == "unknown" else where),
+        "confidence": _rounded(min(1.0, max(0.0, place.confidence)), 3),
+    }
 
 
 def _clock_body(clock: ClockReading) -> Body:

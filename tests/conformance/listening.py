@@ -109,6 +109,7 @@ def judge_fields(bodies: Sequence[tuple[Heard, dict[str, Any]]], findings: Findi
             continue
         seen.add(body["id"])
         counted: Counter[str] = Counter()
+        again: Counter[str] = Counter()
         frame = body["frame"]
         for cell in body["cells"]:
             name = cell["cell_id"]
@@ -118,16 +119,38 @@ def judge_fields(bodies: Sequence[tuple[Heard, dict[str, Any]]], findings: Findi
                 counted[cell["class"]] += 1
             elif cell["status"] == "unidentified":
                 counted["unidentified"] += 1
+            elif cell["status"] == "duplicate":
+                again[cell["class"]] += 1
             _judge_cell(cell, frame, classes, findings)
-        findings.look(
-            "4.1", dict(counted) == body["counts"], f"{body['id']}: {body['counts']}, counted {dict(counted)}"
+        is_right = sum(body["counts"].values()) == counted.total() + again.total() and all(
+            counted[name] <= body["counts"].get(name, 0) <= counted[name] + (again[name] or again.total())
+            for name in {*counted, *body["counts"]}
         )
+        findings.look("4.1", is_right, f"{body['id']}: {body['counts']}, counted {dict(counted)} and {dict(again)}")
+        _judge_unique(body, cells_of, findings)
     for one, body in bodies:
         if one.kind == "cell" and body.get("cell_id") in cells_of:
             field_id, cell, field = cells_of[body["cell_id"]]
             expected = {**cell, "field_id": field_id, "sample": field["sample"], "captured_at": field["captured_at"]}
             wrong = [key for key, value in expected.items() if body.get(key) != value]
             findings.look("4.4", not wrong, f"{body['cell_id']}: differs in {wrong}")
+
+
+def _judge_unique(
+    body: dict[str, Any], cells_of: dict[str, tuple[str, dict[str, Any], dict[str, Any]]], findings: Findings
+) -> None:
+    """Every cell that stands adds one, every line that no longer stands takes one away."""
+    lines = [(1, cell) for cell in body["cells"] if cell.get("counted")]
+    gone = [old for cell in body["cells"] for old in cell.get("supersedes", ())]
+    if any(old not in cells_of for old in gone):
+        return  # told before the kit began to listen
+    lines += [(-1, cells_of[old][1]) for old in gone]
+    added: Counter[str] = Counter()
+    for change, cell in lines:
+        added["unidentified" if cell["status"] == "unidentified" else cell["class"]] += change
+    told = {name: count for name, count in body["unique_counts"].items() if count}
+    expected = {name: count for name, count in added.items() if count}
+    findings.look("4.6", told == expected, f"{body['id']}: unique_counts {told}, its cells say {expected}")
 
 
 def _judge_cell(cell: dict[str, Any], frame: dict[str, Any], classes: set[str], findings: Findings) -> None:

@@ -402,6 +402,7 @@ REPORT: dict[str, Any] = make_heard()[7].body or {}
         ("3.5", change_cell(cell_id="s1-2")),
         ("3.5", change_cell(cell_id="other-1")),
         ("4.1", change("field", counts={"x": 2})),
+        ("4.6", change("field", unique_counts={"x": 7})),
         ("4.2", change_cell(box=[1.0, 2.0, 300.0, 40.0])),
         ("4.3", change_cell(probabilities={"x": 0.9, "y": 0.2})),
         ("4.3", change_cell(margin=0.5)),

@@ -18,18 +18,21 @@ from numpy.random import Generator
 from agent.domain import Box, Pixels
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-RED_CELL = "1"
-"""The class of red cells in the label files."""
+CLASSES = ("WBC", "RBC", "platelet")
+"""The classes of the label files, by their number."""
+
+RED_CELL = "RBC"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RealField:
-    """One labelled field. red_cells: their boxes. red_cell_px: median size of red cells on this device."""
+    """One labelled field. red_cells: their boxes. red_cell_px: median size of red cells on this device. cells: all."""
 
     source: str
     pixels_bgr: Pixels
     red_cells: tuple[Box, ...]
     red_cell_px: float
+    cells: tuple[tuple[str, Box], ...] = ()
 
 
 def real_fields(split: str, source: str, limit: int | None = None) -> list[RealField]:
@@ -40,27 +43,26 @@ def real_fields(split: str, source: str, limit: int | None = None) -> list[RealF
     with index.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["split"], row["source"]) == (split, source)]
     read = [_read(DATA / row["path"]) for row in rows[:limit]]
-    sizes = [(box.width_px * box.height_px) ** 0.5 for _, boxes in read for box in boxes]
+    red_cells = [tuple(box for name, box in cells if name == RED_CELL) for _, cells in read]
+    sizes = [(box.width_px * box.height_px) ** 0.5 for boxes in red_cells for box in boxes]
     typical_px = float(np.median(sizes)) if sizes else 80.0
-    return [RealField(source, pixels, boxes, typical_px) for pixels, boxes in read]
+    return [
+        RealField(source, pixels, boxes, typical_px, cells)
+        for (pixels, cells), boxes in zip(read, red_cells, strict=True)
+    ]
 
 
-def _read(path: Path) -> tuple[Pixels, tuple[Box, ...]]:
+def _read(path: Path) -> tuple[Pixels, tuple[tuple[str, Box], ...]]:
     pixels = cv2.imread(str(path))
     assert pixels is not None, path
     height, width = pixels.shape[:2]
-    boxes = []
+    cells = []
     for line in (path.parents[1] / "labels" / f"{path.stem}.txt").read_text().splitlines():
-        name, x, y, w, h = line.split()
-        if name == RED_CELL:
-            middle_x, middle_y, half_w, half_h = (
-                float(x) * width,
-                float(y) * height,
-                float(w) * width / 2,
-                float(h) * height / 2,
-            )
-            boxes.append(Box(middle_x - half_w, middle_y - half_h, middle_x + half_w, middle_y + half_h))
-    return pixels, tuple(boxes)
+        label, *numbers = line.split()
+        x, y, w, h = (float(number) for number in numbers)
+        box = Box((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+        cells.append((CLASSES[int(label)], box))
+    return pixels, tuple(cells)
 
 
 def with_noise(pixels: Pixels, rng: Generator, sigma: float = 2.0) -> Pixels:

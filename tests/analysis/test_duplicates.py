@@ -1,0 +1,235 @@
+"""Each cell once: by place and look, over edges, revisits, better views, dirt, and a restart in the middle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+
+from agent.analysis.duplicates import (
+    Observation,
+    SlideMap,
+    map_from_traces,
+    match_boxes,
+    trace_from_text,
+    trace_to_text,
+)
+from agent.analysis.registration import Shift
+from agent.domain import Box, Cell, CellStatus, Detection, Frame
+from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, scan_perfect, scans
+from tests.proofs.scanning import Window, World, meander, simulated_world, take, with_revisits
+
+SIZE_PX = (640, 480)
+WORLD_PX = (1700, 1300)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return simulated_world(41, *WORLD_PX)
+
+
+def make_cell(
+    number: int,
+    box: tuple[float, float, float, float],
+    name: str = "RBC",
+    status: CellStatus = CellStatus.ACCEPTED,
+    probability: float = 0.9,
+) -> Cell:
+    return Cell(f"s-{number}", Detection(Box(*box), name, 0.9), name, probability, None, status)
+
+
+class Stage:
+    """Fields of a world, each with the cells that the test puts there; the stage tells its place."""
+
+    def __init__(self, world: World | None = None) -> None:
+        self.slide = SlideMap("s")
+        self.totals: Counter[str] = Counter()
+        self.texts: list[str] = []
+        self._world = world
+        self._number = 0
+
+    def visit(self, x: float, y: float, cells: Iterable[Cell], *, tells_place: bool = True) -> Observation:
+        rng = np.random.default_rng(self._number)
+        self._number += 1
+        known = {"um_per_px": 1.0, "stage_um": (x, y)} if tells_place else {}
+        if self._world is None:
+            pixels = np.full((480, 640, 3), 200, np.uint8)
+            now = datetime(2026, 11, 25, tzinfo=timezone.utc)
+            frame = Frame(self._number, pixels, now, 0, f"{self._number:016x}", "test", **known)
+        else:
+            frame = take(self._world, Window(x, y), SIZE_PX, rng, self._number, **known)
+        observed = self.slide.observe(frame, tuple(cells))
+        self.texts.append(trace_to_text(observed.trace))
+        self.slide.add(observed.trace)
+        self.totals.update(observed.unique_counts)
+        return observed
+
+
+def test_a_cell_seen_again_in_an_overlapping_field_is_a_duplicate_of_the_first_view() -> None:
+    stage = Stage()
+    first = stage.visit(0, 0, [make_cell(1, (400, 100, 480, 180))])
+    again = stage.visit(200, 0, [make_cell(2, (202, 101, 281, 180)), make_cell(3, (500, 300, 580, 380))])
+    assert (first.unique_counts, first.cells[0].is_counted) == ({"RBC": 1}, True)
+    assert again.unique_counts == {"RBC": 1}
+    assert (again.cells[0].status, again.cells[0].duplicate_of) == (CellStatus.DUPLICATE, "s-1")
+    assert again.duplicates == 1
+    assert again.new_share == pytest.approx(200 / 640, abs=0.05)
+
+
+def test_a_duplicate_of_a_duplicate_names_the_view_that_stands() -> None:
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (500, 100, 580, 180))])
+    stage.visit(200, 0, [make_cell(2, (300, 100, 380, 180))])
+    third = stage.visit(400, 0, [make_cell(3, (100, 100, 180, 180))])
+    assert third.cells[0].duplicate_of == "s-1"
+
+
+@pytest.mark.parametrize(
+    ("box", "is_counted"),
+    [
+        ((0, 100, 40, 180), True),
+        ((100, 0, 180, 40), True),
+        ((600, 100, 640, 180), False),
+        ((100, 440, 180, 480), False),
+        ((0, 440, 40, 480), False),
+    ],
+)
+def test_cells_cut_by_the_edge_follow_the_two_sides_rule(
+    box: tuple[float, float, float, float], is_counted: bool
+) -> None:
+    observed = Stage().visit(0, 0, [make_cell(1, box, status=CellStatus.EDGE)])
+    assert observed.unique_counts == ({"RBC": 1} if is_counted else {})
+    assert (observed.cells[0].status, observed.cells[0].is_counted) == (CellStatus.EDGE, is_counted)
+
+
+def test_a_cell_across_two_fields_that_only_touch_is_counted_once() -> None:
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (600, 100, 640, 180), status=CellStatus.EDGE)])
+    stage.visit(640, 0, [make_cell(2, (0, 100, 40, 180), status=CellStatus.EDGE)])
+    assert stage.totals == {"RBC": 1}
+
+
+def test_a_cut_cell_is_taken_from_the_neighbour_that_shows_it_whole() -> None:
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (590, 100, 640, 180), "unknown", CellStatus.EDGE)])
+    whole = stage.visit(400, 0, [make_cell(2, (190, 100, 270, 180), "neutrophil")])
+    assert stage.totals == {"neutrophil": 1}
+    assert (whole.cells[0].status, whole.cells[0].supersedes) == (CellStatus.ACCEPTED, ())
+
+
+def test_a_better_view_takes_the_place_of_the_one_that_was_counted() -> None:
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (0, 100, 40, 180), "lymphocyte", CellStatus.EDGE)])
+    better = stage.visit(-400, 0, [make_cell(2, (360, 100, 440, 180), "monocyte")])
+    assert better.unique_counts == {"lymphocyte": -1, "monocyte": 1}
+    assert (better.cells[0].is_counted, better.cells[0].supersedes) == (True, ("s-1",))
+    later = stage.visit(-300, 0, [make_cell(3, (260, 100, 340, 180), "lymphocyte", probability=0.95)])
+    assert later.unique_counts == {}
+    assert later.cells[0].duplicate_of == "s-2"
+    assert +stage.totals == {"monocyte": 1}
+
+
+def test_a_name_takes_the_place_of_unidentified_and_never_the_reverse() -> None:
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (400, 100, 480, 180), "monocyte", CellStatus.UNIDENTIFIED, 0.4)])
+    stage.visit(100, 0, [make_cell(2, (300, 100, 380, 180), "monocyte", probability=0.8)])
+    stage.visit(200, 0, [make_cell(3, (200, 100, 280, 180), "monocyte", CellStatus.UNIDENTIFIED, 0.4)])
+    assert +stage.totals == {"monocyte": 1}
+
+
+def test_a_small_cell_on_a_large_one_is_not_the_large_one() -> None:
+    old = np.asarray([[100.0, 100, 180, 180]])
+    new = np.asarray([[101.0, 100, 180, 181], [150, 150, 170, 170]])
+    assert match_boxes(new, SIZE_PX, old, SIZE_PX, Shift(0, 0)) == [(0, 0)]
+
+
+def test_fields_without_a_place_say_so_and_count_by_the_two_sides_rule(world: World) -> None:
+    stage = Stage(world)
+    first = stage.visit(0, 0, [make_cell(1, (10, 10, 90, 90))], tells_place=False)
+    second = stage.visit(900, 700, [make_cell(2, (10, 10, 90, 90))], tells_place=False)
+    assert [first.place.source, second.place.source] == ["unknown", "unknown"]
+    assert first.place.part != second.place.part
+    assert second.place.confidence == 0
+    assert stage.totals == {"RBC": 2}
+
+
+def test_dirt_on_the_sensor_is_an_artefact_from_its_third_appearance_and_is_taken_back() -> None:
+    world = simulated_world(43, *WORLD_PX)
+    stage = Stage()
+    rng = np.random.default_rng(1)
+    observed = []
+    for number in range(5):
+        frame = take(world, Window(150.0 * number, 100), SIZE_PX, rng, number + 1)
+        pixels = frame.pixels_bgr.copy()
+        pixels[300:324, 200:224] //= 3
+        dirty = replace(frame, pixels_bgr=pixels, um_per_px=1.0, stage_um=(150.0 * number, 100.0))
+        observed.append(stage.slide.observe(dirty, (make_cell(number + 1, (200, 300, 224, 324), "platelet"),)))
+        stage.slide.add(observed[-1].trace)
+        stage.totals.update(observed[-1].unique_counts)
+    assert [one.cells[0].status.value for one in observed] == ["accepted"] * 2 + ["artefact"] * 3
+    assert observed[2].cells[0].supersedes == ("s-1", "s-2")
+    assert +stage.totals == {}
+
+
+def test_cells_that_a_microscope_brings_to_the_same_place_of_each_field_are_no_dirt(world: World) -> None:
+    stage = Stage(world)
+    for number in range(5):
+        stage.visit(250.0 * number, 300, [make_cell(number + 1, (280, 200, 360, 280), "neutrophil")])
+    assert stage.totals == {"neutrophil": 5}
+
+
+def test_the_map_made_again_from_its_traces_goes_on_like_the_one_before(world: World) -> None:
+    rng = np.random.default_rng(2)
+    windows = list(with_revisits(meander(world, SIZE_PX, 0.3), rng, 0.3))
+    whole = scan_perfect(world, windows, SIZE_PX, seed=4)
+    stage = Stage(world)
+    for index, window in enumerate(windows[:6]):
+        stage.visit(window.x, window.y, [make_cell(index + 1, (100, 100, 180, 180))], tells_place=False)
+    again = map_from_traces("s", stage.texts)
+    frame = take(world, windows[7], SIZE_PX, np.random.default_rng(8), 8)
+    cells = (make_cell(100, (300, 200, 380, 280)),)
+    first, second = stage.slide.observe(frame, cells), again.observe(frame, cells)
+    assert (first.place, first.cells, first.unique_counts) == (second.place, second.cells, second.unique_counts)
+    assert trace_to_text(first.trace) == trace_to_text(second.trace)
+    assert whole.fields == len(windows)
+
+
+def test_looking_at_a_field_changes_nothing_until_it_is_stored(world: World) -> None:
+    slide = SlideMap("s")
+    frame = take(world, Window(100, 100), SIZE_PX, np.random.default_rng(0), 1)
+    cells = (make_cell(1, (300, 200, 380, 280)),)
+    first, second = slide.observe(frame, cells), slide.observe(frame, cells)
+    assert slide.fields == 0
+    assert first.unique_counts == second.unique_counts == {"RBC": 1}
+
+
+def test_a_text_that_is_no_trace_is_refused() -> None:
+    for text in ("", "{}", "[]", '{"place": 3}'):
+        with pytest.raises(ValueError, match=r"trace|JSON|Expecting"):
+            trace_from_text(text)
+
+
+def test_a_trace_is_small(world: World) -> None:
+    stage = Stage(world)
+    cells: Sequence[Cell] = [make_cell(n, (n * 10.0, 50, n * 10.0 + 70, 120)) for n in range(1, 31)]
+    stage.visit(300, 300, cells)
+    assert len(stage.texts[0]) < 8000
+
+
+def test_a_small_simulated_slide_is_counted_once_within_the_bounds() -> None:
+    world = simulated_world(45, 1900, 1400)
+    chosen = ("overlap 0 %", "overlap 20 %", "two passes, second turned 2 degrees", "all at once")
+    wrong: Counter[str] = Counter()
+    true: Counter[str] = Counter()
+    for way, windows in scans(world, SIZE_PX, np.random.default_rng(5)).items():
+        if way in chosen:
+            score = scan_perfect(world, windows, SIZE_PX, seed=3)
+            for kind in ("nucleated", "red"):
+                wrong[kind] += abs(score.unique[kind] - score.truth[kind])
+                true[kind] += score.truth[kind]
+    assert wrong["nucleated"] <= max(1, NUCLEATED_BOUND * true["nucleated"])
+    assert wrong["red"] <= RED_BOUND * true["red"]
