@@ -225,6 +225,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_config(outbox)
 
+    ask = add(
+        "ask",
+        "send a command to a running agent and print its reply",
+        "The configuration names the broker, the site\nand the device; the keys are those of docs/contract.md, part 7. "
+        "0: done; 1: refused or failed.",
+        "hematovision ask start sample=s-17 stop_at_cells=200 --config config.yaml",
+    )
+    ask.add_argument("name", metavar="COMMAND", help="ping, start, stop, pause, resume, snapshot, selftest, amend, ...")
+    ask.add_argument("words", nargs="*", metavar="KEY=VALUE", help="keys of the command")
+    ask.add_argument("--key-file", type=Path, metavar="FILE", help="operators' key: sign the command with it")
+    ask.add_argument(
+        "--timeout", type=_seconds, default=40.0, metavar="S", help="wait so long for the reply; default 40"
+    )
+    _add_config(ask)
+
     audit = add(
         "audit",
         "check the chain of audit messages",
@@ -313,6 +328,10 @@ def _share(text: str) -> float:
 
 def _count(text: str) -> int:
     return _checked(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def _seconds(text: str) -> float:
+    return _checked(text, float, lambda value: 0 < value <= 3600, "seconds, up to 3600")
 
 
 def _port(text: str) -> int:

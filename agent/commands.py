@@ -17,10 +17,21 @@ from typing import Any
 from rich.live import Live
 
 from agent import RESEARCH_USE_ONLY, __version__, console
-from agent.config import Config, json_schema, load_config, state_folder, template
+from agent.config import (
+    CommandsSection,
+    Config,
+    json_schema,
+    load_config,
+    read_operator_key,
+    state_folder,
+    template,
+)
+from agent.delivery.asking import ask as send_command
 from agent.delivery.audit import verify
+from agent.delivery.commands import COMMANDS
 from agent.delivery.messages import round_probabilities, serialise
 from agent.delivery.outbox import Outbox, open_outbox
+from agent.delivery.topics import Topics
 from agent.demo import DemoOptions, run_demo
 from agent.errors import HematoVisionError, OutboxError
 from agent.inference.models import Models, open_models
@@ -37,6 +48,9 @@ from agent.preflight import run_checks
 from agent.supervisor import run_agent
 
 OK, SOME_FAILED = 0, 1
+
+TEXTS = frozenset({"transaction", "by", "sample", "accession", "cell_id", "class", "reason", "folder"})
+"""Keys of commands that are texts even where they look like a number: the accession 00123."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -212,6 +226,34 @@ def _outbox_requeue(outbox: Outbox, arguments: argparse.Namespace) -> None:
 def _outbox_export(outbox: Outbox, arguments: argparse.Namespace) -> None:
     for line in outbox.export_rows(dead_letters=arguments.dead):
         print(line)
+
+
+def ask(arguments: argparse.Namespace) -> int:
+    """One command to a running agent."""
+    config = load_config(arguments.config)
+    if arguments.name not in COMMANDS:
+        raise HematoVisionError(f"command {arguments.name!r}: known are {', '.join(sorted(COMMANDS))}")
+    key = None
+    if arguments.key_file is not None:
+        key = read_operator_key(CommandsSection(operator="key", operator_key_file=arguments.key_file))
+    topics = Topics(config.site, config.device)
+    words = dict(map(_word_and_value, arguments.words))
+    reply = send_command(config.broker, topics, arguments.name, words, key=key, timeout_s=arguments.timeout)
+    print(json.dumps(reply, indent=2, ensure_ascii=False))
+    return OK if reply["status"] == "ok" else SOME_FAILED
+
+
+def _word_and_value(text: str) -> tuple[str, Any]:
+    """KEY=VALUE; a value that is a number, true, false or null is meant as one."""
+    word, mark, value = text.partition("=")
+    if not word or not mark:
+        raise HematoVisionError(f"{text!r}: write KEY=VALUE")
+    if word in TEXTS:
+        return word, value
+    try:
+        return word, json.loads(value)
+    except ValueError:
+        return word, value
 
 
 def audit(arguments: argparse.Namespace) -> int:

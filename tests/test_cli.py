@@ -44,7 +44,7 @@ from agent.inference.manifest import load_manifest
 from agent.offline import AlbumError
 
 TOP = Path(__file__).resolve().parent.parent
-COMMANDS = ("run", "infer", "classify", "demo", "check-config", "outbox", "audit", "version")
+COMMANDS = ("run", "infer", "classify", "demo", "check-config", "outbox", "ask", "audit", "version")
 
 needs_models = pytest.mark.skipif(
     not (packaged_folder() / "models" / "manifest.json").is_file(), reason="the models are not there"

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as mqtt
+import pytest
 import yaml
 from agent_process import START_S, Bench, wait_until
 from ledger import Ledger
 
+from agent.cli import main
 from agent.config import Config, models_folder
 from agent.delivery.audit import verify
 from agent.delivery.commands import sign
@@ -173,3 +175,42 @@ def test_a_sample_that_is_cut_by_sigkill_again_and_again_ends_with_every_cell_co
     assert report["nucleated"] >= 40
     assert (report["status"], report["accession"]) == ("final", "A-1")
     assert {field["sample"] for field in ledger.fields.values()} == {"s-1"}
+
+
+def test_a_person_asks_from_the_command_line(
+    bench: Bench, mosquitto: Any, subscriber: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = mosquitto()
+    ears = subscriber(broker, "hv/1/#")
+    bench.use_broker(broker.port)
+    use_lively_slide(bench)
+    key_file = bench.folder / "operator.key"
+    key_file.write_text(f"{KEY}\n")
+    bench.config["commands"] = {"operator": "key", "operator_key_file": "operator.key"}
+    bench.config["sample"] = {"start": "command"}
+    bench.start()
+    config_file = bench.folder / "config.yaml"
+
+    def ask(*arguments: str) -> tuple[object, Any, str]:
+        """Exit code, reply, what was said on standard error."""
+        with pytest.raises(SystemExit) as ended:
+            main(["ask", *arguments, "--config", str(config_file)])
+        said = capsys.readouterr()
+        return ended.value.code, json.loads(said.out or "null"), said.err
+
+    ears.wait_for(lambda heard: any(one.kind == "state" and one.body["state"] == "ready" for one in heard), START_S)
+    code, reply, err = ask("start", "sample=s-17", "accession=00123", "stop_at_cells=200", "by=tech-4")
+    assert code == 0, err
+    assert reply["data"] == {"sample": "s-17", "phase": "running", "fields": 0}
+    code, reply, _ = ask("pause", "sample=other")
+    assert (code, reply["code"]) == (1, "other-sample")
+    assert ask("reload")[1]["code"] == "not-allowed"
+    code, reply, _ = ask("reload", "--key-file", str(key_file))
+    assert (code, reply["data"]["changed"]) == (0, [])
+    code, _, err = ask("dance")
+    assert (code, "known are amend" in err) == (1, True)
+    code, _, err = ask("ping", "colour")
+    assert (code, "write KEY=VALUE" in err) == (1, True)
+    config_file.write_text(yaml.safe_dump({**bench.config, "device": "nobody"}))
+    code, _, err = ask("ping", "--timeout", "1")
+    assert (code, "lab/nobody has not answered within 1 s" in err) == (6, True)
