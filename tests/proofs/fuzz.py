@@ -1,8 +1,8 @@
 """Whatever arrives is refused in words: `python -m tests.proofs.fuzz [--inputs N] [--seed S]`.
 
-Commands, configurations, model manifests, audit files and messages at the receiver, made in two ways: mutations of
-valid ones (most get past the first check), and what Hypothesis thinks of (bytes, texts, JSON of any shape). Each input
-must end in a value or in one of the foreseen errors, within HANG_S, and memory must not grow.
+Commands, acknowledgements, configurations, model manifests, audit files and messages at the receiver, made in two ways:
+mutations of valid ones (most get past the first check), and what Hypothesis thinks of (bytes, texts, JSON of any
+shape). Each input must end in a value or in one of the foreseen errors, within HANG_S, and memory must not grow.
 
 Fails (exit 1) at the first input that does not, and prints it: the same seed makes the same inputs.
 """
@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 from agent.central.intake import MessageUnusable, read_message
 from agent.config import Config, load_reference_intervals, loads, packaged_folder, template
+from agent.delivery.acks import read_ack
 from agent.delivery.audit import ChainHead, Entry, chain, verify
 from agent.delivery.commands import COMMANDS, Gatekeeper, InboundCommand, Refusal, read_command, sign
 from agent.delivery.messages import serialise, stamp
@@ -133,6 +134,11 @@ def judge_audit(content: bytes) -> str:
     return "sound" if verdict.is_sound else "faults"
 
 
+def judge_ack(content: bytes) -> str:
+    judged = read_ack(content, receiver="central", device="scope", is_retained=len(content) % 7 == 0)
+    return "refused" if isinstance(judged, str) else "taken"
+
+
 def judge_message(content: bytes) -> str:
     topic, _, payload = content.partition(b"\n")
     try:
@@ -159,6 +165,20 @@ def valid_commands() -> list[bytes]:
         body["auth"] = sign(name, body, BASE, KEY)
         examples.append(name.encode() + b"\n" + json.dumps(body).encode())
     return examples
+
+
+def valid_ack() -> bytes:
+    ack = {
+        "schema": "hv/1/ack",
+        "receiver": "central",
+        "device": "scope",
+        "stream": "field",
+        "boot": 12,
+        "seq": 345,
+        "at": "2026-11-25T08:00:00.000Z",
+        "ruo": True,
+    }
+    return json.dumps(ack).encode()
 
 
 def valid_audit() -> list[bytes]:
@@ -214,7 +234,8 @@ def subjects(folder: Path) -> list[Subject]:
         Subject("configuration", judge_config, [small, b"site: lab\nbroker: {host: h, port: 1883}\n"], 0.04),
         Subject("reference table", ReferenceTarget(folder), [reference.read_bytes()[-1500:]], 0.02),
         Subject("manifest", ManifestTarget(folder), [models.read_bytes()] if models.exists() else [b"{}"], 0.08),
-        Subject("audit file", judge_audit, valid_audit(), 0.10),
+        Subject("acknowledgements", judge_ack, [valid_ack()], 0.06),
+        Subject("audit file", judge_audit, valid_audit(), 0.04),
         Subject("messages at the receiver", judge_message, valid_messages(), 0.10),
     ]
 

@@ -21,7 +21,7 @@ def test_whatever_arrives_is_refused_in_words(capsys: pytest.CaptureFixture[str]
     assert main(["--inputs", "2000", "--seed", "7"]) == 0
     out = capsys.readouterr().out
     assert "pass " in out
-    for name in ("commands", "configuration", "manifest", "audit file", "messages at the receiver"):
+    for name in ("commands", "acknowledgements", "configuration", "manifest", "audit file", "messages at the receiver"):
         assert name in out
     taken = [line.split()[-1] for line in out.splitlines() if line.split()[-2:-1] in (["done"], ["taken"], ["sound"])]
     assert len(taken) >= 4, "some inputs must get past all checks, else nothing behind them is tried"
