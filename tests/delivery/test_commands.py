@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.delivery.commands import (
@@ -192,6 +192,7 @@ def test_the_same_asked_again_is_known_by_its_digest_whenever_it_was_sent() -> N
     assert digest(sample="a") != digest(sample="b")
 
 
+@settings(deadline=None)  # a loaded machine is no fault of the reader
 @given(st.text(max_size=12), st.binary(max_size=200))
 def test_any_bytes_give_a_command_or_a_refusal(name: str, payload: bytes) -> None:
     assert isinstance(read(inbound(name, payload)), (Command, Refusal))
@@ -207,6 +208,7 @@ WORDS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(COMMANDS)), st.dictionaries(WORDS, JSON, max_size=6))
 def test_any_json_gives_a_command_or_a_refusal(name: str, body: dict[str, Any]) -> None:
     payload = json.dumps(body).encode()
