@@ -100,7 +100,9 @@ class StubbornDevice(threading.Thread):
     def await_acknowledgement(self) -> None:
         """Until one more message is acknowledged than now."""
         before = len(self.so_far())
-        wait_until(lambda: len(self.so_far()) > before or self.failure is not None, "something is acknowledged")
+        wait_until(
+            lambda: len(self.so_far()) > before or self.failure is not None, "something is acknowledged", timeout_s=120
+        )
         if self.failure is not None:
             raise self.failure
 

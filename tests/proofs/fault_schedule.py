@@ -302,7 +302,11 @@ def run(minutes: float, seed: int, folder: Path, database: str = "sqlite") -> Ve
     try:
         collector.start()
         agent.start()
-        wait_until(lambda: read_safely(bench).given.get("field", 0) > 3, "the agent counts", timeout_s=60)
+        try:
+            wait_until(lambda: read_safely(bench).given.get("field", 0) > 3, "the agent counts", timeout_s=180)
+        except AssertionError:
+            print(agent.log_text[-3000:], file=sys.stderr)
+            raise
         faults = disturb(make_parts(broker, collector, agent, wires, server), minutes, chance)
         # No new fields: what is committed is to arrive.
         agent.stop()
