@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.brokers import NotInstalled
-from tests.proofs import clock, memory
+from tests.proofs import clock, damage, kills, memory, power_cuts
 
 
 @pytest.mark.timeout(300)
@@ -30,3 +30,47 @@ def test_a_clock_that_is_set_back_and_forth_by_a_year_costs_no_result_and_no_ord
         pytest.skip(str(error))
     assert verdict.faults == (), str(verdict)
     assert verdict.boots == 2
+
+
+def test_after_a_power_cut_the_outbox_opens_whole_with_all_that_was_stored(tmp_path: Path) -> None:
+    try:
+        verdict = power_cuts.run(tmp_path, cuts=60, seed=1)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    assert verdict.faults == [], str(verdict)
+    assert verdict.unsynced > 30
+
+
+def test_the_rig_of_power_cuts_sees_a_disk_that_lies_about_having_synced(tmp_path: Path) -> None:
+    try:
+        verdict = power_cuts.run(tmp_path, cuts=20, seed=1, lies=True)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    assert verdict.faults, str(verdict)
+
+
+@pytest.mark.timeout(300)
+def test_a_damaged_outbox_gives_back_all_that_is_unhurt(tmp_path: Path) -> None:
+    verdict = damage.run(tmp_path, seeds=25, first=10_000)
+    assert verdict.faults == [], str(verdict)
+    assert verdict.salvaged > 3
+
+
+@pytest.mark.timeout(300)
+def test_delivery_that_is_killed_loses_nothing_and_halves_nothing(tmp_path: Path) -> None:
+    try:
+        verdict = kills.run(tmp_path, kills=len(kills.LABELS) + 4, seed=1)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    assert verdict.faults == [], str(verdict)
+    assert verdict.promised > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_the_long_proofs_of_the_outbox(tmp_path: Path) -> None:
+    for name in ("cuts", "kills", "damage"):
+        (tmp_path / name).mkdir()
+    assert power_cuts.run(tmp_path / "cuts", cuts=15_000).faults == []
+    assert kills.run(tmp_path / "kills", kills=1000).faults == []
+    assert damage.run(tmp_path / "damage", seeds=1000).faults == []

@@ -40,7 +40,7 @@ from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
 from agent.delivery.messages import Draft, RetainedDocument, message_id, serialise, stamp
-from agent.delivery.salvage import FoundRow, find_rows
+from agent.delivery.salvage import FoundRow, find_rows, rows_cut_off
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
 
@@ -278,7 +278,8 @@ def _boot_in_database(folder: Path) -> int:
     if not path.exists():
         return 0
     try:
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        # Read-only: closing must not tidy up a log that nobody has looked at yet.
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
         try:
             return int(connection.execute("SELECT boot FROM tally").fetchone()[0])
         finally:
@@ -390,6 +391,8 @@ def open_outbox(
 
 
 def _connect(path: Path, *, verify: bool, mark: Path | None = None) -> sqlite3.Connection:
+    if mark is not None and _lost_in_log(path):
+        raise OutboxDamaged(f"{path}: damaged: its write-ahead log is broken in the middle")
     if mark is not None and mark.exists() and path.exists():
         raise OutboxDamaged(f"{path}: damaged: {mark.read_text(errors='replace')[:300].strip() or 'met in use'}")
     with _explained(path):
@@ -501,6 +504,7 @@ def _finish_salvage(path: Path) -> None:
 def _copy_readable(path: Path, fresh: sqlite3.Connection) -> tuple[int, bool]:
     """Copy all that can be read of a damaged file; how many messages, and whether every table came to its end."""
     ends = dict.fromkeys(_COPIED_TABLES, False)
+    lost = _lost_in_log(path)
     # Read-only: nothing of the damaged file or its log is changed, and closing makes no checkpoint.
     with (
         contextlib.suppress(sqlite3.Error),  # not even its head can be read
@@ -508,17 +512,37 @@ def _copy_readable(path: Path, fresh: sqlite3.Connection) -> tuple[int, bool]:
     ):
         damaged.text_factory = _lenient_text
         ends = {table: _copy_table(damaged, fresh, table) for table in _COPIED_TABLES}
-    if not (ends["rows"] and ends["dead_letters"]):
+    if lost or not (ends["rows"] and ends["dead_letters"]):
         here = "SELECT stream, boot, seq FROM rows UNION ALL SELECT stream, boot, seq FROM dead_letters"
         taken = set(fresh.execute(here).fetchall())
         with contextlib.suppress(OSError):
-            for row in find_rows(path):
+            for row in find_rows(path) if not (ends["rows"] and ends["dead_letters"]) else lost:
                 if (row.stream, row.boot, row.seq) not in taken:
                     _put_found(fresh, row)
                     taken.add((row.stream, row.boot, row.seq))
     _mend_numbers(fresh, are_known=ends["streams"])
     count = fresh.execute("SELECT (SELECT COUNT(*) FROM rows) + (SELECT COUNT(*) FROM dead_letters)").fetchone()[0]
-    return int(count), all(ends.values())
+    return int(count), all(ends.values()) and not lost
+
+
+def _lost_in_log(path: Path) -> list[FoundRow]:
+    """Rows that SQLite would pass over in silence, for they stand in the log behind a frame that is broken.
+
+    A power cut leaves such frames too, but only of the one append that had not returned yet: with those of two, the
+    disk has changed what it had taken.
+    """
+    if not path.exists():
+        return []
+    found = rows_cut_off(path)
+    lasts: dict[str, int] = {}
+    if found:
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as as_read,
+        ):
+            lasts = dict(as_read.execute("SELECT stream, last_seq FROM streams").fetchall())
+    lost = [row for row in found if row.seq > lasts.get(row.stream, 0)]
+    return lost if len({row.appended_unix_s for row in lost}) > 1 else []
 
 
 def _copy_table(damaged: sqlite3.Connection, fresh: sqlite3.Connection, table: str) -> bool:

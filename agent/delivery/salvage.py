@@ -64,6 +64,69 @@ def find_rows(path: Path) -> Iterator[FoundRow]:
             yield from _rows_of_log(log, read_page)
 
 
+def rows_cut_off(path: Path) -> list[FoundRow]:
+    """Rows in the write-ahead log behind a frame that is not what was written.
+
+    SQLite takes the first such frame for the end of the log (4.1: after a power cut it is) and says nothing. Frames
+    that were written in the same run of the log (with the same salts) may follow all the same.
+    """
+    log = path.with_name(path.name + "-wal")
+    try:
+        content = log.read_bytes()
+    except OSError:
+        return []
+    step = FRAME_HEADER_BYTES + PAGE_BYTES
+    frames = max(0, len(content) - WAL_HEADER_BYTES) // step
+    begin = _valid_frames(content, frames)
+    newest: dict[int, bytes] = {}
+    kept: list[bytes] = []
+    for frame in range(frames):
+        at = WAL_HEADER_BYTES + frame * step
+        # With a broken head nobody knows which run is the last. Earlier ones hold only what the file has too.
+        if begin is not None and content[at + 8 : at + 16] != content[16:24]:
+            continue
+        page = content[at + FRAME_HEADER_BYTES : at + step]
+        newest[int.from_bytes(content[at : at + 4], "big")] = page
+        if begin is None or frame >= begin:
+            kept.append(page)
+    if not kept:
+        return []
+    with path.open("rb") as file:
+
+        def read_page(number: int) -> bytes:
+            return newest[number] if number in newest else _read(file, (number - 1) * PAGE_BYTES)
+
+        return [row for page in kept for row in _rows_of_page(page, read_page, 0)]
+
+
+def _valid_frames(content: bytes, frames: int) -> int | None:
+    """How many frames from the first on SQLite will believe; None = not even the head of the log (4.1, 4.2)."""
+    magic = int.from_bytes(content[:4], "big")
+    if magic not in (0x377F0682, 0x377F0683):
+        return None
+    order = ">" if magic & 1 else "<"
+    sums = _checksums(content[:24], order, (0, 0))
+    if sums != struct.unpack(">II", content[24:32]):
+        return None
+    for frame in range(frames):
+        at = WAL_HEADER_BYTES + frame * (FRAME_HEADER_BYTES + PAGE_BYTES)
+        if content[at + 8 : at + 16] != content[16:24]:
+            return frame
+        sums = _checksums(content[at : at + 8], order, sums)
+        sums = _checksums(content[at + 24 : at + 24 + PAGE_BYTES], order, sums)
+        if sums != struct.unpack(">II", content[at + 16 : at + 24]):
+            return frame
+    return frames
+
+
+def _checksums(part: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:
+    first, second = sums
+    for one, other in struct.iter_unpack(f"{order}II", part):
+        first = (first + one + second) & 0xFFFFFFFF
+        second = (second + other + first) & 0xFFFFFFFF
+    return first, second
+
+
 def _rows_of_log(log: Path, read_page: Callable[[int], bytes]) -> Iterator[FoundRow]:
     """Of each page in the log all versions: nobody can tell any more which were committed last."""
     with log.open("rb") as file:
