@@ -91,6 +91,8 @@ def main() -> None:
         **figures,
     }
     print(json.dumps(figures)) if args.json else show(figures)
+    if args.write_confusion:
+        write_confusion(args.models, figures)
 
 
 def evaluate_detector(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -278,6 +280,16 @@ def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]
     }
 
 
+def write_confusion(folder: Path, figures: dict[str, Any]) -> None:
+    """Put the measured confusion into the folder's manifest; only `two-stage` measures it."""
+    if "for_manifest" not in figures:
+        raise SystemExit("--write-confusion goes with two-stage: only it measures what the agent counts")
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["classifier"]["confusion"] = figures["for_manifest"]
+    file.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def confusion_block(models: Models, answers: list[tuple[str, str]], measured_on: str) -> dict[str, Any]:
     """What stands in the manifest as `classifier.confusion`, measured on (true class, name given by the agent)."""
     counts: dict[str, Counter[str]] = {}
@@ -399,6 +411,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--write-confusion", action="store_true", help="two-stage: note the confusion in the manifest")
     return parser.parse_args()
 
 

@@ -1,0 +1,117 @@
+"""The tables of the model cards, as Markdown, from figures that `models.evaluate --json` has printed.
+
+    for what in detector classifier two-stage microscopes no-cell; do
+        python -m models.evaluate $what --json > runs/figures/$what.json
+        python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
+    done
+    python -m models.tables runs/figures
+
+Files that are missing leave their tables out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, Any]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) == 2 else None
+    if folder is None or not folder.is_dir():
+        raise SystemExit("usage: python -m models.tables FOLDER (of JSON files from models.evaluate)")
+    for what, draw in TABLES.items():
+        figures = read(folder / f"{what}.json")
+        if figures is not None:
+            print(f"### {what}\n")
+            draw(figures, read(folder / f"float-{what}.json"))
+
+
+def read(file: Path) -> Figures | None:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """One Markdown table on standard output; floats get three decimals."""
+    names = list(header)
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for row in rows:
+        print(f"| {' | '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in row)} |")
+    print()
+
+
+def draw_detector(figures: Figures, other: Figures | None) -> None:
+    keys = ("cells", "precision", "recall", "map50", "map50_95")
+    group = figures["groups"]["complete"]
+    floats = other["groups"]["complete"] if other else {}
+    table(
+        ("class", "cells", "P", "R", "mAP50", "mAP50-95", "float mAP50", "float mAP50-95"),
+        (
+            (name, *(f[k] for k in keys), *(floats[name][k] if floats else "" for k in keys[3:]))
+            for name, f in group.items()
+        ),
+    )
+    classes = [name for name in group if name != "all"]
+    rows = []
+    for name, found in figures["groups"].items():
+        by_class = [found[c]["map50"] if c in found else "-" for c in classes]
+        rows.append((name, figures["fields"][name], *by_class, found["all"]["map50"], found["all"]["map50_95"]))
+    table(("fields", "n", *classes, "mean mAP50", "mean mAP50-95"), rows)
+
+
+def draw_names(figures: Figures, other: Figures | None) -> None:
+    floats = other["classes"] if other else {}
+    print(f"accuracy {figures['accuracy']:.4f}", end="")
+    print(f" (float {other['accuracy']:.4f})" if other else "", end="")
+    print(f", macro-F1 {figures['macro_f1']:.4f}, n = {figures['n']}", end="")
+    print(f", missed {figures['missed']}, unidentified {figures['unidentified']}\n" if "missed" in figures else "\n")
+    rows = (
+        (name, f["n"], f["precision"], f["recall"], f["f1"], floats[name]["f1"] if floats else "")
+        for name, f in figures["classes"].items()
+    )
+    table(("class", "n", "P", "R", "F1", "float F1"), rows)
+    names = list(figures["classes"])
+    table(("true, named", *names), ((n, *row) for n, row in zip(names, figures["confusion"], strict=True)))
+    if "calibration_error" in figures:
+        error = figures["calibration_error"]
+        print(f"calibration error {error['before']:.4f} before, {error['after']:.4f} after the temperature\n")
+        at = figures["accuracy_at_coverage"]
+        table(("coverage", *at), (("accuracy", *(f"{v:.4f}" for v in at.values())),))
+    if figures.get("morphology"):
+        found = figures["morphology"]
+        rows = ((n, f["accuracy"], f["macro_f1"]) for n, f in found["attributes"].items())
+        mean = ("mean", found["mean_accuracy"], found["mean_macro_f1"])
+        table((f"attribute (n = {found['n']})", "accuracy", "macro-F1"), (*rows, mean))
+
+
+def draw_microscopes(figures: Figures, _other: Figures | None) -> None:
+    rows = []
+    for source, f in figures["sources"].items():
+        given = f["accuracy_of_accepted"]
+        rows.append((source, f["n"], f["accuracy"], f["accepted"], "-" if given is None else given))
+    table(("fields of", "cells", "accuracy", "accepted", "accuracy of accepted"), rows)
+
+
+def draw_no_cell(figures: Figures, _other: Figures | None) -> None:
+    rows = (
+        (kind, f["n"], f["named"], "-" if f["auroc"] is None else f"{f['auroc']:.4f}")
+        for kind, f in figures["kinds"].items()
+    )
+    table(("crop of", "n", "gets a name", "AUROC against cells"), rows)
+
+
+TABLES: dict[str, Callable[[Figures, Figures | None], None]] = {
+    "detector": draw_detector,
+    "classifier": draw_names,
+    "two-stage": draw_names,
+    "microscopes": draw_microscopes,
+    "no-cell": draw_no_cell,
+}
+
+
+if __name__ == "__main__":
+    main()
