@@ -29,7 +29,7 @@ from agent.config import (
 from agent.delivery.asking import ask as send_command
 from agent.delivery.audit import verify
 from agent.delivery.commands import COMMANDS
-from agent.delivery.messages import round_probabilities, serialise
+from agent.delivery.messages import morphology_body, round_probabilities, serialise
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics
 from agent.demo import DemoOptions, run_demo
@@ -333,11 +333,14 @@ def _print_crop(classified: Classified, as_json: bool, *, is_only_one: bool) -> 
     probabilities = round_probabilities(answer.probabilities)
     if as_json:
         named = {"class": answer.class_name, "probability": probabilities[answer.class_name]}
-        _print_json({"source": classified.source, **named, "probabilities": probabilities})
+        seen = {"cell_probability": round(answer.cell_probability, 4), "morphology": morphology_body(answer.morphology)}
+        _print_json({"source": classified.source, **named, "probabilities": probabilities, **seen})
     elif is_only_one:
         console.print_table(console.probabilities_table(classified.source, probabilities))
+        print(classified.looks or "the model does not describe this cell")
     else:
-        print(f"{classified.source}: {answer.class_name} {answer.probability:.3f}", flush=True)
+        looks = f", {classified.looks}" if classified.looks else ""
+        print(f"{classified.source}: {answer.class_name} {answer.probability:.3f}{looks}", flush=True)
 
 
 def _album(folder: Path | None, models: Models) -> Album | None:

@@ -66,10 +66,11 @@ class Analysed:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """One crop."""
+    """One crop. looks: the cell described in words, empty where the model does not."""
 
     source: str
     classification: Classification
+    looks: str
 
 
 def find_pictures(paths: Sequence[str]) -> list[Picture | Unread]:
@@ -138,7 +139,8 @@ def classify_pictures(
         except FrameUnreadable as error:
             yield Unread(picture.source, error.reason)
             continue
-        yield Classified(picture.source, models.name_central_cell(pixels_bgr))
+        answer = models.name_central_cell(pixels_bgr)
+        yield Classified(picture.source, answer, models.describe(answer))
 
 
 class Album:

@@ -313,7 +313,7 @@ def test_classify_names_each_crop(fields_folder: Path, tmp_path: Path, call: Cal
     code, out, err = call("classify", "--json", crop, bad)
     named, failed = json_lines(out)
     assert code == 1
-    assert list(named) == ["source", "class", "probability", "probabilities"]
+    assert list(named) == ["source", "class", "probability", "probabilities", "cell_probability", "morphology"]
     assert list(named["probabilities"]) == list(load_manifest(packaged_folder() / "models").classifier.classes)
     assert sum(named["probabilities"].values()) == pytest.approx(1)
     assert named["probability"] == max(named["probabilities"].values()) == named["probabilities"][named["class"]]

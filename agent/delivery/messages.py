@@ -379,7 +379,7 @@ def _cell_keys(cell: Cell) -> Body:
         "probability": probability,
         "probabilities": probabilities,
         "margin": None if named is None else _rounded(named.margin, 4),
-        **({"morphology": _morphology_body(named.morphology)} if named is not None and named.morphology else {}),
+        **({"morphology": morphology_body(named.morphology)} if named is not None and named.morphology else {}),
         "status": cell.status.value,
         **({} if cell.duplicate_of is None else {"duplicate_of": cell.duplicate_of}),
         **({} if cell.is_counted is None else {"counted": cell.is_counted}),
@@ -387,7 +387,8 @@ def _cell_keys(cell: Cell) -> Body:
     }
 
 
-def _morphology_body(morphology: Mapping[str, Attribute]) -> Body:
+def morphology_body(morphology: Mapping[str, Attribute]) -> Body:
+    """The attributes of a cell as they stand in JSON."""
     return {name: {"value": a.value, "probability": _rounded(a.probability, 4)} for name, a in morphology.items()}
 
 

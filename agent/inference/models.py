@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from agent.analysis.cells import NamingRules
 from agent.analysis.crops import central_detection, cut_crop, whole_crop
+from agent.analysis.morphology import describe
 from agent.config import ModelsSection, models_folder
 from agent.domain import Classification, Pixels
 from agent.inference.classifier import Classifier
@@ -51,6 +52,11 @@ class Models:
         if central is None:
             return self.classifier.classify(whole_crop(pixels_bgr))
         return self.classifier.classify(cut_crop(pixels_bgr, central.box, self.manifest.classifier.crop.margin))
+
+    def describe(self, classification: Classification) -> str:
+        """A cell's looks in words; empty where the model does not tell any, or is sure of none."""
+        wording = self.manifest.classifier.morphology
+        return "" if wording is None else describe(classification.morphology, wording.phrases, wording.words)
 
 
 def open_models(section: ModelsSection) -> Models:

@@ -20,7 +20,7 @@ from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.classifier.train import load_net
 from models.common.labels import read_cells
-from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
+from models.common.quantize import begin_folder, describe_tensors, export_float, quantize_file, update_manifest
 from models.common.warm_start import save_norms
 from models.nets.cellnet import CellNet, fold_batch_norm
 
@@ -52,6 +52,7 @@ def main() -> None:
     file = f"classifier/{args.file or name.split('-')[0]}.tflite"
     float_file, int8_file = args.float_models / file, args.models / file
     side_px = checkpoint["side_px"]
+    begin_folder(args.models, args.float_models)
     export_float(ChannelsLast(net), side_px, float_file)
     settings = yaml.safe_load(checkpoint["settings"])
     pictures = calibration(args.data, wording, side_px, args.pictures, args.boxes, settings.get("foreign", ()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -77,6 +78,13 @@ def _describe(details: dict[str, Any]) -> dict[str, Any]:
         "scale": float(scale),
         "zero_point": int(zero_point),
     }
+
+
+def begin_folder(shipped: Path, folder: Path) -> None:
+    """Make a folder a copy of the shipped models where it is none yet, so that one model can be compared alone."""
+    if not (folder / "manifest.json").exists():
+        left_out = shutil.ignore_patterns("*.py", "*.md", "recipes", "__pycache__")
+        shutil.copytree(shipped, folder, ignore=left_out, dirs_exist_ok=True)
 
 
 def update_manifest(folder: Path, role: str, **facts: Any) -> None:

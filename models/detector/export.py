@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, load_fields
 from models.common.labels import DETECTOR_CLASSES, cell_classes, read_fields, read_rgb
-from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
+from models.common.quantize import begin_folder, describe_tensors, export_float, quantize_file, update_manifest
 from models.common.warm_start import save_norms
 from models.detector.train import FILL, SIZE_PX
 from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
@@ -56,6 +56,7 @@ def main() -> None:
     net.load_state_dict(checkpoint["average"])
     args.command = args.command or checkpoint["command"]
     float_file, int8_file = args.float_models / FILE, args.models / FILE
+    begin_folder(args.models, args.float_models)
     export_float(RawMaps(net.eval()), SIZE_PX, float_file)
     _, outputs = describe_tensors(float_file)
     floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"])["kind"] == "class_scores"}

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from agent.camera.simulated import render_training_crop
 from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 
@@ -34,3 +35,21 @@ def test_nine_in_ten_real_test_cells_are_named_rightly(models: Models) -> None:
     cells = read_cells(DATA, "test")[::40]
     right = sum(models.name_central_cell(cv2.imread(str(cell.path))).class_name == cell.class_name for cell in cells)
     assert right / len(cells) > 0.9
+
+
+def test_each_attribute_has_a_value_of_its_own_and_the_cell_is_described(models: Models) -> None:
+    morphology = models.manifest.classifier.morphology
+    assert morphology is not None
+    answer = models.classifier.classify(render_training_crop(np.random.default_rng(2), "eosinophil", 128)[..., ::-1])
+    assert list(answer.morphology) == list(morphology.attributes)
+    for name, attribute in answer.morphology.items():
+        assert attribute.value in morphology.attributes[name]
+        assert 1 / len(morphology.attributes[name]) <= attribute.probability <= 1
+    assert models.describe(answer)
+
+
+def test_an_empty_field_of_glass_is_no_cell(models: Models) -> None:
+    glass = np.full((120, 120, 3), (215, 222, 228), np.uint8)
+    cell = render_training_crop(np.random.default_rng(2), "neutrophil", 128)[..., ::-1]
+    assert models.classifier.classify(glass).cell_probability < 0.5
+    assert models.classifier.classify(np.ascontiguousarray(cell)).cell_probability > 0.5

@@ -204,3 +204,28 @@ def test_a_manifest_that_no_one_can_have_written_is_refused_in_words(folder: Pat
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ModelError, match=r"manifest\.json: not "):
         load_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "phrases", "words"),
+    [
+        ({"nucleus_shape": ["round", "irregular"]}, [], "its values are not the output's"),
+        (None, ["{tail_length} tail"], "unknown attribute tail_length"),
+    ],
+)
+def test_a_morphology_that_does_not_fit_its_output_is_refused(
+    folder: Path, attributes: dict[str, list[str]] | None, phrases: list[str], words: str
+) -> None:
+    shipped = json.loads((folder / "manifest.json").read_text())["classifier"]["morphology"]
+    changed = {"attributes": attributes or shipped["attributes"], "phrases": phrases}
+    edit_manifest(folder, "classifier", morphology=changed)
+    with pytest.raises(ModelError, match=words):
+        load_manifest(folder)
+
+
+def test_two_outputs_of_one_kind_are_refused(folder: Path) -> None:
+    outputs = json.loads((folder / "manifest.json").read_text())["classifier"]["outputs"]
+    (logits,) = [output for output in outputs if output["kind"] == "class_logits"]
+    edit_manifest(folder, "classifier", outputs=[logits, {**logits, "name": "again"}], morphology=None)
+    with pytest.raises(ModelError, match="two of one kind|one of kind class_logits"):
+        load_manifest(folder)
