@@ -198,8 +198,8 @@ class Manifest(ManifestPart):
 def _check_classifier(classifier: ClassifierEntry) -> None:
     """One output of a kind, the classes always; attributes that fill their output."""
     kinds = [output.kind for output in classifier.outputs]
-    _require(kinds.count("class_logits") == 1, "classifier.outputs: one of kind class_logits is needed")
     _require(len(set(kinds)) == len(kinds), "classifier.outputs: two of one kind")
+    _require("class_logits" in kinds, "classifier.outputs: one of kind class_logits is needed")
     sizes = {output.kind: output.shape[-1] for output in classifier.outputs}
     _require(sizes.get("cell_logit", 1) == 1, "classifier.outputs: cell_logit must be one number")
     morphology = classifier.morphology

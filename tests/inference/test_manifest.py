@@ -227,5 +227,5 @@ def test_two_outputs_of_one_kind_are_refused(folder: Path) -> None:
     outputs = json.loads((folder / "manifest.json").read_text())["classifier"]["outputs"]
     (logits,) = [output for output in outputs if output["kind"] == "class_logits"]
     edit_manifest(folder, "classifier", outputs=[logits, {**logits, "name": "again"}], morphology=None)
-    with pytest.raises(ModelError, match="two of one kind|one of kind class_logits"):
+    with pytest.raises(ModelError, match="two of one kind"):
         load_manifest(folder)
