@@ -284,7 +284,7 @@ def _boot_in_database(folder: Path) -> int:
             return int(connection.execute("SELECT boot FROM tally").fetchone()[0])
         finally:
             connection.close()
-    except (sqlite3.Error, TypeError):
+    except (sqlite3.Error, TypeError, ValueError):
         return 0  # opening the outbox will say what is wrong with it
 
 
@@ -507,7 +507,7 @@ def _copy_readable(path: Path, fresh: sqlite3.Connection) -> tuple[int, bool]:
     lost = _lost_in_log(path)
     # Read-only: nothing of the damaged file or its log is changed, and closing makes no checkpoint.
     with (
-        contextlib.suppress(sqlite3.Error),  # not even its head can be read
+        contextlib.suppress(sqlite3.Error, UnicodeDecodeError),  # not even its head can be read
         contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as damaged,
     ):
         damaged.text_factory = _lenient_text
@@ -537,7 +537,7 @@ def _lost_in_log(path: Path) -> list[FoundRow]:
     lasts: dict[str, int] = {}
     if found:
         with (
-            contextlib.suppress(sqlite3.Error),
+            contextlib.suppress(sqlite3.Error, UnicodeDecodeError),
             contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as as_read,
         ):
             lasts = dict(as_read.execute("SELECT stream, last_seq FROM streams").fetchall())
@@ -550,7 +550,7 @@ def _copy_table(damaged: sqlite3.Connection, fresh: sqlite3.Connection, table: s
     try:
         theirs = {str(column[1]) for column in damaged.execute(f"PRAGMA table_info({table})")}
         columns = [column[1] for column in fresh.execute(f"PRAGMA table_info({table})") if column[1] in theirs]
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError):
         return False
     if not columns:
         return True  # of an older version
@@ -564,7 +564,7 @@ def _copy_table(damaged: sqlite3.Connection, fresh: sqlite3.Connection, table: s
                     are_sound = False  # its pages are read once more, in case another copy of it is right
                 else:
                     fresh.execute(put, values)
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
             continue
         return are_sound
     return False
@@ -1264,8 +1264,9 @@ def _explained(path: Path) -> Iterator[None]:
         else:
             hint = "the disk does not work as it should; look into the system's log"
         raise OutboxError(f"{path}: {hint} ({text})") from error
-    except sqlite3.DatabaseError as error:
-        if type(error) is not sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # Of a damaged schema not even SQLite's complaint can be decoded.
+        if type(error) not in (sqlite3.DatabaseError, UnicodeDecodeError):
             raise  # a fault of this program, not of the file
         # Only "not a database" and "malformed" come as the base class itself.
         with contextlib.suppress(OSError):
