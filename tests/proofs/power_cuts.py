@@ -126,7 +126,6 @@ def run(folder: Path, cuts: int, seed: int = 1, *, lies: bool = False) -> Verdic
     library = disk_shim.build(folder)
     verdict = Verdict()
     rng = random.Random(seed)
-    logging.getLogger("agent").setLevel(logging.CRITICAL)
     a_recording = 1500
     while verdict.cuts < cuts:
         place = folder / f"recorded-{verdict.cuts}"
@@ -209,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--fill", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    logging.getLogger("agent").setLevel(logging.CRITICAL)  # what a cut outbox says of itself is expected here
     if options.fill is not None:
         fill(options.fill, options.seed)
     begun_s = time.monotonic()
