@@ -22,8 +22,8 @@ def test_at_full_rate_with_faults_the_agent_keeps_no_frames(tmp_path: Path) -> N
     assert figures.added_mb < 25, str(figures)
 
 
-# By name only: libfaketime turns the absolute deadlines of sleeps and waits by the new offset, so that on an idle machine
-# the agent may die of a refused sleep in the moment of a step, which no real clock brings about.
+# By name only: libfaketime turns the absolute deadlines of sleeps and waits by the new offset. On an idle machine the
+# agent may die of a refused sleep in the moment of a step, which no real clock brings about.
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_clock_that_is_set_back_and_forth_by_a_year_costs_no_result_and_no_order(tmp_path: Path) -> None:
