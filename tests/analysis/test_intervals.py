@@ -21,11 +21,14 @@ from agent.analysis.intervals import (
 special = pytest.importorskip("scipy.special")
 stats = pytest.importorskip("scipy.stats")
 
+SHARE = st.floats(
+    0, 1, allow_subnormal=False
+)  # below, scipy errs: 5e-324 ** (1/64) * (1 + 1/64) is 9.017e-6, not 8.974e-6
 SHAPE = st.one_of(st.floats(0.01, 10), st.floats(10, 100_000))
 
 
 @settings(deadline=None)
-@given(st.floats(0, 1), SHAPE, SHAPE)
+@given(SHARE, SHAPE, SHAPE)
 def test_the_incomplete_beta_function_is_scipys(x: float, a: float, b: float) -> None:
     assert incomplete_beta(x, a, b) == pytest.approx(special.betainc(a, b, x), abs=1e-8)
 
