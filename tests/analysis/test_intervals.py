@@ -21,9 +21,8 @@ from agent.analysis.intervals import (
 special = pytest.importorskip("scipy.special")
 stats = pytest.importorskip("scipy.stats")
 
-SHARE = st.floats(
-    0, 1, allow_subnormal=False
-)  # below, scipy errs: 5e-324 ** (1/64) * (1 + 1/64) is 9.017e-6, not 8.974e-6
+# Below the normal numbers scipy errs: 5e-324 ** (1/64) * (1 + 1/64) is 9.017e-6, not 8.974e-6.
+SHARE = st.floats(0, 1, allow_subnormal=False)
 SHAPE = st.one_of(st.floats(0.01, 10), st.floats(10, 100_000))
 
 
