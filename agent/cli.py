@@ -30,6 +30,8 @@ NumberT = TypeVar("NumberT", int, float)
 CENTRAL_COMMANDS = frozenset({"collect", "export"})
 """Those that run beside the database, not beside the microscope, and need the extra `central`."""
 
+REPORT_COMMANDS = frozenset({"report"})
+
 EXPORT_TABLES = (
     *("cells", "fields", "differentials", "shares", "samples", "events"),
     *("audit", "alerts", "devices", "gaps", "dead_letters"),
@@ -89,8 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _find(command: str) -> Callable[[argparse.Namespace], int]:
     """What does the command. Imported after parsing: help and usage errors need neither OpenCV nor a database."""
-    if command not in CENTRAL_COMMANDS:
-        from agent import commands as module
+    if command in REPORT_COMMANDS:
+        from agent import report_commands as module
+    elif command not in CENTRAL_COMMANDS:
+        from agent import commands as module  # type: ignore[no-redef]
     else:
         try:
             from agent.central import commands as module  # type: ignore[no-redef]
@@ -239,6 +243,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--timeout", type=_seconds, default=40.0, metavar="S", help="wait so long for the reply; default 40"
     )
     _add_config(ask)
+
+    report = add(
+        "report",
+        "write the report of a sample: HTML, CSV or JSON",
+        "From the outbox of this device, beside a\nrunning agent. HTML is one file that needs no other.",
+        "hematovision report s-17 --format html --output s-17.html --config config.yaml",
+    )
+    report.add_argument("what", metavar="SAMPLE", help="the sample's id; list: names those that are here")
+    report.add_argument("--format", default="html", choices=("html", "csv", "json"), help="default: html")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    report.add_argument(
+        "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
+    )
+    _add_config(report)
 
     audit = add(
         "audit",

@@ -262,7 +262,8 @@ class SampleState:
     counts: each cell of the slide once, by class. duplicates: views of cells that were counted before.
     unplaced: fields at an unknown place, but for the first: a cell of them may have been counted twice unnoticed.
     area_um2: of all that was seen, overlaps once; None once a field of unknown size was counted.
-    not_classed: cells seen and never named.
+    not_classed: cells seen and never named. refused: frames that were not analysed while it was open, by
+        reason; after a power cut those since the last stored field are missing.
     """
 
     sid: str
@@ -284,6 +285,7 @@ class SampleState:
     not_classed: int = 0
     duplicates: int = 0
     unplaced: int = 0
+    refused: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class AgentState(str, enum.Enum):

@@ -209,12 +209,13 @@ def process_frame(
     if sample.phase not in COUNTING:
         return Outcome(sample, frame.origin_key, dropped=NO_SAMPLE)
     if frame.repeats_last or frame.sha256_16 == sample.last_sha256_16:
-        return Outcome(sample, frame.origin_key, dropped=FROZEN)
+        return Outcome(refuse_frame(sample, FROZEN), frame.origin_key, dropped=FROZEN)
     seen = replace(sample, last_sha256_16=frame.sha256_16)
     with watch.stage("quality"):
         quality, gate = assess_frame(frame, bench.quality, gate or GateMemory())
     if not quality.is_accepted:
-        return Outcome(seen, frame.origin_key, dropped=quality.reasons[0], gate=gate)
+        refused = refuse_frame(seen, quality.reasons[0])
+        return Outcome(refused, frame.origin_key, dropped=quality.reasons[0], gate=gate)
     field = analyse_frame(frame, quality, bench, sample, clock, watch)
     observed = None
     if slide is not None:
@@ -344,6 +345,13 @@ def add_field(
         unplaced=sample.unplaced + is_lost,
         not_classed=sample.not_classed + sum(cell.status is CellStatus.ARTEFACT for cell in field.cells),
     )
+
+
+def refuse_frame(sample: SampleState, reason: str) -> SampleState:
+    """The sample with one more frame that was not analysed; while none is open it does not count."""
+    if sample.phase not in COUNTING:
+        return sample
+    return replace(sample, refused=_sum_counts(sample.refused, {reason: 1}))
 
 
 def _um2(area_mm2: float | None) -> float | None:
@@ -612,13 +620,13 @@ class Pipeline(threading.Thread):
     def _report_unreadable(self, unreadable: UnreadableFrame) -> Outcome:
         told_origin, told_at_s = self._told_unreadable
         if unreadable.origin == told_origin and time.monotonic() - told_at_s < TELL_AGAIN_S:
-            return Outcome(self.sample, unreadable.key, dropped=UNREADABLE)
+            return Outcome(refuse_frame(self.sample, UNREADABLE), unreadable.key, dropped=UNREADABLE)
         self._told_unreadable = (unreadable.origin, time.monotonic())
         logger.warning("frame unreadable: %s: %s", unreadable.origin, unreadable.reason)
         detail = {"origin": unreadable.origin, "reason": unreadable.reason}
         words = f"{unreadable.origin}: {unreadable.reason}"
         event = _event(self._bench.topics, "frame-unreadable", words, "warning", detail)
-        return Outcome(self.sample, unreadable.key, (event,), dropped=UNREADABLE)
+        return Outcome(refuse_frame(self.sample, UNREADABLE), unreadable.key, (event,), dropped=UNREADABLE)
 
     # ---- storing
 

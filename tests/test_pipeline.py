@@ -233,13 +233,14 @@ def test_a_repeat_is_known_after_a_restart_from_the_samples_state() -> None:
     sample = process_frame(frame, SampleState("s-1"), make_bench(), CLOCK).sample
     again = process_frame(frame, sample, make_bench(), CLOCK)
     assert (again.field, again.dropped) == (None, "frozen")
-    assert again.sample == sample
+    assert again.sample == replace(sample, refused={"frozen": 1})
 
 
 def test_a_dark_frame_is_refused_by_its_reason_and_is_done_with() -> None:
     dark = make_frame(pixels=np.full((48, 64, 3), 3, np.uint8), key="k")
     outcome = process_frame(dark, SampleState("s-1"), make_bench(), CLOCK)
     assert (outcome.field, outcome.dropped, outcome.finished_key, outcome.drafts) == (None, "dark", "k", ())
+    assert outcome.sample.refused == {"dark": 1}
 
 
 @pytest.mark.parametrize("size_px", [(1, 1), (2, 1), (1, 300), (5000, 3)])

@@ -6,9 +6,6 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 from agent import RESEARCH_USE_ONLY
@@ -18,7 +15,7 @@ from agent.central.database import check_schema, open_database
 from agent.central.export import Selection
 from agent.central.export import export as write_export
 from agent.central.settings import load_settings, template
-from agent.errors import ConfigError
+from agent.files import whole_file
 from agent.signals import stop_on_signals
 
 OK, SOME_FAILED = 0, 1
@@ -63,7 +60,7 @@ def export(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             count, complaints = write(sys.stdout.buffer)
         else:
-            with _whole_file(arguments.output) as sink:
+            with whole_file(arguments.output) as sink:
                 count, complaints = write(sink)
     finally:
         engine.dispose()
@@ -72,19 +69,3 @@ def export(arguments: argparse.Namespace) -> int:
     what = "FHIR bundles" if arguments.format == "fhir" else f"rows of {arguments.table}"
     print(f"{count} {what}. {RESEARCH_USE_ONLY}", file=sys.stderr)
     return SOME_FAILED if complaints else OK
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is there when it is complete, and not before: half an export looks like a whole one."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        sink = unfinished.open("wb")
-    except OSError as error:
-        raise ConfigError(f"--output {path}", (f"cannot be written: {error.strerror}",)) from error
-    try:
-        with sink:
-            yield sink
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -895,6 +895,27 @@ class Outbox:
             ).fetchall()
         return [StoredDocument(*columns) for columns in found]
 
+    def document(self, topic: str) -> bytes | None:
+        """The newest word on a retained topic; None where nothing was said, or it is to be cleared."""
+        with self._explaining():
+            found = self._connection.execute("SELECT payload FROM documents WHERE topic = ?", (topic,)).fetchone()
+        return None if found is None else found[0]
+
+    def of_topic(self, stream: str, topic: str) -> Iterator[Row]:
+        """Every message of a topic that is here, confirmed or not, in order, for reports; read in portions."""
+        after_row = 0
+        while True:
+            with self._explaining():
+                found = self._connection.execute(
+                    "SELECT row_id, stream, boot, seq, topic, captured_monotonic_ns, payload, crc32 FROM rows "
+                    "WHERE row_id > ? AND stream = ? AND topic = ? ORDER BY row_id LIMIT ?",
+                    (after_row, stream, topic, EXPORT_STEP_ROWS),
+                ).fetchall()
+            if not found:
+                return
+            yield from (_read_row(columns, is_replay=False) for columns in found)
+            after_row = found[-1][0]
+
     def notes(self, prefix: str) -> dict[str, str]:
         """All notes whose key begins so."""
         with self._explaining():
@@ -1331,14 +1352,15 @@ def _forget_sample(connection: sqlite3.Connection) -> None:
 def sample_text(sample: SampleState) -> str:
     """The state as JSON."""
     keys = {part.name: getattr(sample, part.name) for part in dataclasses.fields(sample)}
-    return json.dumps({**keys, "counts": {name: int(count) for name, count in sample.counts.items()}})
+    tallies = {key: {name: int(count) for name, count in keys[key].items()} for key in ("counts", "refused")}
+    return json.dumps({**keys, **tallies})
 
 
 def sample_from(text: str) -> SampleState:
     """The state from its JSON; keys of a newer agent are passed over."""
     stored = json.loads(text)
     known = {part.name: stored[part.name] for part in dataclasses.fields(SampleState) if part.name in stored}
-    return SampleState(**{**known, "counts": MappingProxyType(stored.get("counts", {}))})
+    return SampleState(**{**known, **{key: MappingProxyType(stored.get(key, {})) for key in ("counts", "refused")}})
 
 
 def _export_line(number: int, topic: str, payload: bytes, **more: str) -> str:

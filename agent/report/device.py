@@ -1,0 +1,70 @@
+"""The record of a sample from the device's own outbox: beside a running agent, or when it has ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from agent.delivery.outbox import Outbox
+from agent.delivery.topics import Topics
+from agent.report.document import newest_answers
+from agent.report.record import Body, KeptCrop, NothingToReport, SampleRecord
+from agent.reporting import kept_key, read_kept
+
+
+def read_device(outbox: Outbox, topics: Topics, sid: str, crops: Mapping[str, KeptCrop]) -> SampleRecord:
+    """Everything that this device still has of a sample. Raises NothingToReport, OutboxError."""
+    reports = list(read_messages(outbox, "differential", topics.differential(sid)))
+    running = outbox.document(topics.differential(sid))
+    if running is not None:
+        body = json.loads(running)
+        known = {report["report"] for report in reports}
+        if body["report"] is None or body["report"] not in known:
+            reports = [*reports, body] if body["report"] is not None or not reports else reports
+    if not reports:
+        raise NothingToReport(
+            f"{outbox.path}: there is no differential of sample {sid} here; `hematovision report list` names others"
+        )
+    return SampleRecord(
+        "device",
+        topics.site,
+        topics.device,
+        sid,
+        differentials=reports,
+        sample=_sample(outbox, topics, sid),
+        fields=read_messages(outbox, "field", topics.field(sid)),
+        answers=newest_answers(
+            entry
+            for entry in read_messages(outbox, "audit", topics.audit)
+            if (entry.get("detail") or {}).get("sample") == sid
+        ),
+        crops=crops,
+    )
+
+
+def reported_samples(outbox: Outbox, topics: Topics) -> list[tuple[str, str]]:
+    """Ids of the samples that can be reported, with the status of each, the newest last."""
+    found = []
+    for document in outbox.documents():
+        if document.topic.startswith(topics.differential("x")[:-1]) and document.payload is not None:
+            found.append((document.topic.rsplit("/", 1)[1], str(json.loads(document.payload)["status"])))
+    return found
+
+
+def read_messages(outbox: Outbox, stream: str, topic: str) -> Iterator[Body]:
+    """The messages of a topic that are here, in order; damaged ones are passed over."""
+    for row in outbox.of_topic(stream, topic):
+        if row.is_intact:
+            yield json.loads(row.payload)
+
+
+def _sample(outbox: Outbox, topics: Topics, sid: str) -> Body | None:
+    told = outbox.document(topics.sample(sid))
+    if told is not None:
+        body: Body = json.loads(told)
+        return body
+    kept = outbox.note(kept_key(sid))
+    if kept is None:
+        return None
+    state = read_kept(kept).sample
+    return {"opened_at": state.opened_at, "ended_at": state.ended_at, "end_reason": state.end_reason}

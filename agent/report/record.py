@@ -1,0 +1,57 @@
+"""What is known of one sample, whoever kept it: the device's own outbox, or the collector's database.
+
+Both hand over the messages as the contract has them (docs/contract.md); what is made of them: `agent.report.document`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from agent.analysis.agreement import Answer
+from agent.errors import HematoVisionError
+
+Body = Mapping[str, Any]
+
+Source = Literal["device", "collector"]
+
+
+class NothingToReport(HematoVisionError):
+    """There is no such sample here, or it has no differential."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCrop:
+    """The picture of a cell that was kept on the device. is_open: waits for a person's answer.
+
+    reason: why it was kept: `unidentified`, `low-margin`, `gallery`. probability, margin: of the model, 0 to 1.
+    """
+
+    cell_id: str
+    class_name: str
+    probability: float
+    margin: float | None
+    reason: str
+    is_open: bool
+    jpeg: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleRecord:
+    """The messages of one sample.
+
+    differentials: final and amended ones, oldest first; of a sample that has none, the running one. sample: its newest
+    `sample` document. fields: in order; walked over once. answers: what persons said of its cells, newest of each.
+    """
+
+    source: Source
+    site: str
+    device: str
+    sid: str
+    differentials: Sequence[Body]
+    sample: Body | None = None
+    fields: Iterable[Body] = ()
+    answers: Sequence[Answer] = ()
+    crops: Mapping[str, KeptCrop] = field(default_factory=lambda: MappingProxyType({}))
