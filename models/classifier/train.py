@@ -9,8 +9,8 @@ accuracy is best as a mean over PBC `val` and the sources that we named by eye.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from models.classifier.locate import read_boxes
 from models.common.labels import attribute_values, cell_classes, read_attributes, read_cells
 from models.common.simulated import simulated_crops
 from models.common.training import Run
-from models.common.warm_start import load_shipped
+from models.common.warm_start import FileDoesNotFit, load_shipped
 from models.nets.cellnet import Answers, CellNet
 
 
@@ -35,9 +35,10 @@ class RunFile:
     """What a run's YAML says.
 
     init: `.pt` of ours or a shipped `.tflite` (its backbone is taken). teacher: `.pt` of a run of ours whose answers
-    are
-    learnt too. minutes: of training, over all sessions. backbone_rate: the backbone's share of `rate`. foreign: sources
-    of which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch, by kind.
+    are learnt too. minutes: of training, over all sessions. rates: share of `rate` for parameters whose names begin so;
+    0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to learn. foreign:
+    sources of which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch,
+    by kind.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -47,8 +48,8 @@ class RunFile:
     batch: int = 64
     minutes: float = 60
     rate: float = 2e-3
-    backbone_rate: float = 1.0
-    frozen_share: float = 0.0
+    rates: Mapping[str, float] = field(default_factory=dict)
+    thaw_at: float = 0.0
     epoch_crops: int = 10240
     foreign: tuple[str, ...] = ()
     shares: Mapping[str, float]
@@ -75,7 +76,7 @@ def main() -> None:
     if not (folder / "last.pt").exists():
         begin_with(net, settings, examples)
     teacher = load_net(settings.teacher, wording) if settings.teacher else None
-    run = Run(folder, net, settings.rate, settings.minutes, factors={"backbone.": settings.backbone_rate})
+    run = Run(folder, net, settings.rate, settings.minutes, settings.rates)
     loader = train_loader(settings, examples, wording)
     views = val_views(args.data, settings, boxes, wording)
     facts = {"classes": wording.classes, "values": wording.values, "backbone": settings.backbone}
@@ -83,7 +84,8 @@ def main() -> None:
     run.schedule.start()
     while not run.is_finished:
         net.train()
-        net.backbone.requires_grad_(run.schedule.progress >= settings.frozen_share)
+        net.backbone.requires_grad_(run.schedule.progress >= settings.thaw_at)
+        freeze(net, [start for start, share in settings.rates.items() if share == 0])
         losses = []
         for pixels, labels, attributes, are_cells in loader:
             x = pixels.to(memory_format=torch.channels_last).float() / 255
@@ -142,13 +144,23 @@ def begin_with(net: CellNet, settings: RunFile, examples: Mapping[str, list[crop
             crops.square(e.pixels, e.box, settings.side_px) for e in examples["pbc"][:: len(examples["pbc"]) // 256]
         ]
         batch = torch.stack([crops.picture_tensor(p) for p in pictures]).float() / 255
-        load_shipped(net, settings.init, batch.split(64), is_stored=lambda name: not name.startswith(NEW_HEADS))
+        try:
+            load_shipped(net, settings.init, batch.split(64))
+        except FileDoesNotFit:  # a file of version 0.1 has one head
+            load_shipped(net, settings.init, batch.split(64), is_stored=lambda name: not name.startswith(NEW_HEADS))
         return
     stored = torch.load(settings.init, weights_only=True)["average"]
     own = net.state_dict()
     fitting = {name: value for name, value in stored.items() if name in own and own[name].shape == value.shape}
     net.load_state_dict(fitting, strict=False)
     print(f"{settings.init}: {len(fitting)} of {len(own)} tensors fit; missing: {sorted(set(own) - set(fitting))[:8]}")
+
+
+def freeze(net: nn.Module, starts: Sequence[str]) -> None:
+    """What begins so neither learns nor moves its norms' statistics."""
+    for name, module in net.named_modules():
+        if name.startswith(tuple(starts)):
+            module.eval().requires_grad_(False)
 
 
 NEW_HEADS = ("morphology", "is_cell")

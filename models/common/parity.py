@@ -1,0 +1,95 @@
+"""Does the int8 file answer as the float net does? Fails the run where it does not.
+
+    python -m models.common.parity                                     # models/ against runs/float, on all of `test`
+    python -m models.common.parity --float runs/float --int8 models --split val
+
+Both folders are measured as `models.evaluate` measures them. The bounds are the largest losses that a shipped file may
+have; a gain is no loss. Exit status 1 = a loss is above its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agent.config import ModelsSection
+from agent.inference.models import open_models
+from models.evaluate import evaluate_classifier, evaluate_detector
+
+BOUNDS: Mapping[str, float] = {
+    "classifier accuracy": 0.002,
+    "detector mAP50": 0.005,
+    "detector mAP50-95": 0.01,
+}
+"""Largest loss from float to int8, as a share (0 to 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One figure of both files, 0 to 1."""
+
+    name: str
+    float_value: float
+    int8_value: float
+
+    @property
+    def loss(self) -> float:
+        """What int8 costs; negative where it gains."""
+        return self.float_value - self.int8_value
+
+    @property
+    def is_within(self) -> bool:
+        return self.loss <= BOUNDS[self.name]
+
+
+def main() -> None:
+    args = parse()
+    before, after = (measure(folder, args.data, args.split, args.threads) for folder in (args.float, args.int8))
+    comparisons = compare(before, after)
+    show(comparisons)
+    sys.exit(0 if all(c.is_within for c in comparisons) else 1)
+
+
+def compare(before: Mapping[str, float], after: Mapping[str, float]) -> list[Comparison]:
+    """Each bounded figure of the float and of the int8 files. Raises KeyError where one was not measured."""
+    return [Comparison(name, before[name], after[name]) for name in BOUNDS]
+
+
+def measure(folder: Path, data: Path, split: str, threads: int) -> dict[str, float]:
+    """The bounded figures of a models folder, on a whole split."""
+    models = open_models(ModelsSection(folder=folder, threads=threads))
+    found: dict[str, Any] = evaluate_detector(models, data, split)["groups"]["complete"]["all"]
+    return {
+        "classifier accuracy": evaluate_classifier(models, data, split)["accuracy"],
+        "detector mAP50": found["map50"],
+        "detector mAP50-95": found["map50_95"],
+    }
+
+
+def show(comparisons: list[Comparison]) -> None:
+    table = Table("figure", "float", "int8", "loss", "bound", "")
+    for c in comparisons:
+        values = (c.float_value, c.int8_value, c.loss, BOUNDS[c.name])
+        table.add_row(c.name, *(f"{v:.4f}" for v in values), "within" if c.is_within else "ABOVE")
+    Console().print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--float", type=Path, default=Path("runs/float"), help="folder of manifest.json, float files")
+    parser.add_argument("--int8", type=Path, default=Path("models"), help="folder of manifest.json, int8 files")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
