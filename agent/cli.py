@@ -30,7 +30,6 @@ NumberT = TypeVar("NumberT", int, float)
 CENTRAL_COMMANDS = frozenset({"collect", "export"})
 """Those that run beside the database, not beside the microscope, and need the extra `central`."""
 
-REPORT_COMMANDS = frozenset({"report"})
 
 EXPORT_TABLES = (
     *("cells", "fields", "differentials", "shares", "samples", "events"),
@@ -91,8 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _find(command: str) -> Callable[[argparse.Namespace], int]:
     """What does the command. Imported after parsing: help and usage errors need neither OpenCV nor a database."""
-    if command in REPORT_COMMANDS:
+    if command == "report":
         from agent import report_commands as module
+    elif command == "review":
+        from agent import review_commands as module  # type: ignore[no-redef]
     elif command not in CENTRAL_COMMANDS:
         from agent import commands as module  # type: ignore[no-redef]
     else:
@@ -257,6 +258,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
     )
     _add_config(report)
+
+    review = add(
+        "review",
+        "cells that a person should look at: list, show, answer, export",
+        "The list and its pictures stay on the\ndevice; an answer is sent to the running agent as the command amend.",
+        "hematovision review answer s-17-204 lymphocyte --by mtl-7 --config config.yaml",
+    )
+    review.add_argument(
+        "action",
+        choices=("list", "show", "answer", "export", "agreement"),
+        help="list: cells that wait; show: one cell; answer: name it; export: answered crops in class folders, for "
+        "models.finetune; agreement: persons against the model",
+    )
+    review.add_argument(
+        "words", nargs="*", metavar="WORD", help="list, agreement: SAMPLE; show: CELL; answer: CELL CLASS; export: DIR"
+    )
+    review.add_argument("--all", action="store_true", help="list: the answered ones and the gallery too")
+    review.add_argument("--by", metavar="TOKEN", help="answer: who says so; an opaque token, never a name")
+    review.add_argument("--reason", metavar="WORDS", help="answer: why, for the audit; no personal facts")
+    review.add_argument("--json", action="store_true", help="list, show, agreement: as JSON")
+    review.add_argument("--timeout", type=_seconds, default=40.0, metavar="S", help="answer: wait so long; default 40")
+    review.add_argument(
+        "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
+    )
+    _add_config(review)
 
     audit = add(
         "audit",

@@ -258,6 +258,19 @@ class DifferentialSection(Section):
     """Dilution of the blood in the chamber: 20 = one part in twenty."""
 
 
+class ReviewSection(Section):
+    """Cells that a person should look at: `hematovision review`. Their pictures stay on this device."""
+
+    enabled: bool = True
+    """Whether cells that the models are unsure of enter the review list, with their pictures."""
+    max_margin: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """A named cell whose first two probabilities are nearer than this enters the list too; 0 = only `unidentified`."""
+    gallery: Annotated[int, Field(ge=0, le=100)] = 6
+    """Pictures of surely named cells that are kept of each class and sample, for the report's gallery."""
+    max_mb: Annotated[float, Field(ge=1, le=100_000)] = 64
+    """MB; when the pictures have grown to this the oldest go, first those that nobody waits for."""
+
+
 class OutboxSection(Section):
     """The results on disk that nobody has confirmed yet, and for a while those that are confirmed."""
 
@@ -384,6 +397,7 @@ class Config(Section):
     models: ModelsSection = ModelsSection()
     sample: SampleSection = SampleSection()
     differential: DifferentialSection = DifferentialSection()
+    review: ReviewSection = ReviewSection()
     outbox: OutboxSection = OutboxSection()
     delivery: DeliverySection = DeliverySection()
     broker: BrokerSection = BrokerSection()

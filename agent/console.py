@@ -84,6 +84,16 @@ def counts_table(counts: Mapping[str, int], title: str = "counts") -> Table:
     return table
 
 
+def plain_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Words in rows; all but the first column are numbers."""
+    table = Table(title=escape(title), title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(word) for word in row))
+    return table
+
+
 def counts_words(counts: Mapping[str, int]) -> str:
     """Counts in one line, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))

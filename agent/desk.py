@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
+from agent.analysis.agreement import Answer
 from agent.analysis.cells import UNIDENTIFIED
 from agent.analysis.sample import COUNTING, ENDED, NotNow, Trigger, begin, change
 from agent.config import SampleSection
@@ -48,11 +49,13 @@ from agent.reporting import (
     KEPT_SAMPLES,
     Reporter,
     cell_key,
+    forget_cells,
     forget_sample,
     kept_key,
     read_kept,
     rename_cell,
 )
+from agent.review import answer_note, answers_key
 
 logger = logging.getLogger(__name__)
 
@@ -286,13 +289,20 @@ class Desk:
         before = self._outbox.note(key)
         if before is None:
             raise Refused("unknown-cell", f"cell {request.cell_id}: no counted cell of this sample that can be named")
+        facts = {"sample": request.sample, "cell_id": request.cell_id, "from": before, "to": request.cell_class}
+        answer = Answer(
+            request.cell_id, before, request.cell_class, request.by, rfc3339_ms(self._clock()), request.reason
+        )
+        place = answers_key(request.sample, request.cell_id)
+        given = {place: answer_note(self._outbox.note(place), answer)}
         if before == request.cell_class:
-            return self._tell(command, Done(f"cell {request.cell_id} is {before} already", {"class": before}))
+            words = f"cell {request.cell_id} is {before} already; that a person says so too is noted"
+            return replace(self._tell(command, Done(words, facts)), notes=given)
 
         amended = rename_cell(sample if is_current or kept is None else kept.sample, before, request.cell_class)
         drafts: tuple[Draft, ...] = ()
         documents: tuple[RetainedDocument, ...] = ()
-        notes: dict[str, str | None] = {key: request.cell_class}
+        notes: dict[str, str | None] = {key: request.cell_class, **given}
         if kept is not None:
             then = replace(reporter, provenance=kept.provenance)
             amended, report = then.report(amended, self._clock())
@@ -301,7 +311,6 @@ class Desk:
             (_, differential) = then.documents(amended, boot=self._outbox.boot, at=self._clock())
             documents = (differential,)
         words = f"cell {request.cell_id} was {before}, is {request.cell_class}"
-        facts = {"sample": request.sample, "cell_id": request.cell_id, "from": before, "to": request.cell_class}
         return Deed(
             self._reply(command, words, {**facts, "reports": amended.reports}),
             amended if is_current else None,
@@ -322,7 +331,7 @@ class Desk:
         if sample.phase != "idle":
             documents.append(RetainedDocument(reporter.topics.sample(sample.sid), None))
         if sample.phase == "aborted":
-            notes[f"cells/{sample.sid}/"] = None
+            notes.update(forget_cells(sample.sid))
         kept = [read_kept(text).sample for text in self._outbox.notes(kept_key("")).values()]
         for old in sorted(kept, key=lambda one: one.ended_at or "")[: -KEPT_SAMPLES + 1]:
             cleared, forgotten = forget_sample(old.sid, reporter.topics)

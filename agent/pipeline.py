@@ -37,7 +37,7 @@ from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, reached_target
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
-from agent.config import Config, QualitySection, config_sha256, load_reference_intervals
+from agent.config import Config, QualitySection, ReviewSection, config_sha256, load_reference_intervals
 from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.commands import Command, InboundCommand, Refusal, reply_topic
 from agent.delivery.messages import Body, Draft, RetainedDocument, Severity, event_draft, field_drafts
@@ -51,7 +51,8 @@ from agent.health import Health
 from agent.inference.manifest import Manifest
 from agent.inference.models import Models
 from agent.machine import read_clock
-from agent.reporting import Reporter, cell_key, note_cells, tally_of
+from agent.reporting import ANSWERS, REVIEW, Reporter, cell_key, kept_key, note_cells, tally_of
+from agent.review import CropStore, read_kept_cells, review_key, review_notes
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ SLIDE_NOTES = "slide/"
 STAGES_OF_A_FRAME = ("capture", "quality", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
 
+
+NO_REVIEW = ReviewSection(enabled=False)
 
 NO_KINDS = Rules({})
 """Where the manifest does not say what each class is, a differential has no shares."""
@@ -122,6 +125,7 @@ class Bench:
     with_images: bool = False
     counting: Rules = NO_KINDS
     field_area_um2: float | None = None
+    review: ReviewSection = NO_REVIEW
 
     @property
     def reporter(self) -> Reporter:
@@ -149,6 +153,7 @@ def make_bench(config: Config, models: Models) -> Bench:
         with_images=config.publish.images,
         counting=counting_rules(config, models.manifest),
         field_area_um2=_um2(config.differential.field_area_mm2),
+        review=config.review,
     )
 
 
@@ -225,6 +230,7 @@ def process_frame(
     drafts = field_drafts(field, bench.topics, sample.sid, with_cells=bench.with_cells, accession=sample.accession)
     counted = [cell for cell in field.cells if cell.is_counted is not False]
     notes: dict[str, str | None] = {**note_cells(sample.sid, counted, bench.counting.kinds)}
+    notes |= review_notes(field, sample, bench.review, notes.keys())
     notes |= {cell_key(sample.sid, old): None for cell in field.cells for old in cell.supersedes}
     notes[GATE_NOTE] = gate_to_text(gate)
     if observed is not None:
@@ -378,7 +384,8 @@ class Pipeline(threading.Thread):
 
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
-    on_counted: called after each stored field. service: None = no commands are heard.
+    on_counted: called after each stored field. service: None = no commands are heard. crops: where pictures for the
+    review are kept; None = they are not.
     """
 
     def __init__(
@@ -394,6 +401,7 @@ class Pipeline(threading.Thread):
         service: Service | None = None,
         documents_every_s: float = 5.0,
         retry_s: float = RETRY_S,
+        crops: CropStore | None = None,
     ) -> None:
         super().__init__(name="pipeline", daemon=True)
         self.failure: Exception | None = None
@@ -403,12 +411,14 @@ class Pipeline(threading.Thread):
         self._outbox = outbox
         self._gate = gate_from_text(outbox.note(GATE_NOTE))
         self._slide = _slide_from_notes(outbox, sample)
+        self._hold_answered(outbox.notes(f"{ANSWERS}{sample.sid}/"))
         self._bench = bench
         self._health = health
         self._on_stored = on_stored
         self._on_counted = on_counted
         self._service = service
         self._retry_s = retry_s
+        self._crops = crops
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
@@ -607,9 +617,16 @@ class Pipeline(threading.Thread):
         if sample.phase == "finishing" and self.sample.phase != "finishing":
             self._stopped_ns = time.monotonic_ns()
         self.sample = sample
+        self._hold_answered(deed.notes or {})
         if documents:
             self._note_told(sample)
         self._on_stored()
+
+    def _hold_answered(self, notes: Mapping[str, str | None]) -> None:
+        prefix = f"{ANSWERS}{self._slide.sid}/"
+        for key in notes:
+            if key.startswith(prefix) and key != prefix:
+                self._slide.hold(key.removeprefix(prefix))
 
     def _chained(self, entries: Sequence[Entry]) -> tuple[tuple[Draft, ...], ChainHead, Mapping[str, str | None]]:
         """The audit messages of these entries, where the chain ends then, and the note that says so."""
@@ -665,7 +682,23 @@ class Pipeline(threading.Thread):
         if outcome.field is not None and self._bench.with_images and self._service is not None:
             for topic, jpeg in pictures_of(outcome.field, outcome.sample.sid, self._bench):
                 self._service.show(topic, jpeg)
+        if outcome.field is not None and self._crops is not None:
+            self._keep_crops(outcome.field, outcome, self._crops)
         return True
+
+    def _keep_crops(self, field: FieldResult, outcome: Outcome, crops: CropStore) -> None:
+        """The pictures of the cells of a stored field that are in the review list or the gallery."""
+        sid = outcome.sample.sid
+        margin = self._bench.models.manifest.classifier.crop.margin
+        kept = [cell for cell in field.cells if outcome.notes.get(review_key(sid, cell.cell_id)) is not None]
+        for cell in kept:
+            crops.put(sid, cell.cell_id, encode_jpeg(cut_crop(field.frame.pixels_bgr, cell.detection.box, margin)))
+        if outcome.sample.fields == 1:
+            crops.keep_only((sid, *(key.removeprefix(kept_key("")) for key in self._outbox.notes(kept_key("")))))
+        max_bytes = int(self._bench.review.max_mb * 2**20)
+        if kept and crops.size_bytes() > max_bytes:
+            listed = read_kept_cells(self._outbox.notes(REVIEW), self._outbox.notes(ANSWERS), None)
+            crops.make_room(max_bytes, {cell.cell_id: not cell.is_open for cell in listed})
 
     def _append(self, outcome: Outcome) -> None:
         documents = self._due_documents(outcome.sample)

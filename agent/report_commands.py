@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from types import MappingProxyType
 
 from agent import RESEARCH_USE_ONLY
 from agent.config import load_config, state_folder
@@ -20,12 +19,10 @@ from agent.files import whole_file
 from agent.report.device import read_device, reported_samples
 from agent.report.document import Document, compose
 from agent.report.html import render_html
-from agent.report.record import KeptCrop
 from agent.report.tables import render_csv
+from agent.review import CROPS_FOLDER, CropStore, KeptCell
 
 OK, SOME_FAILED = 0, 1
-
-NO_CROPS: Mapping[str, KeptCrop] = MappingProxyType({})
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -45,7 +42,7 @@ def report(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def render(document: Document, crops: Mapping[str, KeptCrop], wanted: str) -> bytes:
+def render(document: Document, crops: Mapping[str, KeptCell], wanted: str) -> bytes:
     """The report in one of its formats."""
     if wanted == "json":
         return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -62,12 +59,12 @@ def _list(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _compose(arguments: argparse.Namespace) -> tuple[Document, Mapping[str, KeptCrop]]:
+def _compose(arguments: argparse.Namespace) -> tuple[Document, Mapping[str, KeptCell]]:
     if not re.fullmatch(r"[a-z0-9-]{1,63}", arguments.what):
         fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), or list"
         raise ConfigError("hematovision report", (fault,))
     with _device(arguments) as (outbox, topics):
-        record = read_device(outbox, topics, arguments.what, NO_CROPS)
+        record = read_device(outbox, topics, arguments.what, CropStore(outbox.path.parent / CROPS_FOLDER))
         return compose(record, datetime.now(timezone.utc)), record.crops
 
 

@@ -28,6 +28,9 @@ from agent.domain import Cell, CellStatus, ModelIdentity, Provenance, SampleStat
 
 ARTEFACT = CellStatus.ARTEFACT.value
 
+REVIEW, ANSWERS = "review/", "answers/"
+"""Notes of the cells of each sample that a person should look at, and of what persons said; see `agent.review`."""
+
 KEPT_SAMPLES = 16
 """Ended samples that can still be amended: more than lie on a bench in a day's review."""
 
@@ -167,7 +170,12 @@ def note_cells(sid: str, cells: Iterable[Cell], kinds: Mapping[str, CellKind]) -
 def forget_sample(sid: str, topics: Topics) -> tuple[tuple[RetainedDocument, ...], Mapping[str, str | None]]:
     """A sample that is too old to be amended: its documents are cleared, what was kept of it is forgotten."""
     documents = (RetainedDocument(topics.sample(sid), None), RetainedDocument(topics.differential(sid), None))
-    return documents, {kept_key(sid): None, f"cells/{sid}/": None}
+    return documents, {kept_key(sid): None, **forget_cells(sid)}
+
+
+def forget_cells(sid: str) -> dict[str, str | None]:
+    """What is kept of the single cells of a sample, to be forgotten."""
+    return {f"cells/{sid}/": None, f"{REVIEW}{sid}/": None, f"{ANSWERS}{sid}/": None}
 
 
 def rename_cell(sample: SampleState, before: str, after: str) -> SampleState:

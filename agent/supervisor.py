@@ -55,6 +55,7 @@ from agent.inference.slots import ModelSlots
 from agent.machine import read_clock, read_machine
 from agent.pipeline import Pipeline, Service
 from agent.reporting import Reporter
+from agent.review import CROPS_FOLDER, CropStore
 from agent.signals import StopSignal, stop_on_signals
 from agent.workshop import Work, Workshop
 
@@ -147,6 +148,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             on_stored=publisher.wake,
             on_counted=workshop.mark_proven,
             documents_every_s=config.differential.update_s,
+            crops=CropStore(folder / CROPS_FOLDER),
         )
         if config.commands.enabled:
             desk = make_desk(config, outbox, workshop, publisher.send_again)

@@ -14,7 +14,8 @@ What counts, in a stream in which nothing that was sent can be changed
   3. A better view takes the place of the standing one (`supersedes`): a whole cell before a cut one, a named one before
      an `unidentified` one, a name that is surer by BETTER_BY. `unique_counts` then moves the cell to its new class: it
      may say -1 for the old one.
-  4. What stays on one pixel and looks the same while the slide moves is dirt: from its third appearance in a row
+  4. What a person has named stands for good (`hold`).
+  5. What stays on one pixel and looks the same while the slide moves is dirt: from its third appearance in a row
      `artefact`, and what was counted of it is taken back.
 
 Pure; memory is bounded by the number of cells and fields: some 4 kB a field, of which the picture has the most.
@@ -194,7 +195,11 @@ class SlideMap:
             stands = False
             if len(stuck[index]) + 1 >= DIRT_APPEARANCES:
                 views = dict.fromkeys(self._find_root(view_number) for view_number in stuck[index])
-                taken_back = [other for other in views if self._stands[other] and other not in withdrawn]
+                taken_back = [
+                    other
+                    for other in views
+                    if self._stands[other] and other not in withdrawn and not math.isinf(self._merit[other])
+                ]
                 withdrawn += taken_back
                 for other in taken_back:
                     added[self._name_of(other)] -= 1
@@ -254,6 +259,12 @@ class SlideMap:
         )
 
     # ---- remembering
+
+    def hold(self, cell_id: str) -> None:
+        """A person has named this cell: no later view takes its place, and it is not taken back as dirt."""
+        number = int(cell_id.rsplit("-", 1)[1])
+        if number < len(self._root) and self._stands[root := self._find_root(number)]:
+            self._merit[root] = math.inf
 
     def add(self, trace: Trace) -> None:
         """Take a stored field into the map."""

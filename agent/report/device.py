@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from agent.delivery.outbox import Outbox
 from agent.delivery.topics import Topics
-from agent.report.document import newest_answers
-from agent.report.record import Body, KeptCrop, NothingToReport, SampleRecord
-from agent.reporting import kept_key, read_kept
+from agent.report.record import Body, NothingToReport, SampleRecord
+from agent.reporting import ANSWERS, REVIEW, kept_key, read_kept
+from agent.review import CropStore, read_kept_cells
 
 
-def read_device(outbox: Outbox, topics: Topics, sid: str, crops: Mapping[str, KeptCrop]) -> SampleRecord:
+def read_device(outbox: Outbox, topics: Topics, sid: str, crops: CropStore | None = None) -> SampleRecord:
     """Everything that this device still has of a sample. Raises NothingToReport, OutboxError."""
+    cells = read_kept_cells(outbox.notes(f"{REVIEW}{sid}/"), outbox.notes(f"{ANSWERS}{sid}/"), crops)
     reports = list(read_messages(outbox, "differential", topics.differential(sid)))
     running = outbox.document(topics.differential(sid))
     if running is not None:
@@ -33,12 +34,8 @@ def read_device(outbox: Outbox, topics: Topics, sid: str, crops: Mapping[str, Ke
         differentials=reports,
         sample=_sample(outbox, topics, sid),
         fields=read_messages(outbox, "field", topics.field(sid)),
-        answers=newest_answers(
-            entry
-            for entry in read_messages(outbox, "audit", topics.audit)
-            if (entry.get("detail") or {}).get("sample") == sid
-        ),
-        crops=crops,
+        answers=[cell.answers[-1] for cell in cells if cell.answers],
+        crops={cell.cell_id: cell for cell in cells},
     )
 
 

@@ -18,8 +18,9 @@ from agent import RESEARCH_USE_ONLY, __version__
 from agent.analysis.agreement import Agreement, Answer, measure_agreement
 from agent.analysis.cells import UNIDENTIFIED
 from agent.delivery.messages import rfc3339_ms
-from agent.report.record import KeptCrop, NothingToReport, SampleRecord
+from agent.report.record import NothingToReport, SampleRecord
 from agent.report.slide_map import MapMaker
+from agent.review import KeptCell
 
 Document = dict[str, Any]
 
@@ -155,10 +156,12 @@ class _Seen:
         return {**newest, "others": others}
 
 
-def _gallery(crops: Iterable[KeptCrop], names: Mapping[str, str]) -> list[Document]:
+def _gallery(crops: Iterable[KeptCell], names: Mapping[str, str]) -> list[Document]:
     """Of each class the pictures that are shown: those that a person named, then those that wait, then the rest."""
-    by_class: dict[str, list[KeptCrop]] = defaultdict(list)
+    by_class: dict[str, list[KeptCell]] = defaultdict(list)
     for crop in crops:
+        if not crop.jpeg:
+            continue
         by_class[names.get(crop.cell_id, crop.class_name)].append(crop)
     shown = []
     for name, of_class in sorted(by_class.items()):

@@ -11,7 +11,6 @@ from html import escape
 from typing import Any
 
 from agent.report.drawing import colours_of, differential_svg, part_svg
-from agent.report.record import KeptCrop
 from agent.report.words import (
     FLAG_WORDS,
     STATUS_WORDS,
@@ -23,6 +22,7 @@ from agent.report.words import (
     reference_words,
     refused_words,
 )
+from agent.review import KeptCell
 
 STYLE = """
 :root{font:15px/1.45 system-ui,"Segoe UI",Roboto,"Noto Sans",sans-serif;color:#111;background:#fff}
@@ -62,7 +62,7 @@ code{font:.87rem ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywher
 Document = Mapping[str, Any]
 
 
-def render_html(document: Document, crops: Mapping[str, KeptCrop]) -> str:
+def render_html(document: Document, crops: Mapping[str, KeptCell]) -> str:
     """The whole file. crops: by cell_id, for the gallery; what is not there is said to be missing."""
     title = f"Sample {document['sample']}: {STATUS_WORDS[document['status']]}"
     return (
@@ -75,7 +75,7 @@ def render_html(document: Document, crops: Mapping[str, KeptCrop]) -> str:
     )
 
 
-def render_body(document: Document, crops: Mapping[str, KeptCrop]) -> str:
+def render_body(document: Document, crops: Mapping[str, KeptCell]) -> str:
     """A report's content; needs STYLE."""
     notice = _e(document["notice"])
     sections = (
@@ -242,7 +242,7 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
     )
 
 
-def _gallery(document: Document, crops: Mapping[str, KeptCrop]) -> str:
+def _gallery(document: Document, crops: Mapping[str, KeptCell]) -> str:
     shown = document["gallery"]
     if not shown:
         return "<h2>Gallery</h2><p>No pictures of cells are kept here.</p>"
@@ -253,7 +253,7 @@ def _gallery(document: Document, crops: Mapping[str, KeptCrop]) -> str:
     return f"<h2>Gallery</h2>{''.join(parts)}"
 
 
-def _figure(picture: Mapping[str, Any], crops: Mapping[str, KeptCrop]) -> str:
+def _figure(picture: Mapping[str, Any], crops: Mapping[str, KeptCell]) -> str:
     crop = crops.get(picture["cell_id"])
     words = f"{picture['cell_id']}: {picture['model']} {picture['probability']:.2f}"
     if picture["named_by"] == "person":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from agent.analysis.agreement import Answer
 from agent.errors import HematoVisionError
+from agent.review import KeptCell
 
 Body = Mapping[str, Any]
 
@@ -22,28 +23,13 @@ class NothingToReport(HematoVisionError):
     """There is no such sample here, or it has no differential."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeptCrop:
-    """The picture of a cell that was kept on the device. is_open: waits for a person's answer.
-
-    reason: why it was kept: `unidentified`, `low-margin`, `gallery`. probability, margin: of the model, 0 to 1.
-    """
-
-    cell_id: str
-    class_name: str
-    probability: float
-    margin: float | None
-    reason: str
-    is_open: bool
-    jpeg: bytes = b""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleRecord:
     """The messages of one sample.
 
     differentials: final and amended ones, oldest first; of a sample that has none, the running one. sample: its newest
     `sample` document. fields: in order; walked over once. answers: what persons said of its cells, newest of each.
+    crops: by cell_id, its review list and gallery.
     """
 
     source: Source
@@ -54,4 +40,4 @@ class SampleRecord:
     sample: Body | None = None
     fields: Iterable[Body] = ()
     answers: Sequence[Answer] = ()
-    crops: Mapping[str, KeptCrop] = field(default_factory=lambda: MappingProxyType({}))
+    crops: Mapping[str, KeptCell] = field(default_factory=lambda: MappingProxyType({}))

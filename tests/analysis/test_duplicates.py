@@ -133,6 +133,16 @@ def test_a_better_view_takes_the_place_of_the_one_that_was_counted() -> None:
     assert +stage.totals == {"monocyte": 1}
 
 
+def test_what_a_person_has_named_stands_against_better_views() -> None:
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (300, 200, 340, 240), "neutrophil", probability=0.6)])
+    stage.slide.hold("s-1")
+    stage.slide.hold("s-99")  # a cell that is not on the map
+    better = stage.visit(100, 0, [make_cell(2, (200, 200, 240, 240), "neutrophil", probability=0.95)])
+    assert (better.cells[0].status, better.cells[0].duplicate_of) == (CellStatus.DUPLICATE, "s-1")
+    assert stage.totals == {"neutrophil": 1}
+
+
 def test_a_name_takes_the_place_of_unidentified_and_never_the_reverse() -> None:
     stage = Stage()
     stage.visit(0, 0, [make_cell(1, (400, 100, 480, 180), "monocyte", CellStatus.UNIDENTIFIED, 0.4)])

@@ -11,8 +11,9 @@ from agent.analysis.differential import CellKind, Confusion, Rules, make_differe
 from agent.delivery.reports import differential_body
 from agent.delivery.topics import Topics
 from agent.domain import AgeBand, ModelIdentity, Provenance, ReferenceInterval, SampleState
-from agent.report.record import KeptCrop, SampleRecord
+from agent.report.record import SampleRecord
 from agent.reporting import status_of, tally_of
+from agent.review import KeptCell
 
 AT = datetime(2026, 11, 25, 9, 0, tzinfo=timezone.utc)
 TOPICS = Topics("lab", "scope")
@@ -89,9 +90,9 @@ def make_record(**changes: Any) -> SampleRecord:
     return SampleRecord("device", "lab", "scope", "s-1", **named)
 
 
-def make_crop(number: int, name: str = "round", **changes: Any) -> KeptCrop:
-    named: dict[str, Any] = {"probability": 0.9, "margin": 0.1, "reason": "low-margin", "is_open": True, **changes}
-    return KeptCrop(f"s-1-{number}", name, jpeg=b"\xff\xd8pixels\xff\xd9", **named)
+def make_crop(number: int, name: str = "round", **changes: Any) -> KeptCell:
+    named: dict[str, Any] = {"probability": 0.9, "margin": 0.1, "reason": "low-margin", **changes}
+    return KeptCell("s-1", f"s-1-{number}", name, name, jpeg=b"\xff\xd8pixels\xff\xd9", **named)
 
 
 def make_answer(number: int, model: str = "round", person: str = "round") -> Answer:

@@ -36,7 +36,7 @@ def fill(outbox: Outbox) -> list[int]:
 def test_fields_are_found_whether_they_were_confirmed_or_not(outbox: Outbox) -> None:
     rows = fill(outbox)
     outbox.acknowledge(rows[:1])
-    document = compose(read_device(outbox, TOPICS, "s-1", {}), AT)
+    document = compose(read_device(outbox, TOPICS, "s-1"), AT)
     assert (document["quality"]["fields_here"], document["report"]) == (2, "s-1-r1")
 
 
@@ -44,20 +44,20 @@ def test_the_retained_differential_stays_when_the_messages_have_gone(tmp_path: P
     begin_boot(tmp_path)
     with open_outbox(tmp_path, device="scope", min_free_mb=0) as outbox:
         outbox.acknowledge(fill(outbox))
-        document = compose(read_device(outbox, TOPICS, "s-1", {}), AT)
+        document = compose(read_device(outbox, TOPICS, "s-1"), AT)
     assert (document["report"], document["quality"]["fields_here"]) == ("s-1-r1", 0)
 
 
 def test_a_sample_that_runs_has_its_running_differential(outbox: Outbox) -> None:
     running = make_report({"round": 3}, 0)
     outbox.append((), documents=[RetainedDocument(TOPICS.differential("s-1"), running)])
-    assert compose(read_device(outbox, TOPICS, "s-1", {}), AT)["status"] == "preliminary"
+    assert compose(read_device(outbox, TOPICS, "s-1"), AT)["status"] == "preliminary"
     assert reported_samples(outbox, TOPICS) == [("s-1", "preliminary")]
 
 
 def test_an_unknown_sample_is_refused_in_words(outbox: Outbox) -> None:
     with pytest.raises(NothingToReport, match="report list"):
-        read_device(outbox, TOPICS, "s-9", {})
+        read_device(outbox, TOPICS, "s-9")
 
 
 def make_config(tmp_path: Path) -> Path:
