@@ -4,16 +4,21 @@
         python -m models.evaluate $what --json > runs/figures/$what.json
         python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
     done
-    python -m models.tables runs/figures
+    python -m models.tables runs/figures                                     # on standard output
+    python -m models.tables runs/figures models/*/MODEL_CARD.md              # into the cards, between their marks
 
-Files that are missing leave their tables out.
+Files that are missing leave their tables out. In a card the tables of `detector` stand between the lines
+`<!-- figures: detector -->` and `<!-- end of figures -->`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +26,38 @@ Figures = dict[str, Any]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) == 2 else None
-    if folder is None or not folder.is_dir():
-        raise SystemExit("usage: python -m models.tables FOLDER (of JSON files from models.evaluate)")
-    for what, draw in TABLES.items():
-        figures = read(folder / f"{what}.json")
-        if figures is not None:
-            print(f"### {what}\n")
-            draw(figures, read(folder / f"float-{what}.json"))
+    folder, *cards = (Path(word) for word in sys.argv[1:] or ["missing"])
+    if not folder.is_dir():
+        raise SystemExit(
+            "usage: python -m models.tables FOLDER [CARD ...]   (FOLDER: of JSON files from models.evaluate)"
+        )
+    found = {what: draw(folder, what) for what in TABLES if (folder / f"{what}.json").exists()}
+    for card in cards:
+        card.write_text(fill(card.read_text(), found))
+    if not cards:
+        for what, text in found.items():
+            print(f"### {what}\n\n{text}")
+
+
+def draw(folder: Path, what: str) -> str:
+    """The tables of one evaluation: the shipped file and, where it was measured, the float net."""
+    drawn = io.StringIO()
+    with contextlib.redirect_stdout(drawn):
+        TABLES[what](json.loads((folder / f"{what}.json").read_text()), read(folder / f"float-{what}.json"))
+    return drawn.getvalue()
+
+
+def fill(card: str, found: Mapping[str, str]) -> str:
+    """The card with the tables of each evaluation between its marks; one that was not measured keeps its old ones."""
+
+    def renew(marked: re.Match[str]) -> str:
+        what = marked["what"]
+        return f"<!-- figures: {what} -->\n\n{found[what]}{END}" if what in found else marked[0]
+
+    return re.sub(rf"<!-- figures: (?P<what>[a-z-]+) -->.*?{END}", renew, card, flags=re.DOTALL)
+
+
+END = "<!-- end of figures -->"
 
 
 def read(file: Path) -> Figures | None:

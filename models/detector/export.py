@@ -90,7 +90,8 @@ def write_entry(folder: Path, args: argparse.Namespace) -> None:
         },
         smaller_than_red_cells=["platelet"],
         thresholds={"min_score": args.min_score, "same_cell_iou": args.same_cell_iou, "max_cells": 1000},
-        data="TXL-PBC fields (BCCD, PBC, Raabin; complete labels, split train) and the simulated slide",
+        data="TXL-PBC fields (BCCD, PBC, Raabin; complete labels, split train); PBC pictures (split train) with boxes "
+        "that version 0.1.0 found; the simulated slide",
         command=args.command,
     )
 
@@ -122,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
-    parser.add_argument("--version", default="0.1.0")
+    parser.add_argument("--version", default="0.2.0")
     parser.add_argument("--pictures", type=int, default=60, help="calibration pictures")
     parser.add_argument("--min-score", type=float, default=0.35, help="threshold, chosen on val")
     parser.add_argument("--same-cell-iou", type=float, default=None, help="overlap of two boxes of one cell")

@@ -1,0 +1,39 @@
+"""The tables of the model cards come from measured figures alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from models.tables import fill
+
+TOP = Path(__file__).parents[2]
+KINDS = {"kinds": {"red cell": {"n": 312, "named": 0.25, "auroc": 0.98894}}}
+CARD = "Text.\n\n<!-- figures: no-cell -->\n\nold\n\n<!-- end of figures -->\n\nMore.\n"
+
+
+def test_a_card_gets_the_tables_between_its_marks_and_keeps_its_text(tmp_path: Path) -> None:
+    (tmp_path / "no-cell.json").write_text(json.dumps(KINDS))
+    card = tmp_path / "MODEL_CARD.md"
+    card.write_text(CARD)
+    subprocess.run([sys.executable, "-m", "models.tables", str(tmp_path), str(card)], cwd=TOP, check=True)
+    row = "| red cell | 312 | 0.250 | 0.9889 |"
+    lines = card.read_text().splitlines()
+    assert row in lines
+    assert "old" not in lines
+    assert (lines[0], lines[-1]) == ("Text.", "More.")
+    again = fill(card.read_text(), {"no-cell": "new\n\n"})
+    assert row not in again
+    assert again.count("<!-- end of figures -->") == 1
+
+
+def test_what_was_not_measured_keeps_its_old_tables() -> None:
+    assert fill(CARD, {"detector": "new"}) == CARD
+
+
+def test_the_shipped_cards_have_a_place_for_each_evaluation() -> None:
+    texts = [(TOP / f"models/{role}/MODEL_CARD.md").read_text() for role in ("detector", "classifier")]
+    for what in ("detector", "classifier", "two-stage", "microscopes", "no-cell"):
+        assert sum(f"<!-- figures: {what} -->" in text for text in texts) == 1, what
