@@ -43,6 +43,8 @@ check ruff check .
 check ruff format --check .
 check mypy
 check lint-imports
+# The whole suite takes a process for each of two cores; a file's tests stay together, since they share servers.
+[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadfile
 say "== pytest $*"
 "$bin/python" -m pytest "$@" || failed=1
 exit "$failed"
