@@ -189,6 +189,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="folder of pictures, video file, camera /dev/video0 or address of a stream; default: a simulated slide",
     )
+    demo.add_argument(
+        "--sample",
+        type=_count,
+        metavar="CELLS",
+        help="count one sample to so many nucleated cells, write its signed report, and end (extra `report`)",
+    )
+    demo.add_argument(
+        "--report",
+        type=Path,
+        default=Path("hematovision-report"),
+        metavar="DIR",
+        help="with --sample: folder of the report; default: hematovision-report",
+    )
     demo.add_argument("--fields", type=_count, metavar="N", help="end after N fields; default: go on")
     demo.add_argument("--port", type=_port, metavar="PORT", help="port of the broker on 127.0.0.1; default: a free one")
 
@@ -251,7 +264,18 @@ def build_parser() -> argparse.ArgumentParser:
         "From the outbox of this device, beside a\nrunning agent. HTML is one file that needs no other.",
         "hematovision report s-17 --format html --output s-17.html --config config.yaml",
     )
-    report.add_argument("what", metavar="SAMPLE", help="the sample's id; list: names those that are here")
+    report.add_argument(
+        "what",
+        metavar="SAMPLE",
+        help="the sample's id; list: names those that are here; key: the public key that signs here; verify FILE",
+    )
+    report.add_argument("file", nargs="?", type=Path, metavar="FILE", help="verify: a report; FILE.sig lies beside it")
+    report.add_argument("--sign", action="store_true", help="write the signature beside --output (extra `report`)")
+    report.add_argument("--by", metavar="TOKEN", help="with --sign: who signs; an opaque token, never a name")
+    report.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="Ed25519 key; default: the device's own, made once"
+    )
+    report.add_argument("--public-key", metavar="HEX", help="verify: the key that must have signed")
     report.add_argument("--format", default="html", choices=("html", "csv", "json"), help="default: html")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     report.add_argument(

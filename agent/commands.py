@@ -106,7 +106,7 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def demo(arguments: argparse.Namespace) -> int:
     """Everything on this computer, shown as it arrives."""
-    options = DemoOptions(arguments.source, arguments.fields, arguments.port)
+    options = DemoOptions(arguments.source, arguments.fields, arguments.port, arguments.sample, arguments.report)
     view = console.LiveCells()
     is_live = sys.stdout.isatty()
 
@@ -130,11 +130,13 @@ def demo(arguments: argparse.Namespace) -> int:
     try:
         if is_live:
             with Live(view, console=console.results_console(), refresh_per_second=4):
-                run_demo(options, on_start, on_message)
+                written = run_demo(options, on_start, on_message)
         else:
-            run_demo(options, on_start, on_message)
+            written = run_demo(options, on_start, on_message)
     finally:
         print(view.summary(), flush=True)
+    for path in written:
+        print(f"signed report: {path}     (hematovision report verify {path})")
     return OK
 
 

@@ -132,6 +132,7 @@ class LiveCells:
         self.fields = 0
         self.state = "starting"
         self.event = ""
+        self.sample = ""
         self._recent: deque[Body] = deque(maxlen=RECENT_CELLS)
 
     def take(self, kind: str, body: Body) -> None:
@@ -140,6 +141,9 @@ class LiveCells:
             self.state = str(body["state"])
         elif kind == "field":
             self.fields += 1
+        elif kind == "sample":
+            wanted = body["stop_at"]["cells"]
+            self.sample = "" if wanted is None else f"   nucleated: {body['nucleated']} of {wanted}"
         elif kind == "event":
             self.event = event_line(body)
         elif kind == "cell":
@@ -155,7 +159,7 @@ class LiveCells:
 
     def __rich__(self) -> RenderableType:
         heading = [Text(line, style="dim") for line in self.heading]
-        status = Text(f"agent: {self.state}   fields: {self.fields}   cells: {self.cells}", style="bold")
+        status = Text(f"agent: {self.state}   fields: {self.fields}   cells: {self.cells}{self.sample}", style="bold")
         counts = counts_table(self.counts, "counted cells by class")
         event = [Text(self.event, style="yellow")] if self.event else []
         return Group(*heading, status, *event, self._recent_table(), counts)

@@ -17,18 +17,30 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.camera.replay import list_pictures
 from agent.child_process import ChildProcess
 from agent.config import VARIABLE_PREFIX
 from agent.delivery.embedded_broker import open_embedded_broker
+from agent.delivery.outbox import open_outbox
 from agent.delivery.subscriber import Subscriber, open_subscriber
+from agent.delivery.topics import Topics
 from agent.errors import ConfigError, HematoVisionError
+from agent.files import whole_file
+from agent.report.device import read_device
+from agent.report.document import compose
+from agent.report.render import render
+from agent.report.signature import ENDING, KEY_NAME, open_key, sign
+from agent.review import CROPS_FOLDER, CropStore
 
-SITE, DEVICE = "demo", "microscope-1"
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+SITE, DEVICE, SAMPLE = "demo", "microscope-1", "demo-sample"
 
 QUIET_S = 1.0
 """s; when the agent has ended and nothing arrives for this long, everything has arrived."""
@@ -47,17 +59,22 @@ class DemoOptions:
     """source: a folder of images, a video file, a stream's address or a camera /dev/...; None = the simulated slide.
 
     fields: end after so many; None = go on until the source ends or Ctrl-C.   port: of the broker; None = a free one.
+    cells: end when the sample has so many nucleated cells, and write its signed report into `report`.
     """
 
     source: str | None = None
     fields: int | None = None
     port: int | None = None
+    cells: int | None = None
+    report: Path | None = None
 
 
 def run_demo(
     options: DemoOptions, on_start: Callable[[str, int], None], on_message: Callable[[str, Mapping[str, Any]], None]
-) -> None:
-    """Run until the source ends, `fields` have been seen or a signal comes; leaves no process and no file behind.
+) -> list[Path]:
+    """Run until the source ends, `fields` or a sample have been seen or a signal comes; leaves no process behind.
+
+    Leaves no file behind either, but for the reports of a sample, which are returned.
 
     on_start is told the broker's program and port, on_message the kind and body of all that the subscriber hears.
     """
@@ -76,11 +93,37 @@ def run_demo(
             "outbox": {"folder": str(Path(name) / "state")},
             "broker": {"host": broker.host, "port": broker.port},
         }
+        key = None
+        if options.cells is not None:
+            key = open_key(Path(name) / KEY_NAME, create=True)  # that it cannot is said before the counting
+            config["sample"] = {"id": SAMPLE, "age_band": "adult", "stop_at_cells": options.cells}
         agent = _start_agent(Path(name), config)
         try:
-            _listen(agent, subscriber, options.fields, on_message)
+            _listen(agent, subscriber, options.fields, on_message, ends_with_report=key is not None)
         finally:
             agent.stop()
+        return [] if key is None or options.report is None else _write_report(Path(name) / "state", options.report, key)
+
+
+def _write_report(state: Path, folder: Path, key: Ed25519PrivateKey) -> list[Path]:
+    """The report of the demo's sample, as HTML and JSON, each with its signature beside it."""
+    with open_outbox(state, device=DEVICE, verify=False, create=False) as outbox:
+        record = read_device(outbox, Topics(SITE, DEVICE), SAMPLE, CropStore(state / CROPS_FOLDER))
+        now = datetime.now(timezone.utc)
+        document = compose(record, now)
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--report {folder}", (f"cannot be made: {error.strerror}",)) from error
+    for wanted in ("html", "json"):
+        path = folder / f"{SAMPLE}.{wanted}"
+        rendered = render(document, record.crops, wanted)
+        for place, content in ((path, rendered), (Path(f"{path}{ENDING}"), sign(rendered, SAMPLE, key, at=now))):
+            with whole_file(place) as sink:
+                sink.write(content)
+        written.append(path)
+    return written
 
 
 def _start_agent(folder: Path, config: dict[str, Any]) -> ChildProcess:
@@ -103,6 +146,8 @@ def _listen(
     subscriber: Subscriber,
     fields: int | None,
     on_message: Callable[[str, Mapping[str, Any]], None],
+    *,
+    ends_with_report: bool = False,
 ) -> None:
     """Pass on what arrives until there are enough fields with all their cells, or the agent has ended and all is in."""
     cells_to_come: dict[str, set[str]] = {}  # by id of the field; the broker may give a message twice
@@ -124,6 +169,8 @@ def _listen(
                 continue
             waiting.remove(heard.body["cell_id"])
         on_message(heard.kind, heard.body)
+        if ends_with_report and heard.kind == "differential" and heard.body["status"] == "final":
+            return
         if len(cells_to_come) == fields and not any(cells_to_come.values()):
             return
 
@@ -132,7 +179,9 @@ def _camera_section(options: DemoOptions) -> dict[str, Any]:
     """The camera that the source means. Raises ConfigError for a path that is neither."""
     source = options.source
     if source is None:
-        return {"kind": "simulated", "simulated": {"fields": options.fields or 0}}
+        # For a sample the slide is rich and the stage quick: people wait for its end.
+        quick = {"interval_s": 0, "overlap": 0.1, "nucleated_cells_per_field": 5} if options.cells else {}
+        return {"kind": "simulated", "simulated": {"fields": options.fields or 0, **quick}}
     if "://" in source:
         return {"kind": "network", "network": {"url": source}}
     path = Path(source).absolute()

@@ -3,52 +3,81 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 
 from agent import RESEARCH_USE_ONLY
 from agent.config import load_config, state_folder
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics
-from agent.errors import ConfigError
+from agent.errors import ConfigError, HematoVisionError
 from agent.files import whole_file
 from agent.report.device import read_device, reported_samples
 from agent.report.document import Document, compose
-from agent.report.html import render_html
-from agent.report.tables import render_csv
+from agent.report.render import render
+from agent.report.signature import ENDING, KEY_NAME, SignatureWrong, open_key, public_hex, sign, verify
 from agent.review import CROPS_FOLDER, CropStore, KeptCell
 
 OK, SOME_FAILED = 0, 1
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """A sample on paper, or the list of those that can be."""
-    if arguments.what == "list":
-        return _list(arguments)
+    """A sample on paper, the list of those that can be, the key that signs, or whether a signature holds."""
+    actions = {"list": _list, "key": _key, "verify": _verify}
+    if arguments.what in actions:
+        return actions[arguments.what](arguments)
+    if arguments.sign and arguments.output is None:
+        raise ConfigError("hematovision report", ("--sign: give --output too; the signature is written beside it",))
+    if arguments.by is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.by):
+        raise ConfigError("hematovision report", (f"--by: found {arguments.by!r}; allowed: an opaque token",))
     document, crops = _compose(arguments)
     rendered = render(document, crops, arguments.format)
     if arguments.output is None:
         sys.stdout.buffer.write(rendered)
         return OK
-    with whole_file(arguments.output) as sink:
-        sink.write(rendered)
-    print(
-        f"{arguments.output}: sample {document['sample']}, {document['status']}. {RESEARCH_USE_ONLY}", file=sys.stderr
-    )
+    files = {arguments.output: rendered}
+    if arguments.sign:
+        key = open_key(_key_file(arguments), create=True)
+        beside = arguments.output.with_name(arguments.output.name + ENDING)
+        files[beside] = sign(rendered, document["sample"], key, at=datetime.now(timezone.utc), by=arguments.by)
+    for path, content in files.items():
+        with whole_file(path) as sink:
+            sink.write(content)
+    words = " and ".join(str(path) for path in files)
+    print(f"{words}: sample {document['sample']}, {document['status']}. {RESEARCH_USE_ONLY}", file=sys.stderr)
     return OK
 
 
-def render(document: Document, crops: Mapping[str, KeptCell], wanted: str) -> bytes:
-    """The report in one of its formats."""
-    if wanted == "json":
-        return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    if wanted == "csv":
-        return render_csv(document).encode("utf-8", "replace")
-    return render_html(document, crops).encode("utf-8", "replace")
+def _key(arguments: argparse.Namespace) -> int:
+    print(public_hex(open_key(_key_file(arguments), create=True)))
+    return OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.file is None:
+        raise ConfigError("hematovision report verify", ("FILE: missing; name the report, its .sig lies beside it",))
+    beside = arguments.file.with_name(arguments.file.name + ENDING)
+    try:
+        signed = verify(arguments.file.read_bytes(), beside.read_bytes(), arguments.public_key)
+    except OSError as error:
+        raise HematoVisionError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    except SignatureWrong as error:
+        print(f"FAIL  {arguments.file}: {error}. {RESEARCH_USE_ONLY}")
+        return SOME_FAILED
+    who = f"by {signed.by} with" if signed.by else "with"
+    known = "" if arguments.public_key else " (whose key that is was not checked: see --public-key)"
+    print(f"pass  {arguments.file}: sample {signed.sample}, signed {signed.at} {who} key {signed.public_key}{known}")
+    return OK
+
+
+def _key_file(arguments: argparse.Namespace) -> Path:
+    if arguments.key_file is not None:
+        return Path(arguments.key_file)
+    return (arguments.folder or state_folder(load_config(arguments.config).outbox)) / KEY_NAME
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -61,7 +90,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _compose(arguments: argparse.Namespace) -> tuple[Document, Mapping[str, KeptCell]]:
     if not re.fullmatch(r"[a-z0-9-]{1,63}", arguments.what):
-        fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), or list"
+        fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), list, key or verify"
         raise ConfigError("hematovision report", (fault,))
     with _device(arguments) as (outbox, topics):
         record = read_device(outbox, topics, arguments.what, CropStore(outbox.path.parent / CROPS_FOLDER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -182,3 +183,29 @@ def test_without_a_broker_program_the_exit_code_is_6_and_the_message_says_what_t
         main(["demo"])
     assert end.value.code == 6
     assert HOW_TO_INSTALL in capsys.readouterr().err
+
+
+def test_one_command_counts_a_sample_and_leaves_its_signed_report(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    target = tmp_path / "reports"
+    process = start("--sample", "6", "--report", target)
+    told, complaints = process.communicate(timeout=110)
+    assert process.returncode == 0, complaints
+    assert sorted(path.name for path in target.iterdir()) == [
+        "demo-sample.html",
+        "demo-sample.html.sig",
+        "demo-sample.json",
+        "demo-sample.json.sig",
+    ]
+    document = json.loads((target / "demo-sample.json").read_text())
+    assert document["status"] == "final"
+    assert document["end_reason"] == "target-cells"
+    assert document["differential"]["nucleated"] >= 6
+    assert document["gallery"]
+    assert "signed report: " in told
+    for name in ("demo-sample.html", "demo-sample.json"):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", "verify", str(target / name)])
+        assert ended.value.code == 0
