@@ -1,6 +1,6 @@
 """The report of a sample as one JSON object: all that stands on paper, and nothing but what the messages say.
 
-    SampleRecord --compose--> document --> html | pdf | csv | json      (each a rendering of the same object)
+    SampleRecord --compose--> document --> html | csv | json      (each a rendering of the same object)
 
 Whoever renders it (the command line, a page) needs no other source. It names no person: ids, tokens and an age band.
 """
@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from agent import RESEARCH_USE_ONLY, __version__
-from agent.analysis.agreement import Agreement, Answer, measure_agreement
+from agent.analysis.agreement import Agreement, measure_agreement
 from agent.analysis.cells import UNIDENTIFIED
 from agent.delivery.messages import rfc3339_ms
 from agent.report.record import NothingToReport, SampleRecord
@@ -237,18 +237,3 @@ def _remarks(document: Document) -> Iterable[str]:
         yield "No age band was told: no share is compared with a reference interval."
     if document["source"] == "collector":
         yield "Pictures of cells stay on the device; there are none in a report made at the collector."
-
-
-def newest_answers(entries: Iterable[Mapping[str, Any]]) -> list[Answer]:
-    """Of `audit` messages, in their order, the answers of persons: of each cell the newest, against the model's."""
-    found: dict[str, Answer] = {}
-    for entry in entries:
-        detail = entry.get("detail") or {}
-        if entry.get("action") != "cmd.amend" or entry.get("outcome") != "done" or "to" not in detail:
-            continue
-        cell_id = str(detail["cell_id"])
-        model = found[cell_id].model if cell_id in found else str(detail["from"])
-        found[cell_id] = Answer(
-            cell_id, model, str(detail["to"]), entry.get("by"), entry.get("at"), detail.get("reason")
-        )
-    return list(found.values())

@@ -7,7 +7,7 @@ import json
 import pytest
 from making import AT, make_answer, make_cell, make_crop, make_field, make_record, make_report
 
-from agent.report.document import compose, newest_answers
+from agent.report.document import compose
 from agent.report.record import NothingToReport
 
 
@@ -72,23 +72,3 @@ def test_the_gallery_shows_a_cell_under_the_name_that_a_person_gave() -> None:
     ]
     assert len(document["gallery"]) == 1 + 12
     assert len(document["gallery"][0]["jpeg_sha256"]) == 64
-
-
-def test_answers_are_read_from_the_audit_the_newest_against_the_models_name() -> None:
-    def entry(number: int, before: str, after: str, **changes: object) -> dict[str, object]:
-        detail = {"sample": "s-1", "cell_id": f"s-1-{number}", "from": before, "to": after}
-        return {"action": "cmd.amend", "outcome": "done", "by": "mtl-7", "at": "t", "detail": detail, **changes}
-
-    answers = newest_answers(
-        [
-            entry(1, "round", "lobed"),
-            entry(2, "round", "round"),
-            entry(1, "lobed", "young"),
-            entry(3, "round", "lobed", outcome="refused"),
-            {"action": "cmd.start", "outcome": "done", "detail": {}},
-        ]
-    )
-    assert [(a.cell_id, a.model, a.person) for a in answers] == [
-        ("s-1-1", "round", "young"),
-        ("s-1-2", "round", "round"),
-    ]
