@@ -215,6 +215,22 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--schema", action="store_true", help="print the JSON Schema for editors, and end")
     check.add_argument("--template", action="store_true", help="print a file with all keys and comments, and end")
 
+    selftest = add(
+        "selftest",
+        "ask the models the golden fields and compare with the known answers",
+        "The running agent\ndoes the same at its start, after each change of models and daily.",
+        "hematovision selftest --config /etc/hematovision/config.yaml",
+    )
+    selftest.add_argument(
+        "--models", type=Path, metavar="DIR", help="a folder of models; default: those that the agent would use"
+    )
+    selftest.add_argument(
+        "--make-answers",
+        action="store_true",
+        help="take what the models answer now for right, and store it beside them as golden.json",
+    )
+    _add_config(selftest)
+
     outbox = add(
         "outbox",
         "look into the outbox: what waits for the broker",

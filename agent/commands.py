@@ -34,7 +34,9 @@ from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics
 from agent.demo import DemoOptions, run_demo
 from agent.errors import HematoVisionError, OutboxError
+from agent.inference.golden import ANSWERS_NAME
 from agent.inference.models import Models, open_models
+from agent.inference.selftest import GoldenTest, make_answers
 from agent.offline import (
     Album,
     Analysed,
@@ -45,7 +47,7 @@ from agent.offline import (
     find_pictures,
 )
 from agent.preflight import run_checks
-from agent.supervisor import run_agent
+from agent.supervisor import folder_in_use, run_agent
 
 OK, SOME_FAILED = 0, 1
 
@@ -156,6 +158,26 @@ def check_config(arguments: argparse.Namespace) -> int:
         print(f"{'pass' if check.is_passed else 'FAIL':<5} {check.name:<13}  {check.words}", flush=True)
     print(f"{failed or 'no'} failure{'' if failed == 1 else 's'}. {RESEARCH_USE_ONLY}")
     return SOME_FAILED if failed else OK
+
+
+def selftest(arguments: argparse.Namespace) -> int:
+    """The models against the golden fields."""
+    config = load_config(arguments.config)
+    folder = arguments.models or folder_in_use(config)
+    models = open_models(config.models.model_copy(update={"folder": folder}))
+    print(f"models {folder}, {models.runtime}, delegate {models.delegate}")
+    if arguments.make_answers:
+        answers = make_answers(models, folder)
+        cells = sum(len(field.cells) for field in answers.fields.values())
+        print(f"{folder / ANSWERS_NAME}: {len(answers.fields)} golden fields, {cells} cells, of these models now on")
+    verdict = GoldenTest(folder).run(models)
+    for field in verdict.fields:
+        how = "bit by bit" if field.is_exact else "within the tolerance"
+        print(f"{'pass' if field.is_passed else 'FAIL':<5} {field.name:<8} {field.cells} cells, compared {how}")
+        for fault in field.faults:
+            print(f"{'':<14} {fault}")
+    print(f"{'pass' if verdict.is_passed else 'FAIL'}: {verdict.detail}. {RESEARCH_USE_ONLY}")
+    return OK if verdict.is_passed else SOME_FAILED
 
 
 def outbox(arguments: argparse.Namespace) -> int:

@@ -197,6 +197,12 @@ class Health:
         with self._lock:
             self._self_test = result
 
+    @property
+    def is_self_test_failed(self) -> bool:
+        """Whether the newest self-test has failed: nothing is counted until one passes."""
+        with self._lock:
+            return self._self_test is not None and not self._self_test.is_passed
+
     def snapshot(self) -> HealthSnapshot:
         """All of it at one moment, frozen."""
         with self._lock:

@@ -47,7 +47,7 @@ from agent.delivery.topics import Topics
 from agent.desk import Deed, Desk
 from agent.domain import CellStatus, ClockReading, FieldResult, Frame, FrameQuality, Provenance, SampleState, SlidePlace
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
-from agent.health import Health
+from agent.health import Health, SelfTest
 from agent.inference.manifest import Manifest
 from agent.inference.models import Models
 from agent.machine import read_clock
@@ -385,7 +385,8 @@ class Pipeline(threading.Thread):
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
     on_counted: called after each stored field. service: None = no commands are heard. crops: where pictures for the
-    review are kept; None = they are not.
+    review are kept; None = they are not. due_self_test: runs a self-test that is due and returns its outcome. While
+    the newest one has failed, no frame is taken: a folder waits, of a live camera the newest frame stays.
     """
 
     def __init__(
@@ -399,6 +400,7 @@ class Pipeline(threading.Thread):
         on_stored: Callable[[], None] = lambda: None,
         on_counted: Callable[[], None] = lambda: None,
         service: Service | None = None,
+        due_self_test: Callable[[], SelfTest | None] = lambda: None,
         documents_every_s: float = 5.0,
         retry_s: float = RETRY_S,
         crops: CropStore | None = None,
@@ -417,6 +419,8 @@ class Pipeline(threading.Thread):
         self._on_stored = on_stored
         self._on_counted = on_counted
         self._service = service
+        self._due_self_test = due_self_test
+        self._told_self_test = ""
         self._retry_s = retry_s
         self._crops = crops
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
@@ -477,6 +481,11 @@ class Pipeline(threading.Thread):
             self._health.beat("pipeline")
             self._store_events()
             self._serve_commands()
+            self._test_when_due()
+            if self._health.is_self_test_failed:
+                self._tell_sample()
+                self._stopping.wait(TURN_S)
+                continue
             taken = self._frames.take(TURN_S)
             self._finish_when_drained(taken)
             if taken is END_OF_FRAMES:
@@ -490,6 +499,19 @@ class Pipeline(threading.Thread):
                 self._take_snapshot(taken)
                 self._store(self._process(taken))
         self._store_events()
+
+    def tell_self_test(self, test: SelfTest) -> None:
+        """An event for the outcome; a failure that goes on in the same words is told once."""
+        kind: tuple[str, Severity] = ("self-test", "info") if test.is_passed else ("self-test-failed", "error")
+        if test.is_passed or test.detail != self._told_self_test:
+            self.tell(kind[0], test.detail, kind[1])
+        self._told_self_test = "" if test.is_passed else test.detail
+
+    def _test_when_due(self) -> None:
+        test = self._due_self_test()
+        if test is not None:
+            (logger.info if test.is_passed else logger.error)("%s", test.detail)
+            self.tell_self_test(test)
 
     def _process(self, frame: Frame) -> Outcome:
         if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.fields > 0):

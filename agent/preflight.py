@@ -17,6 +17,7 @@ from agent.config import (
     BrokerSection,
     Config,
     load_reference_intervals,
+    models_folder,
     read_operator_key,
     read_secret,
     state_folder,
@@ -26,8 +27,17 @@ from agent.delivery.link import BrokerLink, Will, open_link
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import DATABASE_NAME, open_outbox
 from agent.delivery.topics import Topics
-from agent.errors import BrokerRefused, BrokerUnavailable, CameraError, FrameUnreadable, HematoVisionError, OutboxError
+from agent.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    CameraError,
+    FrameUnreadable,
+    HematoVisionError,
+    ModelError,
+    OutboxError,
+)
 from agent.inference.models import open_models
+from agent.inference.selftest import GoldenTest
 
 FIRST_FRAME_TIMEOUT_S = 20.0
 """s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
@@ -76,12 +86,16 @@ def _try_passwords(config: Config) -> str:
 
 
 def _try_models(config: Config) -> str:
-    """Load both models; opening checks their digests and tensors and runs each of them once."""
+    """Load both models and ask them the golden fields; opening checks their digests and tensors."""
     models = open_models(config.models)
+    verdict = GoldenTest(models_folder(config.models)).run(models)
+    if not verdict.is_passed:
+        raise ModelError(verdict.detail)
     names = [
         f"{identity.name} {identity.version}" for identity in (models.detector.identity, models.classifier.identity)
     ]
-    return f"{' and '.join(names)} load and run with {models.runtime}; their SHA-256 is the manifest's"
+    words = f"{' and '.join(names)} load and run with {models.runtime}; their SHA-256 is the manifest's"
+    return f"{words}; {verdict.detail}"
 
 
 def _try_commands(config: Config) -> str:

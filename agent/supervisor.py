@@ -147,6 +147,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             health=health,
             on_stored=publisher.wake,
             on_counted=workshop.mark_proven,
+            due_self_test=workshop.due_self_test,
             documents_every_s=config.differential.update_s,
             crops=CropStore(folder / CROPS_FOLDER),
         )
@@ -189,6 +190,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         pipeline.tell("agent-started", f"agent {agent.__version__}, sample {sample.sid}", detail={"sample": sample.sid})
         if is_new:
             pipeline.tell("sample-opened", f"sample {sample.sid}", detail={"sample": sample.sid})
+        if (tested := health.snapshot().last_self_test) is not None:
+            pipeline.tell_self_test(tested)
         pipeline.start()
         grabber.start()
 
@@ -223,6 +226,12 @@ def model_slots(config: Config, folder: Path) -> ModelSlots:
     """The slots of this device, beside its outbox."""
     place = folder / "models"
     return ModelSlots(place, models_folder(config.models), config.commands.staging_folder or place / "staging")
+
+
+def folder_in_use(config: Config) -> Path:
+    """The folder of models that the next start would use, as things are."""
+    slots = model_slots(config, state_folder(config.outbox))
+    return slots.path(slots.active.slot)
 
 
 def make_desk(config: Config, outbox: Outbox, workshop: Workshop, send_again: Callable[[str, int, int], None]) -> Desk:
@@ -457,6 +466,7 @@ class Watch:
         self._grabber = grabber
         self._open_outbox = open_outbox_here
         self._state = AgentState.INIT
+        self._is_ready_told = False
         self._camera: CameraState = "opening"
         self._dead: set[str] = set()
         self._told_at_s = -math.inf
@@ -554,13 +564,22 @@ class Watch:
     def _tell_state(self, seen: HealthSnapshot) -> None:
         is_starting = self._state is AgentState.INIT
         state = derive_state(seen, is_started=not is_starting or seen.camera != "opening")
-        if state is self._state:
+        is_test_failed = seen.last_self_test is not None and not seen.last_self_test.is_passed
+        is_ready_due = not self._is_ready_told and not is_test_failed and state is not AgentState.INIT
+        if state is self._state and not is_ready_due:
             return
-        self._state = state
         words = f"{state.value}: camera {seen.camera}, broker {seen.broker}, outbox {seen.outbox}"
+        if is_test_failed:
+            words += ", self-test failed: nothing is counted"
         logger.info("%s", words)
-        self._publisher.publish_state(state)
-        systemd.ready(words) if is_starting else systemd.status(words)
+        if state is not self._state:
+            self._state = state
+            self._publisher.publish_state(state)
+        if is_ready_due:
+            self._is_ready_told = True
+            systemd.ready(words)
+        else:
+            systemd.status(words)
 
     def _tell_health(self, seen: HealthSnapshot) -> None:
         interval_s = self._config.publish.health_interval_s

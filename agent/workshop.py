@@ -6,15 +6,12 @@ Used on the pipeline's thread (it owns the models), through the desk; `describe`
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import agent
 from agent.config import Config, SampleSection, config_sha256
@@ -23,34 +20,24 @@ from agent.desk import Done, Refused
 from agent.errors import ModelError
 from agent.health import Health, SelfTest
 from agent.inference.models import Models, open_models
+from agent.inference.selftest import GoldenTest
 from agent.inference.slots import ModelSlots, NothingToSwitchTo
 from agent.pipeline import Bench, make_bench
 
 logger = logging.getLogger(__name__)
 
-SELF_TEST_SIDE_PX = 256
-"""px; side of the even grey frame on which both models must answer before the agent says that it is ready."""
+SELF_TEST_EVERY_S = 24 * 3600.0
+"""s; the models are tried at the start, after each change of models, at cmd/selftest, and so long after the last
+time."""
+
+SELF_TEST_AGAIN_S = 600.0
+"""s; a failed test holds the counting up, so it is soon tried again: the cause may have been a passing one."""
 
 LIVE_KEYS = frozenset(
     {"quality", "sample", "differential", "publish.cells", "publish.images", "models.min_score"}
     | {"models.min_probability", "log"}
 )
 """What `reload` can change while the agent runs; anything else is held by a part that was built from it."""
-
-
-def try_models(models: Models) -> SelfTest:
-    """Both models must answer with numbers on an even grey frame. Raises ModelError where one does not."""
-    grey = np.full((SELF_TEST_SIDE_PX, SELF_TEST_SIDE_PX, 3), 128, np.uint8)
-    begun_s = time.monotonic()
-    scores = [detection.score for detection in models.detector.detect(grey)]
-    probabilities = models.classifier.classify(grey).probabilities
-    took_ms = (time.monotonic() - begun_s) * 1000
-    if not all(0 <= score <= 1 for score in scores) or not math.isclose(sum(probabilities.values()), 1, abs_tol=1e-3):
-        raise ModelError(
-            f"self-test: the models answer, but not with shares from 0 to 1 ({models.runtime}, {models.delegate}); "
-            "install the package again, or choose another models.runtime"
-        )
-    return SelfTest(datetime.now(timezone.utc), is_passed=True, detail=f"both models answer, {took_ms:.0f} ms")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,12 +47,14 @@ class Work:
     config: Config
     models: Models
     bench: Bench
+    golden: GoldenTest
 
 
 class Workshop:
     """Holds what is in use. reread: the configuration as it stands in its file now, raises ConfigError.
 
     on_change: told of each change, after it; the pipeline takes the bench, the publisher tells who counts.
+    went_back: why other models are in use than were activated.
     """
 
     def __init__(
@@ -75,15 +64,18 @@ class Workshop:
         health: Health,
         reread: Callable[[], Config],
         on_change: Callable[[Work], None] = lambda _work: None,
+        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_change = on_change
         self.went_back: str | None = None
         self._slots = slots
         self._health = health
         self._reread = reread
-        models = self._open_first(config)
+        self._monotonic_s = monotonic_s
+        self._next_test_s = 0.0
+        models, golden = self._open_first(config)
         self._is_on_trial = slots.active.trial_starts is not None
-        self.work = Work(config, models, make_bench(config, models))
+        self.work = Work(config, models, make_bench(config, models), golden)
 
     @property
     def sample_section(self) -> SampleSection:
@@ -93,14 +85,16 @@ class Workshop:
     # ---- what commands do
 
     def self_test(self) -> SelfTest:
-        """Try the models now; tells health either way. Raises ModelError."""
-        try:
-            test = try_models(self.work.models)
-        except ModelError as error:
-            self._health.self_test(SelfTest(datetime.now(timezone.utc), is_passed=False, detail=str(error)))
-            raise
-        self._health.self_test(test)
+        """Try the models now; tells health either way. Raises ModelError where they fail."""
+        test = self._test(self.work.models, self.work.golden)
+        _require(test)
         return test
+
+    def due_self_test(self) -> SelfTest | None:
+        """The outcome of the test that was due; None where none is. Tells health."""
+        if self._monotonic_s() < self._next_test_s:
+            return None
+        return self._test(self.work.models, self.work.golden)
 
     def reload(self) -> Done:
         """Read the configuration again and work by it; where it has faults, the last good one stays.
@@ -114,7 +108,7 @@ class Workshop:
         held = [key for key in changed if not any(key == live or key.startswith(f"{live}.") for live in LIVE_KEYS)]
         if held:
             raise Refused("needs-restart", f"{', '.join(held)}: restart the agent for these; nothing was changed")
-        self._use(Work(fresh, self.work.models, make_bench(fresh, self.work.models)))
+        self._use(replace(self.work, config=fresh, bench=make_bench(fresh, self.work.models)))
         logging.getLogger().setLevel(fresh.log.level.upper())
         return Done(f"changed: {', '.join(changed)}", {"changed": changed, "config_sha256": config_sha256(fresh)})
 
@@ -153,34 +147,51 @@ class Workshop:
     # ---- inside
 
     def _switch(self, *, is_rollback: bool) -> Done:
-        opened: list[Models] = []
+        opened: list[tuple[Models, GoldenTest, SelfTest]] = []
 
         def try_them(path: Path) -> None:
-            models = self._open(self.work.config, path)
-            try_models(models)
-            opened.append(models)
+            models, golden = self._open(self.work.config, path)
+            test = _run(models, golden)
+            _require(test)
+            opened.append((models, golden, test))
 
         try:
             active = self._slots.switch(try_them, is_rollback=is_rollback)
         except NothingToSwitchTo as error:
             raise Refused("no-models", str(error)) from error
-        self._use(Work(self.work.config, opened[-1], make_bench(self.work.config, opened[-1])))
+        models, golden, test = opened[-1]
+        self._use(Work(self.work.config, models, make_bench(self.work.config, models), golden))
         self._is_on_trial = True
-        self.self_test()
-        words = f"slot {active.slot} is in use, {active.before} was before"
+        self._note(test)
+        words = f"slot {active.slot} is in use, {active.before} was before; {test.detail}"
         return Done(words, {"slot": active.slot, **self.describe()})
+
+    def _test(self, models: Models, golden: GoldenTest) -> SelfTest:
+        test = _run(models, golden)
+        self._note(test)
+        return test
+
+    def _note(self, test: SelfTest) -> None:
+        self._next_test_s = self._monotonic_s() + (SELF_TEST_EVERY_S if test.is_passed else SELF_TEST_AGAIN_S)
+        self._health.self_test(test)
 
     def _use(self, work: Work) -> None:
         self.work = work
         self.on_change(work)
 
-    def _open_first(self, config: Config) -> Models:
-        """The models in use; those before where they cannot be used any more. Raises ModelError for the base ones."""
+    def _open_first(self, config: Config) -> tuple[Models, GoldenTest]:
+        """The models in use; those before where they cannot be used any more or fail the self-test.
+
+        Raises ModelError where the base ones cannot be used. Where they fail the self-test they are opened all the
+        same: health says so, nothing is counted, and an operator can change them.
+        """
         active, self.went_back = self._slots.begin()
         while True:
             try:
-                models = self._open(config, self._slots.path(active.slot))
-                self._health.self_test(try_models(models))
+                models, golden = self._open(config, self._slots.path(active.slot))
+                test = self._test(models, golden)
+                if active.slot != "base":
+                    _require(test)
             except ModelError as error:
                 if active.slot == "base":
                     raise
@@ -188,11 +199,24 @@ class Workshop:
                 logger.error("%s", self.went_back)  # noqa: TRY400 - its words say all
                 active = self._slots.go_back()
             else:
-                return models
+                (logger.info if test.is_passed else logger.error)("%s", test.detail)
+                return models, golden
 
     @staticmethod
-    def _open(config: Config, path: Path) -> Models:
-        return open_models(config.models.model_copy(update={"folder": path}))
+    def _open(config: Config, path: Path) -> tuple[Models, GoldenTest]:
+        return open_models(config.models.model_copy(update={"folder": path})), GoldenTest(path)
+
+
+def _run(models: Models, golden: GoldenTest) -> SelfTest:
+    begun_s = time.monotonic()
+    verdict = golden.run(models)
+    took = f", {(time.monotonic() - begun_s) * 1000:.0f} ms" if verdict.is_passed else ""
+    return SelfTest(datetime.now(timezone.utc), is_passed=verdict.is_passed, detail=f"{verdict.detail}{took}")
+
+
+def _require(test: SelfTest) -> None:
+    if not test.is_passed:
+        raise ModelError(test.detail)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[str]:

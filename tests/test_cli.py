@@ -44,7 +44,7 @@ from agent.inference.manifest import load_manifest
 from agent.offline import AlbumError
 
 TOP = Path(__file__).resolve().parent.parent
-COMMANDS = ("run", "infer", "classify", "demo", "check-config", "outbox", "ask", "audit", "version")
+COMMANDS = ("run", "infer", "classify", "demo", "check-config", "selftest", "outbox", "ask", "audit", "version")
 
 needs_models = pytest.mark.skipif(
     not (packaged_folder() / "models" / "manifest.json").is_file(), reason="the models are not there"
@@ -533,6 +533,41 @@ def test_without_an_outbox_the_exit_code_is_5(tmp_path: Path, call: Callable[...
 
 
 @needs_models
+# selftest -------------------------------------------------------------------------------------------------------------
+
+
+@needs_models
+def test_selftest_passes_for_the_shipped_models_and_says_how_each_field_was_compared(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"outbox: {{folder: {tmp_path}}}\n")
+    code, out, err = call("selftest", "--config", config)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines[1:-1]] == [["pass", name] for name in ("a", "b", "c", "empty")]
+    assert lines[-1].startswith("pass: 4 golden fields")
+    assert RESEARCH_USE_ONLY in lines[-1]
+
+
+@needs_models
+def test_models_without_answers_fail_until_one_command_has_made_them(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    from inference.test_slots import put_models
+
+    folder = put_models(tmp_path / "mine")
+    (folder / "golden.json").unlink()
+    code, out, _ = call("selftest", "--models", folder)
+    assert code == 1
+    assert f"FAIL: self-test: {folder / 'golden.json'}: these models have no known answers" in out
+    assert "hematovision selftest --make-answers" in out
+    assert call("selftest", "--models", folder, "--make-answers")[0] == 0
+    code, out, _ = call("selftest", "--models", folder)
+    assert code == 0
+    assert "compared bit by bit" in out
+
+
 def test_version_names_agent_runtime_and_models_with_their_digests(call: Callable[..., tuple[int, str, str]]):
     code, out, _ = call("version")
     assert code == 0

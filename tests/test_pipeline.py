@@ -36,7 +36,7 @@ from agent.domain import (
     SampleState,
 )
 from agent.errors import OutboxDamaged, OutboxError
-from agent.health import Health
+from agent.health import Health, SelfTest
 from agent.inference.models import open_models
 from agent.pipeline import (
     GATE_NOTE,
@@ -386,6 +386,38 @@ def test_stop_finishes_the_frame_in_hand_and_leaves_the_rest(outbox: Outbox) -> 
     assert outbox.finished_keys() == {"one"}
     assert not runner.pipeline.is_source_finished
     assert runner.pipeline.failure is None
+
+
+def test_while_a_self_test_has_failed_nothing_is_counted_and_nothing_is_lost(outbox: Outbox) -> None:
+    runner = Runner(outbox)
+    now = datetime.now(timezone.utc)
+    bad = SelfTest(now, is_passed=False, detail="self-test: field a: the neutrophil at 3, 4 px is not found")
+    due: list[SelfTest] = [bad, bad, SelfTest(now, is_passed=True, detail="as known")]
+
+    def run_due() -> SelfTest | None:
+        if not due:
+            return None
+        test = due.pop(0)
+        runner.health.self_test(test)
+        return test
+
+    runner.pipeline = Pipeline(
+        frames=runner.frames,
+        outbox=outbox,
+        bench=make_bench(),
+        sample=SampleState("s-1"),
+        health=runner.health,
+        due_self_test=run_due,
+    )
+    runner.health.self_test(bad)
+    runner.give(make_frame(1, key="one"), make_frame(2, key="two"))
+    runner.run_to_end()
+    kinds = [(body["schema"], body.get("kind")) for body in runner.messages if body["schema"] != "hv/1/cell"]
+    told = [kind for schema, kind in kinds if schema == "hv/1/event"]
+    assert told[:2] == ["self-test-failed", "self-test"], "a failure that goes on is told once"
+    assert [schema for schema, _ in kinds].index("hv/1/field") > kinds.index(("hv/1/event", "self-test"))
+    assert sum(schema == "hv/1/field" for schema, _ in kinds) == 2
+    assert dict(runner.health.snapshot().dropped) == {}
 
 
 class FullOutbox:

@@ -23,9 +23,9 @@ from agent.config import Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
 from agent.delivery.topics import Topics
-from agent.domain import AgentState, Classification, ModelIdentity, Provenance, SampleState
+from agent.domain import AgentState, ModelIdentity, Provenance, SampleState
 from agent.errors import ModelError, OutboxError
-from agent.health import Health
+from agent.health import Health, SelfTest
 from agent.reporting import Reporter
 from agent.signals import StopSignal, stop_on_signals
 from agent.supervisor import (
@@ -36,7 +36,6 @@ from agent.supervisor import (
     derive_state,
     run_agent,
 )
-from agent.workshop import try_models
 
 TODAY = datetime(2026, 11, 23, 8, tzinfo=timezone.utc)
 REPORTER = Reporter(
@@ -214,34 +213,24 @@ def test_other_signals_wake_the_wait_once_and_ask_for_nothing() -> None:
 # ------------------------------------------------------------------------------------------------- the self-test
 
 
-def make_models(probabilities: dict[str, float], scores: tuple[float, ...] = ()) -> Any:
-    best = max(probabilities, key=lambda name: probabilities[name])
-    return SimpleNamespace(
-        detector=SimpleNamespace(detect=lambda _pixels: [SimpleNamespace(score=score) for score in scores]),
-        classifier=SimpleNamespace(classify=lambda _crop: Classification(best, probabilities[best], probabilities)),
-        runtime="double 1.0",
-        delegate="none",
-    )
-
-
-def test_models_that_answer_with_shares_pass_the_self_test() -> None:
-    result = try_models(make_models({"a": 0.25, "b": 0.75}, (0.3,)))
-    assert result.is_passed
-    assert "both models answer" in result.detail
-
-
-@pytest.mark.parametrize(
-    "models",
-    [
-        make_models({"a": float("nan"), "b": 0.5}),
-        make_models({"a": 0.1, "b": 0.1}),
-        make_models({"a": 1.0}, (7.0,)),
-        make_models({"a": 1.0}, (float("nan"),)),
-    ],
-)
-def test_models_that_answer_with_nonsense_do_not_start(models: Any) -> None:
-    with pytest.raises(ModelError, match="self-test"):
-        try_models(models)
+def test_systemd_is_told_ready_only_when_the_self_test_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("agent.systemd.ready", lambda words: told.append(f"READY {words}"))
+    monkeypatch.setattr("agent.systemd.status", told.append)
+    health = Health()
+    watch = make_watch(tmp_path, health)
+    now = datetime.now(timezone.utc)
+    health.self_test(SelfTest(now, is_passed=False, detail="self-test: field a"))
+    health.camera_state("open", "simulated")
+    watch._tell_state(health.snapshot())
+    assert told == ["degraded: camera open, broker connecting, outbox ok, self-test failed: nothing is counted"]
+    health.broker_state("refused", "no")  # degraded for another reason too: that must not keep READY back
+    health.self_test(SelfTest(now, is_passed=True, detail="as known"))
+    watch._tell_state(health.snapshot())
+    watch._tell_state(health.snapshot())
+    assert told[1:] == ["READY degraded: camera open, broker refused, outbox ok"]
 
 
 # -------------------------------------------------------------------------------------------------- the watchdog
@@ -445,5 +434,8 @@ def test_a_camera_that_is_not_there_is_retried_in_the_state_degraded(
     ]
     with open_outbox(tmp_path / "outbox", device="dev", verify=False) as outbox:
         events = [json.loads(row.payload) for row in outbox.pending(0, 10) if row.stream == "event"]
-    assert [event["kind"] for event in events] == ["agent-started", "sample-opened", "camera-lost", "agent-stopping"]
-    assert "no-such-folder" in events[2]["message"]
+    assert [event["kind"] for event in events] == [
+        *("agent-started", "sample-opened", "self-test"),
+        *("camera-lost", "agent-stopping"),
+    ]
+    assert "no-such-folder" in events[3]["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from agent.config import Config, ModelsSection, config_sha256, loads, models_fol
 from agent.desk import Refused
 from agent.errors import ConfigError, ModelError
 from agent.health import Health
+from agent.inference.selftest import GoldenTest
 from agent.inference.slots import ModelSlots
-from agent.workshop import LIVE_KEYS, Work, Workshop
+from agent.workshop import LIVE_KEYS, SELF_TEST_AGAIN_S, SELF_TEST_EVERY_S, Work, Workshop
 
 SHIPPED = models_folder(ModelsSection())
 
@@ -136,3 +138,76 @@ def test_a_self_test_is_told_to_health(place: Place) -> None:
     told = place.health.snapshot().last_self_test
     assert told is not None
     assert told.is_passed
+
+
+def without_answers(folder: Path) -> Path:
+    from inference.test_slots import put_models
+
+    put_models(folder)
+    (folder / "golden.json").unlink()
+    return folder
+
+
+def test_base_models_that_fail_the_self_test_are_opened_and_health_says_so(tmp_path: Path) -> None:
+    slots = ModelSlots(tmp_path / "models", without_answers(tmp_path / "base"), tmp_path / "staging")
+    health = Health()
+    workshop = Workshop(Config(), slots, health, Config)
+    told = health.snapshot().last_self_test
+    assert told is not None
+    assert not told.is_passed
+    assert health.is_self_test_failed
+    assert "no known answers" in told.detail
+    with pytest.raises(ModelError, match=r"golden\.json: .*--make-answers"):
+        workshop.self_test()
+
+
+def test_models_that_fail_the_self_test_are_not_activated_and_the_ones_in_use_stay(
+    place: Place, tmp_path: Path
+) -> None:
+    without_answers(tmp_path / "staging" / "next")
+    place.workshop.stage("next")
+    with pytest.raises(ModelError, match="no known answers"):
+        place.workshop.activate()
+    assert place.slots.active.slot == "base"
+    assert place.changes == []
+    assert not place.health.is_self_test_failed, "the models in use have passed theirs"
+
+
+def test_activated_models_whose_answers_are_lost_give_way_at_the_next_start(place: Place, tmp_path: Path) -> None:
+    from inference.test_slots import put_models
+
+    put_models(tmp_path / "staging" / "next", version="7.7")
+    place.workshop.stage("next")
+    assert "golden fields" in place.workshop.activate().message
+    place.workshop.mark_proven()
+    (place.slots.path("a") / "golden.json").unlink()
+    again = Workshop(place.read(), place.slots, place.health, place.read)
+    assert again.went_back is not None
+    assert "no known answers" in again.went_back
+    assert not place.health.is_self_test_failed
+
+
+def test_the_self_test_is_due_daily_and_soon_again_after_a_failure(tmp_path: Path) -> None:
+    now_s = [1000.0]
+    health = Health()
+    slots = ModelSlots(tmp_path / "models", SHIPPED, tmp_path / "staging")
+    workshop = Workshop(Config(), slots, health, Config, monotonic_s=lambda: now_s[0])
+    assert workshop.due_self_test() is None
+    now_s[0] += SELF_TEST_EVERY_S
+    daily = workshop.due_self_test()
+    assert daily is not None
+    assert daily.is_passed
+    assert workshop.due_self_test() is None
+    golden = workshop.work.golden
+    workshop.work = replace(workshop.work, golden=GoldenTest(tmp_path / "nothing"))
+    now_s[0] += SELF_TEST_EVERY_S
+    failed = workshop.due_self_test()
+    assert failed is not None
+    assert not failed.is_passed
+    assert health.is_self_test_failed
+    workshop.work = replace(workshop.work, golden=golden)
+    now_s[0] += SELF_TEST_AGAIN_S
+    again = workshop.due_self_test()
+    assert again is not None
+    assert again.is_passed
+    assert not health.is_self_test_failed

@@ -28,6 +28,16 @@ class Classifier:
     def identity(self) -> ModelIdentity:
         return self.entry.identity
 
+    @property
+    def last_input(self) -> bytes:
+        """The stored numbers that went into the last run."""
+        return self._interpreter.last_input.tobytes()
+
+    @property
+    def last_outputs(self) -> bytes:
+        """The stored numbers that came out of it."""
+        return self._interpreter.all_outputs()
+
     def classify(self, crop_bgr: Pixels) -> Classification:
         """What one square crop shows.
 

@@ -36,6 +36,16 @@ class Detector:
         return self.entry.identity
 
     @property
+    def last_input(self) -> bytes:
+        """The stored numbers that went into the last run."""
+        return self._interpreter.last_input.tobytes()
+
+    @property
+    def last_outputs(self) -> bytes:
+        """The stored numbers that came out of it."""
+        return self._interpreter.all_outputs()
+
+    @property
     def delegate(self) -> str:
         return self._interpreter.delegate
 

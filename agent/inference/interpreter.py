@@ -58,6 +58,7 @@ class Interpreter:
 
     def __init__(self, runtime: Runtime, content: bytes, entry: ModelEntry, threads: int) -> None:
         self._outputs: dict[str, tuple[int, Tensor]] = {}
+        self.last_input: NDArray[Any] = np.empty(0, np.uint8)
         try:
             with _without_native_notes():
                 self._native: Any = runtime.module.Interpreter(model_content=content, num_threads=threads)
@@ -71,7 +72,8 @@ class Interpreter:
         self.delegate = self._delegate()
 
     def run(self, values: NDArray[Any]) -> None:
-        """Invoke on one input of the manifest's shape and dtype; not kept."""
+        """Invoke on one input of the manifest's shape and dtype."""
+        self.last_input = values
         self._native.set_tensor(self._input_index, values)
         self._native.invoke()
 
@@ -79,6 +81,10 @@ class Interpreter:
         """A copy of an output of the last run, as stored (not yet dequantised)."""
         values: NDArray[Any] = self._native.get_tensor(self._outputs[name][0])
         return values
+
+    def all_outputs(self) -> bytes:
+        """Every stored number of the last run, in the manifest's order."""
+        return b"".join(self.output(name).tobytes() for name in self._outputs)
 
     def _bind(self, entry: ModelEntry) -> int:
         (found_input,) = self._native.get_input_details()

@@ -8,7 +8,8 @@
       active.json    which is in use, and which was before: `a`, `b` or `base` (the configured or packaged models)
 
 Rules
-  * A slot is used only if every file is the one in its manifest, and only after both models have answered.
+  * A slot is used only if every file is the one in its manifest, and only after both models have answered the golden
+    fields as they are known to (`agent.inference.golden`).
   * `active.json` is replaced whole, so that after a power cut the old or the new models are in use, and nothing else.
   * Models that were activated are on trial until they have counted a field. A third start without that goes back to the
     ones before: models that crash the agent do not crash it for ever.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from agent.errors import ModelError
+from agent.inference.golden import ANSWERS_NAME
 from agent.inference.manifest import MANIFEST_NAME, Manifest, load_manifest, read_model_file
 
 Slot = Literal["a", "b", "base"]
@@ -109,6 +111,8 @@ class ModelSlots:
                 _must_stay_inside(entry.file)
                 # The very bytes whose digest was checked are written.
                 _write(fresh / entry.file, read_model_file(source, entry))
+            if (source / ANSWERS_NAME).is_file():  # without its answers a model fails its self-test, and says why
+                _write(fresh / ANSWERS_NAME, (source / ANSWERS_NAME).read_bytes())
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
             _sync(self._folder)

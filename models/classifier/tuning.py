@@ -23,6 +23,7 @@ from agent.config import ModelsSection
 from agent.errors import ModelError
 from agent.inference.manifest import ClassifierEntry, load_manifest
 from agent.inference.models import Models, open_models
+from agent.inference.selftest import make_answers
 from models.classifier import crops
 from models.classifier.export import ChannelsLast
 from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
@@ -153,7 +154,9 @@ def write_models(
     del entry["sha256"], entry["role"]
     update_manifest(output, "classifier", **entry)
     (output / "signoff.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return open_models(ModelsSection(folder=output))
+    models = open_models(ModelsSection(folder=output))
+    make_answers(models, output)
+    return models
 
 
 def share_of_right(models: Models, examples: Sequence[crops.Example]) -> float:

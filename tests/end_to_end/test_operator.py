@@ -63,7 +63,7 @@ def put_next_models(folder: Path) -> None:
     """The shipped models under another version, where an operator puts new ones."""
     shipped = models_folder(Config().models)
     manifest = load_manifest(shipped)
-    for name in ("manifest.json", manifest.detector.file, manifest.classifier.file):
+    for name in ("manifest.json", "golden.json", manifest.detector.file, manifest.classifier.file):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(shipped / name, folder / name)
     text = json.loads((folder / "manifest.json").read_text())

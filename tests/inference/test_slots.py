@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def put_models(folder: Path, version: str = "9.9") -> Path:
     """A copy of the shipped models under another version."""
     manifest = load_manifest(SHIPPED)
-    for name in ("manifest.json", manifest.detector.file, manifest.classifier.file):
+    for name in ("manifest.json", "golden.json", manifest.detector.file, manifest.classifier.file):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(SHIPPED / name, folder / name)
     text = json.loads((folder / "manifest.json").read_text())
