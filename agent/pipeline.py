@@ -512,6 +512,7 @@ class Pipeline(threading.Thread):
         if test is not None:
             (logger.info if test.is_passed else logger.error)("%s", test.detail)
             self.tell_self_test(test)
+            self._store_events()  # before a frame that is counted because of it
 
     def _process(self, frame: Frame) -> Outcome:
         if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.fields > 0):

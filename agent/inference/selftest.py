@@ -15,6 +15,7 @@ from agent.analysis.crops import cut_crop
 from agent.domain import Pixels
 from agent.errors import ModelError
 from agent.inference.golden import (
+    ANSWERS_NAME,
     MEND,
     GoldenAnswers,
     GoldenField,
@@ -63,34 +64,34 @@ class Verdict:
 
 
 class GoldenTest:
-    """The golden fields and the answers that lie beside the models of a folder, read once. Owned by one thread.
+    """The golden fields and the answers that lie beside the models of a folder. Owned by one thread.
 
-    fault: why there is nothing to compare with; every run then fails with it.
+    Read once, and again only while they do not fit: what is in use may be replaced on the disk under a running agent.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.fault: str | None = None
+        self._folder = folder
         self._fields: Mapping[str, Pixels] = {}
         self._answers: GoldenAnswers | None = None
         self._own: dict[str, GoldenField] = {}
-        try:
-            self._fields = read_fields()
-            self._answers = read_answers(folder)
-        except ModelError as error:
-            self.fault = str(error)
 
     def run(self, models: Models) -> Verdict:
         """Ask the models every golden field. A first answer that passes is what later ones must be, bit by bit."""
         if self._answers is None:
-            return Verdict(False, f"self-test: {self.fault}")
-        misfit = _misfit(models, self._answers, self._fields)
-        if misfit is not None:
-            return Verdict(False, f"self-test: {misfit}; {MEND}")
+            try:
+                fields, answers = read_fields(), read_answers(self._folder)
+            except ModelError as error:
+                return Verdict(False, f"self-test: {error}")
+            misfit = _misfit(models, answers, fields)
+            if misfit is not None:
+                return Verdict(False, f"self-test: {self._folder / ANSWERS_NAME}: {misfit}; {MEND}")
+            self._fields, self._answers = fields, answers
+        answers = self._answers
         try:
             found = {name: answer(models, pixels) for name, pixels in self._fields.items()}
         except ModelError as error:
             return Verdict(False, f"self-test: {error} ({', '.join(_who(models))}); {OTHER_RUNTIME}")
-        verdicts = tuple(self._judge(models, self._answers, name, field) for name, field in found.items())
+        verdicts = tuple(self._judge(models, answers, name, field) for name, field in found.items())
         verdict = Verdict(all(one.is_passed for one in verdicts), _words(models, verdicts), verdicts)
         if verdict.is_passed and not self._own:
             self._own = found

@@ -214,3 +214,38 @@ def test_a_person_asks_from_the_command_line(
     config_file.write_text(yaml.safe_dump({**bench.config, "device": "nobody"}))
     code, _, err = ask("ping", "--timeout", "1")
     assert (code, "lab/nobody has not answered within 1 s" in err) == (6, True)
+
+
+def test_while_the_self_test_fails_nothing_is_counted_until_the_answers_are_there(
+    bench: Bench, mosquitto: Any, subscriber: Any
+) -> None:
+    broker = mosquitto()
+    ears = subscriber(broker, "hv/1/#")
+    bench.use_broker(broker.port)
+    use_lively_slide(bench)
+    folder = bench.folder / "mine"
+    put_next_models(folder)
+    (folder / "golden.json").rename(folder / "kept.json")
+    bench.config["models"]["folder"] = str(folder)
+    agent = bench.start()
+    ears.wait_for(
+        lambda heard: (
+            any(one.topic.endswith("alert/self-test-failed") for one in heard)
+            and any(one.kind == "event" and one.body["kind"] == "self-test-failed" for one in heard)
+        ),
+        START_S,
+    )
+    words = next(one.body["message"] for one in ears.messages if one.topic.endswith("alert/self-test-failed"))
+    assert "no known answers" in words
+    assert "--make-answers" in words
+    assert "ready" not in [one.body["state"] for one in ears.messages if one.kind == "state" and one.payload]
+    assert not any(one.kind == "field" for one in ears.messages)
+    (folder / "kept.json").rename(folder / "golden.json")
+    desk = Desk(broker, ears)
+    try:
+        assert desk.ask("selftest")["status"] == "ok"
+    finally:
+        desk.close()
+    wait_fields(ears, lambda _one: True)
+    assert any(one.topic.endswith("alert/self-test-failed") and not one.payload for one in ears.messages)
+    assert agent.terminate() == 0
