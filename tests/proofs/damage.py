@@ -1,6 +1,6 @@
 """Flipped bits and truncation of the outbox: never a crash loop, and everything readable is delivered.
 
-    python -m tests.proofs.damage [--seeds 1000]
+    python -m tests.proofs.damage [--seeds 1000] [--minutes 20]
 
 Each seed makes an outbox of its own and hurts it: flipped bits, a page of zeros or of noise, a shorter file, in the
 database or its write-ahead log. Then the agent's own code opens it, as the agent's starts would, and empties it. A row
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -144,9 +145,12 @@ def deliver(folder: Path) -> tuple[dict[int, str], set[int], bool]:
     raise OutboxError(f"{folder}: {MOST_STARTS} starts have met damage")
 
 
-def run(folder: Path, seeds: int, first: int = 0) -> Verdict:
+def run(folder: Path, seeds: int, first: int = 0, *, minutes: float = math.inf) -> Verdict:
+    until_s = time.monotonic() + 60 * minutes
     verdict = Verdict()
     for seed in range(first, first + seeds):
+        if time.monotonic() > until_s:
+            break
         rng = random.Random(seed)
         place = folder / str(seed)
         place.mkdir()
@@ -178,12 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.damage", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
     options = parser.parse_args(arguments)
     logging.getLogger("agent").setLevel(logging.CRITICAL)  # what a damaged outbox says of itself is expected here
     begun_s = time.monotonic()
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="damage-", dir=shared if os.access(shared, os.W_OK) else None) as folder:
-        verdict = run(Path(folder), options.seeds, options.first)
+        verdict = run(Path(folder), options.seeds, options.first, minutes=options.minutes)
     print(f"{verdict} ({time.monotonic() - begun_s:.0f} s)")
     return 1 if verdict.faults else 0
 

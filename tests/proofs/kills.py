@@ -1,6 +1,6 @@
 """An agent's delivery is killed (SIGKILL) at random moments and at each labelled point: nothing lost, nothing wrong.
 
-    python -m tests.proofs.kills [--kills 1000] [--seed 1]
+    python -m tests.proofs.kills [--kills 1000] [--seed 1] [--minutes 25]
 
 A process appends frames to an outbox and hands what waits to a receiver that keeps what it got on disk, as the
 publisher does: send, then let it leave. It is killed again and again: after a random number of disk operations, after a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -129,14 +130,15 @@ def _send(outbox: Outbox, came: Any, count: int, reach: Callable[[str], None]) -
     reach("after-leave")
 
 
-def run(folder: Path, kills: int, seed: int = 1) -> Verdict:
+def run(folder: Path, kills: int, seed: int = 1, *, minutes: float = math.inf) -> Verdict:
     """Raises NotInstalled without a C compiler."""
+    until_s = time.monotonic() + 60 * minutes
     library = disk_shim.build(folder)
     verdict = Verdict()
     rng = random.Random(seed)
     state = folder / "state"
     state.mkdir()
-    while verdict.kills < kills:
+    while verdict.kills < kills and time.monotonic() < until_s:
         how = (
             LABELS[verdict.kills] if verdict.kills < len(LABELS) else rng.choice((*LABELS, "operation", "time", "time"))
         )
@@ -195,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.kills", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--label", default="", help=argparse.SUPPRESS)
     parser.add_argument("--nth", type=int, default=1, help=argparse.SUPPRESS)
@@ -204,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         try:
-            verdict = run(Path(folder), options.kills, options.seed)
+            verdict = run(Path(folder), options.kills, options.seed, minutes=options.minutes)
         except NotInstalled as error:
             print(error, file=sys.stderr)
             return 2

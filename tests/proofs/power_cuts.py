@@ -1,6 +1,6 @@
 """The power is cut under an outbox at any moment: it opens again, and nothing that `append` had stored is missing.
 
-    python -m tests.proofs.power_cuts [--cuts 15000] [--seed 1]
+    python -m tests.proofs.power_cuts [--cuts 15000] [--seed 1] [--minutes 40]
 
 An outbox is filled and emptied for real, behind a shim that records every write, truncation and sync (`disk_shim.c`). A
 cut is then a moment in that record: what was synced before it is there; of what was not, any part may have reached the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -121,13 +122,14 @@ def fill(folder: Path, seed: int) -> None:
     os._exit(0)  # as killed: no closing, no last checkpoint
 
 
-def run(folder: Path, cuts: int, seed: int = 1, *, lies: bool = False) -> Verdict:
+def run(folder: Path, cuts: int, seed: int = 1, *, lies: bool = False, minutes: float = math.inf) -> Verdict:
     """lies: the disk says that it has synced and has not. Raises NotInstalled without a C compiler."""
+    until_s = time.monotonic() + 60 * minutes
     library = disk_shim.build(folder)
     verdict = Verdict()
     rng = random.Random(seed)
     a_recording = 1500
-    while verdict.cuts < cuts:
+    while verdict.cuts < cuts and time.monotonic() < until_s:
         place = folder / f"recorded-{verdict.cuts}"
         place.mkdir()
         begin_boot(place)
@@ -139,13 +141,21 @@ def run(folder: Path, cuts: int, seed: int = 1, *, lies: bool = False) -> Verdic
             library, place, MODULE, "--fill", str(place), "--seed", str(rng.randrange(2**31)), log=log
         )
         assert child.wait(600) == 0, "the recorded program failed"
-        _cut_often(place, before, log, min(a_recording, cuts - verdict.cuts), rng, verdict, lies=lies)
+        _cut_often(place, before, log, min(a_recording, cuts - verdict.cuts), rng, verdict, lies=lies, until_s=until_s)
         shutil.rmtree(place)
     return verdict
 
 
 def _cut_often(
-    place: Path, before: bytes, log: Path, cuts: int, rng: random.Random, verdict: Verdict, *, lies: bool
+    place: Path,
+    before: bytes,
+    log: Path,
+    cuts: int,
+    rng: random.Random,
+    verdict: Verdict,
+    *,
+    lies: bool,
+    until_s: float,
 ) -> None:
     operations = list(disk_shim.read_log(log))
     moments = sorted(rng.randrange(1, len(operations)) for _ in range(cuts))
@@ -153,6 +163,8 @@ def _cut_often(
     stored = left = 0
     done = 0
     for moment in moments:
+        if time.monotonic() > until_s:
+            return
         for operation in operations[done:moment]:
             if operation.kind == "M":
                 number = operation.offset if operation.offset < 2**63 else operation.offset - 2**64
@@ -206,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.power_cuts", description=__doc__.split("\n")[0])
     parser.add_argument("--cuts", type=int, default=15_000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
     parser.add_argument("--fill", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     logging.getLogger("agent").setLevel(logging.CRITICAL)  # what a cut outbox says of itself is expected here
@@ -214,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="power-cuts-", dir="/dev/shm") as folder:
         try:
-            verdict = run(Path(folder), options.cuts, options.seed)
+            verdict = run(Path(folder), options.cuts, options.seed, minutes=options.minutes)
         except NotInstalled as error:
             print(error, file=sys.stderr)
             return 2
