@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.brokers import NotInstalled
-from tests.proofs import clock, damage, kills, memory, power_cuts
+from tests.proofs import clock, damage, disk_faults, kills, memory, power_cuts
 
 
 @pytest.mark.timeout(300)
@@ -67,6 +67,24 @@ def test_delivery_that_is_killed_loses_nothing_and_halves_nothing(tmp_path: Path
         pytest.skip(str(error))
     assert verdict.faults == [], str(verdict)
     assert verdict.promised > 0
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_that_fails_at_any_operation_stops_intake_with_an_alert_and_costs_nothing(tmp_path: Path) -> None:
+    try:
+        verdict = disk_faults.run(tmp_path, every=41)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    assert verdict.faults == [], str(verdict)
+    assert verdict.stops > 3
+    assert verdict.starts > 1
+    assert verdict.stored > 500
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_a_disk_that_fails_at_every_single_operation_costs_nothing(tmp_path: Path) -> None:
+    assert disk_faults.run(tmp_path).faults == []
 
 
 @pytest.mark.soak

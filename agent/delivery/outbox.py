@@ -302,6 +302,13 @@ def _write_boot(folder: Path, boot: int) -> None:
         raise OutboxError(f"{path}: cannot be written: {error.strerror}; free space or mend the rights") from error
 
 
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutboxError(f"{path}: cannot be removed: {error.strerror}; mend the rights of the folder") from error
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -373,8 +380,14 @@ def open_outbox(
         boot = begin_boot(folder)  # what is numbered from now on is kept apart from what may have been lost
         salvage = _salvage(path, boot, str(error))
         connection = _connect(path, verify=True)
-    if verify:
-        mark.unlink(missing_ok=True)
+    try:
+        if create:
+            _refuse_read_only(connection, path)
+        if verify:
+            _remove(mark)
+    except BaseException:
+        connection.close()
+        raise
     return Outbox(
         connection,
         path,
@@ -405,6 +418,16 @@ def _connect(path: Path, *, verify: bool, mark: Path | None = None) -> sqlite3.C
             connection.close()
             raise
     return connection
+
+
+def _refuse_read_only(connection: sqlite3.Connection, path: Path) -> None:
+    """SQLite opens what it may not write for reading alone, and such a connection stays so when the disk is mended."""
+    with _explained(path):
+        connection.execute("BEGIN IMMEDIATE")  # passes on those too, as a beginning to read
+        try:
+            connection.execute("UPDATE tally SET depth = depth")
+        finally:
+            connection.execute("ROLLBACK")
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, *, verify: bool) -> None:
@@ -439,10 +462,23 @@ def _make_tables(connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
 
+def _schema(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Name and text of each table and index. A flipped bit may rename a column, and the quick check is content."""
+    return set(connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+
+
+def _whole_schema() -> set[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
+        _make_tables(fresh)
+        return _schema(fresh)
+
+
 def _verify(connection: sqlite3.Connection, path: Path) -> None:
     verdict = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     if verdict != "ok":
         raise OutboxDamaged(f"{path}: damaged: {verdict}")
+    if _schema(connection) != _whole_schema():
+        raise OutboxDamaged(f"{path}: damaged: its tables are not those that an outbox has")
     counted = connection.execute(
         "SELECT (SELECT COUNT(*) FROM rows WHERE state = 0), "
         "(SELECT COALESCE(SUM(LENGTH(payload)), 0) FROM rows WHERE state > 0)"
@@ -462,7 +498,7 @@ def _salvage(path: Path, boot: int, reason: str) -> Salvage:
     """
     fresh, done = path.with_name(SALVAGING_NAME), path.with_name(SALVAGED_NAME)
     for ending in ("", "-wal", "-shm"):
-        fresh.with_name(fresh.name + ending).unlink(missing_ok=True)
+        _remove(fresh.with_name(fresh.name + ending))
     logger.error("%s; reading what can be read", reason)
     with contextlib.closing(_connect(fresh, verify=False)) as connection, _explained(fresh):
         with _transaction(connection):
@@ -488,7 +524,7 @@ def _finish_salvage(path: Path) -> None:
     if not done.exists():
         return
     if path.exists():
-        done.unlink()  # ended before the damaged one was put away: it is made again
+        _remove(done)  # ended before the damaged one was put away: it is made again
         return
     try:
         for ending in ("-wal", "-shm"):  # ended while it was put away; to the new file they would be poison
@@ -572,8 +608,8 @@ def _copy_table(damaged: sqlite3.Connection, fresh: sqlite3.Connection, table: s
 
 def _is_sound(row: Mapping[str, Any]) -> bool:
     kinds = {"stream": str, "topic": str, "boot": int, "seq": int, "captured_monotonic_ns": int, "payload": bytes}
-    return all(isinstance(row[name], kind) for name, kind in kinds.items()) and (
-        _checksum(row["topic"], row["payload"]) == row["crc32"]
+    return all(isinstance(row.get(name), kind) for name, kind in kinds.items()) and (
+        _checksum(row["topic"], row["payload"]) == row.get("crc32")
     )
 
 

@@ -778,3 +778,37 @@ def test_an_outbox_of_an_older_version_is_taken_over_with_every_row(tmp_path: Pa
         assert outbox.request_replay("field", 1, 2) == ReplayAnswer(1, 1, ())
         outbox.append((), notes={"k": "v"})
         assert outbox.note("k") == "v"
+
+
+def test_an_outbox_that_could_only_be_opened_for_reading_is_refused_until_the_disk_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite falls back to reading without a word, and the connection would stay so after the disk is mended."""
+    make_outbox(tmp_path).close()
+    connect = sqlite3.connect
+
+    def connect_for_reading(path: Path, **options: Any) -> sqlite3.Connection:
+        return connect(f"{Path(path).as_uri()}?mode=ro", uri=True, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outbox_module.sqlite3, "connect", connect_for_reading)
+        with pytest.raises(OutboxError, match="read-only"):
+            open_outbox(tmp_path, device="scope", min_free_mb=0, verify=False)
+        open_outbox(tmp_path, verify=False, create=False).close()  # whoever only looks may
+    with make_outbox(tmp_path, verify=False) as mended:
+        mended.append([make_draft()])
+
+
+@pytest.mark.parametrize("column", ["captured_monotonic_ns", "state", "origin_key", "crc32"])
+def test_a_file_in_whose_tables_a_column_has_another_name_is_set_aside_and_read(tmp_path: Path, column: str) -> None:
+    """A flipped bit in the text of the schema, which SQLite's own check passes."""
+    with make_outbox(tmp_path) as outbox:
+        outbox.append([make_draft(text=f"text {n}") for n in range(20)], finished_keys=["a"])
+    path = tmp_path / "outbox.db"
+    content = path.read_bytes()
+    changed = f"{column[:-1]}{chr(ord(column[-1]) ^ 1)}"
+    path.write_bytes(content.replace(column.encode(), changed.encode()))
+    with make_outbox(tmp_path) as outbox:
+        assert outbox.salvage is not None
+        assert [message["text"] for message in messages(outbox)] == [f"text {n}" for n in range(20)]
+        outbox.append([make_draft()])

@@ -3,7 +3,9 @@
  * HV_SHIM_FOLDER: only files below it. HV_SHIM_LOG: where the record goes; absent = nothing is recorded.
  * A record: kind (1 byte: W write, T truncate, S sync, M mark), length of the path (2), offset (8), length (8), path,
  * bytes of a write; numbers in the machine's order. shim_mark(n) puts a mark; shim_arm(nth, error, times) lets the nth
- * write, truncation or sync from now on fail with this errno, and the ones after it, `times` in all; error 0 = SIGKILL.
+ * operation from now on fail with this errno, and the ones after it, `times` in all; error 0 = SIGKILL; nth -1 = none.
+ * Operations that may fail: opening for writing, write, truncation, sync, rename, unlink, mkdir; of SQLite's shared
+ * memory too, which is never recorded.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,10 +13,12 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,15 +26,19 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static long until_fault = -1, faults_left = 0, operations = 0;
 static int fault_errno = 0, log_fd = -2;
 
-static int is_ours(int fd, char *path, size_t size) {
+static int is_below(const char *path) {
     const char *folder = getenv("HV_SHIM_FOLDER");
+    return folder != NULL && strncmp(path, folder, strlen(folder)) == 0;
+}
+
+static int is_ours(int fd, char *path, size_t size) {
     char link[64];
-    if (folder == NULL || fd == log_fd) return 0;
+    if (fd == log_fd) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, size - 1);
     if (length <= 0) return 0;
     path[length] = 0;
-    return strncmp(path, folder, strlen(folder)) == 0 && strstr(path, "-shm") == NULL;
+    return is_below(path);
 }
 
 static void put(const void *bytes, size_t length) {
@@ -47,7 +55,7 @@ static void record(char kind, const char *path, uint64_t offset, uint64_t length
         const char *name = getenv("HV_SHIM_LOG");
         log_fd = name == NULL ? -1 : (int)syscall(SYS_openat, AT_FDCWD, name, O_WRONLY | O_CREAT | O_APPEND, 0600);
     }
-    if (log_fd < 0) return;
+    if (log_fd < 0 || strstr(path, "-shm") != NULL) return;
     uint16_t path_length = (uint16_t)strlen(path);
     pthread_mutex_lock(&lock);
     put(&kind, 1);
@@ -97,6 +105,48 @@ static ssize_t write_at(int fd, const void *bytes, size_t length, off_t offset) 
 
 ssize_t pwrite(int fd, const void *bytes, size_t length, off_t offset) { return write_at(fd, bytes, length, offset); }
 ssize_t pwrite64(int fd, const void *bytes, size_t length, off64_t offset) { return write_at(fd, bytes, length, offset); }
+
+/* Not recorded: only SQLite's files count in a record, and it writes these with pwrite. */
+ssize_t write(int fd, const void *bytes, size_t length) {
+    char path[4096];
+    if (is_ours(fd, path, sizeof path) && fails()) return -1;
+    return syscall(SYS_write, fd, bytes, length);
+}
+
+static int open_at(int folder, const char *path, int flags, mode_t mode) {
+    int writes = (flags & O_ACCMODE) != O_RDONLY || (flags & O_CREAT) != 0;
+    if (writes && is_below(path) && fails()) return -1;
+    return (int)syscall(SYS_openat, folder, path, flags, mode);
+}
+
+#define MODE_OF(flags)                              \
+    mode_t mode = 0;                                \
+    if (((flags) & (O_CREAT | O_TMPFILE)) != 0) {   \
+        va_list more;                               \
+        va_start(more, flags);                      \
+        mode = va_arg(more, mode_t);                \
+        va_end(more);                               \
+    }
+
+int open(const char *path, int flags, ...) { MODE_OF(flags) return open_at(AT_FDCWD, path, flags, mode); }
+int open64(const char *path, int flags, ...) { MODE_OF(flags) return open_at(AT_FDCWD, path, flags, mode); }
+int openat(int folder, const char *path, int flags, ...) { MODE_OF(flags) return open_at(folder, path, flags, mode); }
+int openat64(int folder, const char *path, int flags, ...) { MODE_OF(flags) return open_at(folder, path, flags, mode); }
+
+int rename(const char *from, const char *to) {
+    if (is_below(to) && fails()) return -1;
+    return (int)syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0);
+}
+
+int unlink(const char *path) {
+    if (is_below(path) && fails()) return -1;
+    return (int)syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+}
+
+int mkdir(const char *path, mode_t mode) {
+    if (is_below(path) && fails()) return -1;
+    return (int)syscall(SYS_mkdirat, AT_FDCWD, path, mode);
+}
 
 static int truncate_to(int fd, off_t length) {
     char path[4096];
