@@ -64,6 +64,8 @@ logger = logging.getLogger(__name__)
 THREAD_DIED = 70
 """Exit code when a thread has ended unasked: EX_SOFTWARE of sysexits(3). systemd starts the agent again."""
 
+START_PUT_OFF_S = 60
+"""s; told at each look while the self-test keeps the agent from `ready`: a new start would not mend the models."""
 TICK_S = 0.25
 """s; how often the parts are looked at: a lost camera shows within it."""
 
@@ -566,6 +568,8 @@ class Watch:
         state = derive_state(seen, is_started=not is_starting or seen.camera != "opening")
         is_test_failed = seen.last_self_test is not None and not seen.last_self_test.is_passed
         is_ready_due = not self._is_ready_told and not is_test_failed and state is not AgentState.INIT
+        if is_test_failed and not self._is_ready_told:
+            systemd.extend_start(START_PUT_OFF_S)
         if state is self._state and not is_ready_due:
             return
         words = f"{state.value}: camera {seen.camera}, broker {seen.broker}, outbox {seen.outbox}"

@@ -39,6 +39,11 @@ def ready(status: str) -> bool:
     return notify(f"READY=1\nSTATUS={_one_line(status)}")
 
 
+def extend_start(seconds: int) -> bool:
+    """Not ready yet, and for a reason that a new start would not mend: TimeoutStartSec is put off by this long."""
+    return notify(f"EXTEND_TIMEOUT_USEC={seconds * 1_000_000}")
+
+
 def stopping() -> bool:
     """The agent has begun to end."""
     return notify("STOPPING=1\nSTATUS=stopping")

@@ -219,6 +219,8 @@ def test_systemd_is_told_ready_only_when_the_self_test_has_passed(
     told: list[str] = []
     monkeypatch.setattr("agent.systemd.ready", lambda words: told.append(f"READY {words}"))
     monkeypatch.setattr("agent.systemd.status", told.append)
+    put_off: list[int] = []
+    monkeypatch.setattr("agent.systemd.extend_start", put_off.append)
     health = Health()
     watch = make_watch(tmp_path, health)
     now = datetime.now(timezone.utc)
@@ -226,11 +228,14 @@ def test_systemd_is_told_ready_only_when_the_self_test_has_passed(
     health.camera_state("open", "simulated")
     watch._tell_state(health.snapshot())
     assert told == ["degraded: camera open, broker connecting, outbox ok, self-test failed: nothing is counted"]
+    watch._tell_state(health.snapshot())
+    assert len(put_off) == 2  # at each look: no new start of the service would mend the models
     health.broker_state("refused", "no")  # degraded for another reason too: that must not keep READY back
     health.self_test(SelfTest(now, is_passed=True, detail="as known"))
     watch._tell_state(health.snapshot())
     watch._tell_state(health.snapshot())
     assert told[1:] == ["READY degraded: camera open, broker refused, outbox ok"]
+    assert len(put_off) == 2
 
 
 # -------------------------------------------------------------------------------------------------- the watchdog

@@ -33,6 +33,8 @@ def test_ready_stopping_and_watchdog_reach_the_manager(manager: socket.socket, m
     assert manager.recv(4096) == b"READY=1\nSTATUS=counting"
     assert systemd.feed_watchdog()
     assert manager.recv(4096) == b"WATCHDOG=1"
+    assert systemd.extend_start(60)
+    assert manager.recv(4096) == b"EXTEND_TIMEOUT_USEC=60000000"
     assert systemd.status("camera lost")
     assert manager.recv(4096) == b"STATUS=camera lost"
     assert systemd.stopping()
