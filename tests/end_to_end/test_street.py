@@ -29,12 +29,12 @@ def wait_for_saved_session(broker: Any) -> None:
 
 
 def has_all_of(pictures: int) -> Callable[[list[Any]], bool]:
-    """Whether the fields of so many pictures have arrived with all their cells, and the two events of a start."""
+    """Whether the fields of so many pictures have arrived with all their cells, and the three events of a start."""
 
     def has_all(messages: list[Any]) -> bool:
         ids = {kind: {m.body["id"] for m in messages if m.kind == kind} for kind in ("field", "cell", "event")}
         cells = {c["cell_id"] for m in messages if m.kind == "field" for c in m.body["cells"]}
-        return len(ids["field"]) == pictures and len(ids["cell"]) == len(cells) and len(ids["event"]) == 2
+        return len(ids["field"]) == pictures and len(ids["cell"]) == len(cells) and len(ids["event"]) == 3
 
     return has_all
 
@@ -62,8 +62,15 @@ def test_every_field_of_a_folder_arrives_and_every_message_matches_its_schema(
         field["frame"]["n"] for field in ledger.fields.values()
     )
     told = [event["kind"] for event in ledger.events.values()]
-    assert told == ["agent-started", "sample-opened", "frame-unreadable", "sample-finished", "source-ended"]
-    assert "field-3b.png" in list(ledger.events.values())[2]["message"]
+    assert told == [
+        "agent-started",
+        "sample-opened",
+        "self-test",
+        "frame-unreadable",
+        "sample-finished",
+        "source-ended",
+    ]
+    assert "field-3b.png" in list(ledger.events.values())[3]["message"]
     assert ledger.states[0] in ("init", "ready")
     assert ledger.states[-3:] == ["ready", "stopping", "disconnected"]
     assert ledger.infos[0]["models"][0]["role"] == "detector"
