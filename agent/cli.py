@@ -254,10 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     outbox.add_argument("--dead", action="store_true", help="list, export: the dead letters (refused messages) instead")
     outbox.add_argument("--limit", type=_count, default=100, metavar="N", help="list: at most N; default: 100")
-    outbox.add_argument(
-        "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
-    )
-    _add_config(outbox)
+    _add_outbox_folder(outbox)
 
     ask = add(
         "ask",
@@ -294,10 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--public-key", metavar="HEX", help="verify: the key that must have signed")
     report.add_argument("--format", default="html", choices=("html", "csv", "json"), help="default: html")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    report.add_argument(
-        "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
-    )
-    _add_config(report)
+    _add_outbox_folder(report)
 
     review = add(
         "review",
@@ -319,10 +313,7 @@ def build_parser() -> argparse.ArgumentParser:
     review.add_argument("--reason", metavar="WORDS", help="answer: why, for the audit; no personal facts")
     review.add_argument("--json", action="store_true", help="list, show, agreement: as JSON")
     review.add_argument("--timeout", type=_seconds, default=40.0, metavar="S", help="answer: wait so long; default 40")
-    review.add_argument(
-        "--folder", type=Path, metavar="DIR", help="the outbox's folder; default: from the configuration"
-    )
-    _add_config(review)
+    _add_outbox_folder(review)
 
     audit = add(
         "audit",
@@ -381,6 +372,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, metavar="FILE", help="configuration; default: the packaged one")
+
+
+def _add_outbox_folder(command: argparse.ArgumentParser) -> None:
+    words = "the outbox's folder; default: from the configuration"
+    command.add_argument("--folder", type=Path, metavar="DIR", help=words)
+    _add_config(command)
 
 
 def _add_paths(command: argparse.ArgumentParser, words: str) -> None:

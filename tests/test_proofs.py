@@ -8,6 +8,7 @@ import pytest
 
 from tests.brokers import NotInstalled
 from tests.proofs import clock, damage, disk_faults, kills, memory, power_cuts
+from tests.proofs.proving import prove
 
 
 @pytest.mark.timeout(300)
@@ -95,3 +96,20 @@ def test_the_long_proofs_of_the_outbox(tmp_path: Path) -> None:
     assert power_cuts.run(tmp_path / "cuts", cuts=15_000).faults == []
     assert kills.run(tmp_path / "kills", kills=1000).faults == []
     assert damage.run(tmp_path / "damage", seeds=1000).faults == []
+
+
+def test_a_proof_that_saw_a_fault_fails_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = damage.Verdict(seeds=1)
+    assert prove(lambda _folder: verdict, name="short", is_in_memory=False) == 0
+    assert "0 faults" in capsys.readouterr().out
+    verdict.faults.append("seed 0: row 3 is missing")
+    assert prove(lambda _folder: verdict, name="short", is_in_memory=True) == 1
+    assert "1 faults\n  seed 0: row 3 is missing" in capsys.readouterr().out
+
+
+def test_a_proof_that_lacks_what_it_needs_is_not_taken_for_passed(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_folder: Path) -> damage.Verdict:
+        raise NotInstalled("gcc is missing")
+
+    assert prove(run, name="short", is_in_memory=False) == 2
+    assert "gcc is missing" in capsys.readouterr().err

@@ -15,11 +15,9 @@ import argparse
 import json
 import logging
 import math
-import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from pathlib import Path
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import DATABASE_NAME, begin_boot, open_outbox
 from agent.errors import OutboxDamaged, OutboxError
+from tests.proofs.proving import add_minutes, faults_in_words, prove
 
 PAGE_BYTES = 4096
 MOST_STARTS = 3
@@ -51,7 +50,7 @@ class Verdict:
         words += (
             f"{self.delivered} of these delivered and {self.also} of the others set aside with a reason or delivered"
         )
-        return f"{words}; {len(self.faults)} faults" + "".join(f"\n  {fault}" for fault in self.faults[:10])
+        return f"{words}; {faults_in_words(self.faults)}"
 
 
 def fill(folder: Path, rng: random.Random) -> dict[int, str]:
@@ -182,15 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.damage", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
+    add_minutes(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("agent").setLevel(logging.CRITICAL)  # what a damaged outbox says of itself is expected here
-    begun_s = time.monotonic()
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="damage-", dir=shared if os.access(shared, os.W_OK) else None) as folder:
-        verdict = run(Path(folder), options.seeds, options.first, minutes=options.minutes)
-    print(f"{verdict} ({time.monotonic() - begun_s:.0f} s)")
-    return 1 if verdict.faults else 0
+    return prove(
+        lambda folder: run(folder, options.seeds, options.first, minutes=options.minutes),
+        name="damage",
+        is_in_memory=True,
+    )
 
 
 if __name__ == "__main__":

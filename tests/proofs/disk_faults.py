@@ -20,10 +20,8 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +37,8 @@ from agent.domain import SampleState
 from agent.errors import OutboxError
 from agent.health import Health, Stage
 from agent.pipeline import Outcome, Pipeline
-from tests.brokers import NotInstalled
 from tests.proofs import disk_shim
+from tests.proofs.proving import add_minutes, faults_in_words, prove
 from tests.test_pipeline import make_bench
 
 MODULE = "tests.proofs.disk_faults"
@@ -83,8 +81,8 @@ class Verdict:
         words += (
             f"intake stopped {self.stops} times and went on by itself, {self.starts} starts were refused in words; "
         )
-        words += f"{self.stored} stored messages looked for, {self.lost} missing; {len(self.faults)} faults"
-        return words + "".join(f"\n  {fault}" for fault in self.faults[:10])
+        words += f"{self.stored} stored messages looked for, {self.lost} missing; {faults_in_words(self.faults)}"
+        return words
 
     def add(self, other: Verdict) -> None:
         for name in ("sessions", "met", "stops", "starts", "stored", "lost"):
@@ -379,25 +377,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=1, help="only each so manieth moment, one failure at each")
     parser.add_argument("--first", type=int, default=0, help="the first moment (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
+    add_minutes(parser)
     parser.add_argument("--play", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    begun_s = time.monotonic()
     if options.play is not None:
         logging.getLogger("agent").setLevel(logging.CRITICAL)  # what a failing outbox says of itself is expected here
-        verdict = play_all(options.play, options.every, options.first, begun_s + 60 * options.minutes)
+        verdict = play_all(options.play, options.every, options.first, time.monotonic() + 60 * options.minutes)
         options.report.write_text(json.dumps(dataclasses.asdict(verdict)))
         return 0
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="faults-", dir=shared if os.access(shared, os.W_OK) else None) as folder:
-        try:
-            verdict = run(Path(folder), options.every, options.first, options.minutes)
-        except NotInstalled as error:
-            print(error, file=sys.stderr)
-            return 2
-    print(f"{verdict} ({time.monotonic() - begun_s:.0f} s)")
-    return 1 if verdict.faults else 0
+    return prove(
+        lambda folder: run(folder, options.every, options.first, options.minutes), name="disk-faults", is_in_memory=True
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,8 @@ import agent.delivery.outbox as outbox_module
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.domain import SampleState
-from tests.brokers import NotInstalled
 from tests.proofs import disk_shim
+from tests.proofs.proving import add_minutes, faults_in_words, prove
 
 MODULE = "tests.proofs.kills"
 
@@ -60,7 +59,7 @@ class Verdict:
         words = (
             f"{self.kills} kills ({where}); {self.promised} messages promised, {self.came} came, {self.repeats} repeats"
         )
-        return f"{words}; {len(self.faults)} faults" + "".join(f"\n  {fault}" for fault in self.faults[:10])
+        return f"{words}; {faults_in_words(self.faults)}"
 
 
 def work(folder: Path, label: str, nth: int) -> None:
@@ -197,22 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.kills", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
+    add_minutes(parser)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--label", default="", help=argparse.SUPPRESS)
     parser.add_argument("--nth", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work is not None:
         work(options.work, options.label, options.nth)
-    begun_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        try:
-            verdict = run(Path(folder), options.kills, options.seed, minutes=options.minutes)
-        except NotInstalled as error:
-            print(error, file=sys.stderr)
-            return 2
-    print(f"{verdict} ({time.monotonic() - begun_s:.0f} s)")
-    return 1 if verdict.faults else 0
+    return prove(
+        lambda folder: run(folder, options.kills, options.seed, minutes=options.minutes),
+        name="kills",
+        is_in_memory=False,
+    )
 
 
 if __name__ == "__main__":

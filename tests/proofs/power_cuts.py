@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ from pathlib import Path
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import DATABASE_NAME, Outbox, begin_boot, open_outbox
 from agent.errors import OutboxError
-from tests.brokers import NotInstalled
 from tests.proofs import disk_shim
+from tests.proofs.proving import add_minutes, faults_in_words, prove
 
 MODULE = "tests.proofs.power_cuts"
 
@@ -50,7 +49,7 @@ class Verdict:
 
     def __str__(self) -> str:
         words = f"{self.cuts} power cuts, {self.unsynced} of them into unsynced writes; {self.checked} stored messages"
-        return f"{words} looked for; {len(self.faults)} faults" + "".join(f"\n  {fault}" for fault in self.faults[:10])
+        return f"{words} looked for; {faults_in_words(self.faults)}"
 
 
 class Disk:
@@ -218,21 +217,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.power_cuts", description=__doc__.split("\n")[0])
     parser.add_argument("--cuts", type=int, default=15_000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="ends after this time with what it has")
+    add_minutes(parser)
     parser.add_argument("--fill", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     logging.getLogger("agent").setLevel(logging.CRITICAL)  # what a cut outbox says of itself is expected here
     if options.fill is not None:
         fill(options.fill, options.seed)
-    begun_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="power-cuts-", dir="/dev/shm") as folder:
-        try:
-            verdict = run(Path(folder), options.cuts, options.seed, minutes=options.minutes)
-        except NotInstalled as error:
-            print(error, file=sys.stderr)
-            return 2
-    print(f"{verdict} ({time.monotonic() - begun_s:.0f} s)")
-    return 1 if verdict.faults else 0
+    return prove(
+        lambda folder: run(folder, options.cuts, options.seed, minutes=options.minutes),
+        name="power-cuts",
+        is_in_memory=True,
+    )
 
 
 if __name__ == "__main__":
