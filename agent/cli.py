@@ -6,7 +6,6 @@ import argparse
 import errno
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from agent import RESEARCH_USE_ONLY, __version__
+from agent.delivery.topics import is_part
 from agent.errors import (
     BrokerUnavailable,
     CameraError,
@@ -386,7 +386,7 @@ def _add_paths(command: argparse.ArgumentParser, words: str) -> None:
 
 
 def _identifier(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9-]{1,63}", text):
+    if not is_part(text):
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: 1 to 63 of a-z, 0-9 and hyphen")
     return text
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from agent import RESEARCH_USE_ONLY
 from agent.config import load_config, state_folder
+from agent.delivery.commands import TOKEN
 from agent.delivery.outbox import Outbox, open_outbox
-from agent.delivery.topics import Topics
+from agent.delivery.topics import Topics, is_part
 from agent.errors import ConfigError, HematoVisionError
 from agent.files import whole_file
 from agent.report.device import read_device, reported_samples
@@ -32,7 +33,7 @@ def report(arguments: argparse.Namespace) -> int:
         return actions[arguments.what](arguments)
     if arguments.sign and arguments.output is None:
         raise ConfigError("hematovision report", ("--sign: give --output too; the signature is written beside it",))
-    if arguments.by is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.by):
+    if arguments.by is not None and not re.fullmatch(TOKEN, arguments.by):
         raise ConfigError("hematovision report", (f"--by: found {arguments.by!r}; allowed: an opaque token",))
     document, crops = _compose(arguments)
     rendered = render(document, crops, arguments.format)
@@ -89,7 +90,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _compose(arguments: argparse.Namespace) -> tuple[Document, Mapping[str, KeptCell]]:
-    if not re.fullmatch(r"[a-z0-9-]{1,63}", arguments.what):
+    if not is_part(arguments.what):
         fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), list, key or verify"
         raise ConfigError("hematovision report", (fault,))
     with _device(arguments) as (outbox, topics):

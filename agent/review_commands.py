@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from agent.analysis.cells import UNIDENTIFIED
 from agent.config import load_config, state_folder
 from agent.delivery.asking import ask as send_command
 from agent.delivery.outbox import open_outbox
-from agent.delivery.topics import Topics
+from agent.delivery.topics import Topics, is_part
 from agent.errors import ConfigError, HematoVisionError
 from agent.files import whole_file
 from agent.report.document import agreement_body
@@ -151,7 +150,7 @@ def print_agreement(body: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _read(arguments: argparse.Namespace, sid: str = "") -> Sequence[KeptCell]:
-    if sid and not re.fullmatch(r"[a-z0-9-]{1,63}", sid):
+    if sid and not is_part(sid):
         raise ConfigError("hematovision review", (f"found {sid!r}; allowed: a sample's id (a-z, 0-9 and hyphen)",))
     config = load_config(arguments.config)
     folder = arguments.folder or state_folder(config.outbox)

@@ -66,6 +66,7 @@ THREAD_DIED = 70
 
 START_PUT_OFF_S = 60
 """s; told at each look while the self-test keeps the agent from `ready`: a new start would not mend the models."""
+
 TICK_S = 0.25
 """s; how often the parts are looked at: a lost camera shows within it."""
 

@@ -57,7 +57,8 @@ RefusalCode = Literal[
 OperatorProof = Literal["none", "broker", "key"]
 """What shows that a command is an operator's: nothing does (all are refused); the broker's ACL; a pre-shared key."""
 
-Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TOKEN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Token = Annotated[str, Field(pattern=TOKEN)]
 CellId = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,80}$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,63}$")]
 Seq = Annotated[int, Field(ge=1, le=2**53)]

@@ -13,6 +13,11 @@ _PICTURE = re.compile(r"[a-z0-9-]{1,80}")
 """A cell's id is its sample's and a number."""
 
 
+def is_part(text: str) -> bool:
+    """Whether it can be a part of a topic: the id of a site, a device or a sample."""
+    return _PART.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Topics:
     """Where this device publishes. Every part matches `[a-z0-9-]{1,63}`: dots mean something to RabbitMQ and NATS."""
@@ -84,6 +89,6 @@ class Topics:
 
 
 def _checked(part: str) -> str:
-    if not _PART.fullmatch(part):
+    if not is_part(part):
         raise ValueError(f"{part!r} cannot stand in a topic: 1 to 63 of a-z, 0-9 and hyphen are allowed")
     return part

@@ -20,8 +20,9 @@ def read_device(outbox: Outbox, topics: Topics, sid: str, crops: CropStore | Non
     if running is not None:
         body = json.loads(running)
         known = {report["report"] for report in reports}
-        if body["report"] is None or body["report"] not in known:
-            reports = [*reports, body] if body["report"] is not None or not reports else reports
+        is_new = body["report"] is not None and body["report"] not in known
+        if is_new or not reports:
+            reports.append(body)
     if not reports:
         raise NothingToReport(
             f"{outbox.path}: there is no differential of sample {sid} here; `hematovision report list` names others"
