@@ -77,11 +77,12 @@ class Relay:
                 if not passed or (is_first and self.refuses(passed)):
                     self._drop(one)
                     return
-                if one in self._upstream and self.cut_after_bytes is not None:
-                    left = self.cut_after_bytes - self._upstream[one]
+                limit = self.cut_after_bytes  # once: the test changes it, and what was cut short must be cut off
+                if one in self._upstream and limit is not None:
+                    left = max(0, limit - self._upstream[one])
                     other.sendall(passed[:left])
                     self._upstream[one] += len(passed)
-                    if self._upstream[one] >= self.cut_after_bytes:
+                    if self._upstream[one] >= limit:
                         self.cuts += 1
                         self._drop(one)
                     return
