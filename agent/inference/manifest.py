@@ -32,7 +32,7 @@ class Tensor(ManifestPart):
     """An input or output: name in the file, shape and quantisation, real = scale * (stored - zero_point)."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     dtype: Literal["int8", "uint8", "float32"]
     scale: float
     zero_point: int
@@ -181,6 +181,7 @@ class Manifest(ManifestPart):
                 classes = detector.classes if output.kind == "class_scores" else classifier.classes
                 _require(output.shape[-1] == len(classes), f"output {output.name}: its last size is not the classes'")
             if output.kind in ("box_distances", "class_scores"):
+                _require(len(output.shape) == 4, f"output {output.name}: shape: must be 1, rows, columns, values")
                 is_grid = output.stride_px is not None and output.shape[1] * output.stride_px == detector.input.shape[1]
                 _require(is_grid, f"output {output.name}: rows times stride_px is not the input's side")
         _check_classifier(classifier)

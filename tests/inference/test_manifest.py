@@ -157,6 +157,24 @@ def test_a_wrong_stride_is_refused(folder: Path) -> None:
         load_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    ("role", "shape", "told"),
+    [
+        ("detector", [], "detector.outputs.0.shape"),
+        ("detector", [1, 52], "must be 1, rows, columns, values"),
+        ("detector", [1, 0, 52, 64], "detector.outputs.0.shape.1"),
+        ("classifier", [], "classifier.outputs.0.shape"),
+    ],
+)
+def test_an_output_without_the_sizes_it_needs_is_refused(folder: Path, role: str, shape: list[int], told: str) -> None:
+    """Found by `tests.proofs.fuzz --seed 11`: an empty shape ended the start in an IndexError."""
+    outputs = json.loads((folder / "manifest.json").read_text())[role]["outputs"]
+    outputs[0]["shape"] = shape
+    edit_manifest(folder, role, outputs=outputs)
+    with pytest.raises(ModelError, match=told):
+        load_manifest(folder)
+
+
 @pytest.mark.parametrize("role", ["detector", "classifier"])
 def test_the_colour_order_of_the_manifest_is_what_the_model_gets(folder: Path, role: str) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (416, 416, 3), np.uint8)
