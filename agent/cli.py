@@ -36,6 +36,9 @@ EXPORT_TABLES = (
     *("audit", "alerts", "devices", "gaps", "dead_letters"),
 )
 
+FEWEST_SAMPLES, LEAST_FEWEST, FEWEST_LEUKOCYTES = 10, 6, 50
+"""Those of `agent.analysis.cohort`, which is not imported before it is needed; a test compares them."""
+
 SOME_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141
 
 EXIT_CODE_OF: Mapping[type[HematoVisionError], int] = {
@@ -274,13 +277,15 @@ def build_parser() -> argparse.ArgumentParser:
     report = add(
         "report",
         "write the report of a sample: HTML, CSV or JSON",
-        "From the outbox of this device, beside a\nrunning agent. HTML is one file that needs no other.",
+        "From the outbox of this device, beside a\nrunning agent, or with --database from what a collector has. "
+        "HTML is one file that needs no other.",
         "hematovision report s-17 --format html --output s-17.html --config config.yaml",
     )
     report.add_argument(
         "what",
         metavar="SAMPLE",
-        help="the sample's id; list: names those that are here; key: the public key that signs here; verify FILE",
+        help="the sample's id; list: names those that are here; cohort: compares samples by age band (--database); "
+        "key: the public key that signs here; verify FILE",
     )
     report.add_argument("file", nargs="?", type=Path, metavar="FILE", help="verify: a report; FILE.sig lies beside it")
     report.add_argument("--sign", action="store_true", help="write the signature beside --output (extra `report`)")
@@ -291,6 +296,26 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--public-key", metavar="HEX", help="verify: the key that must have signed")
     report.add_argument("--format", default="html", choices=("html", "csv", "json"), help="default: html")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    report.add_argument("--database", metavar="URL", help="the collector's database instead of this device's outbox")
+    _add_database_password(report)
+    report.add_argument("--site", type=_identifier, metavar="NAME", help="with --database: only this site")
+    report.add_argument("--device", type=_identifier, metavar="NAME", help="with --database: only this device")
+    report.add_argument("--since", type=_time, metavar="TIME", help="cohort: reports from this time on")
+    report.add_argument("--until", type=_time, metavar="TIME", help="cohort: reports before then")
+    report.add_argument(
+        "--fewest-samples",
+        type=_group_size,
+        default=FEWEST_SAMPLES,
+        metavar="N",
+        help=f"cohort: nothing is told of smaller age bands; from {LEAST_FEWEST}; default: {FEWEST_SAMPLES}",
+    )
+    report.add_argument(
+        "--fewest-cells",
+        type=_count,
+        default=FEWEST_LEUKOCYTES,
+        metavar="N",
+        help=f"cohort: no shares of samples with fewer classified leukocytes; default: {FEWEST_LEUKOCYTES}",
+    )
     _add_outbox_folder(report)
 
     review = add(
@@ -345,9 +370,7 @@ def build_parser() -> argparse.ArgumentParser:
         "hematovision export --database sqlite:////srv/hematovision.db --format csv --sample s-17 > cells.csv",
     )
     export.add_argument("--database", metavar="URL", required=True, help="as for collect")
-    export.add_argument(
-        "--database-password-file", type=Path, metavar="FILE", help="default: HEMATOVISION_DATABASE_PASSWORD, ~/.pgpass"
-    )
+    _add_database_password(export)
     export.add_argument(
         "--format",
         required=True,
@@ -380,6 +403,11 @@ def _add_outbox_folder(command: argparse.ArgumentParser) -> None:
     _add_config(command)
 
 
+def _add_database_password(command: argparse.ArgumentParser) -> None:
+    words = "default: HEMATOVISION_DATABASE_PASSWORD, ~/.pgpass"
+    command.add_argument("--database-password-file", type=Path, metavar="FILE", help=words)
+
+
 def _add_paths(command: argparse.ArgumentParser, words: str) -> None:
     words += "; a name that begins with a dash as ./-name"
     command.add_argument("paths", nargs="+", metavar="PATH", help=words)
@@ -409,6 +437,10 @@ def _share(text: str) -> float:
 
 def _count(text: str) -> int:
     return _checked(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def _group_size(text: str) -> int:
+    return _checked(text, int, lambda value: value >= LEAST_FEWEST, f"a whole number from {LEAST_FEWEST}")
 
 
 def _seconds(text: str) -> float:

@@ -9,34 +9,76 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent import RESEARCH_USE_ONLY
+from agent.analysis.cohort import compare
 from agent.config import load_config, state_folder
 from agent.delivery.commands import TOKEN
+from agent.delivery.messages import rfc3339_ms
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics, is_part
 from agent.errors import ConfigError, HematoVisionError
 from agent.files import whole_file
+from agent.report.cohort import compose_cohort, render_cohort
 from agent.report.device import read_device, reported_samples
 from agent.report.document import Document, compose
 from agent.report.render import render
 from agent.report.signature import ENDING, KEY_NAME, SignatureWrong, open_key, public_hex, sign, verify
 from agent.review import CROPS_FOLDER, CropStore, KeptCell
 
+if TYPE_CHECKING:
+    from agent.central.records import Collection
+
 OK, SOME_FAILED = 0, 1
 
 
 def report(arguments: argparse.Namespace) -> int:
     """A sample on paper, the list of those that can be, the key that signs, or whether a signature holds."""
-    actions = {"list": _list, "key": _key, "verify": _verify}
+    actions = {"list": _list, "key": _key, "verify": _verify, "cohort": _cohort}
     if arguments.what in actions:
         return actions[arguments.what](arguments)
-    if arguments.sign and arguments.output is None:
-        raise ConfigError("hematovision report", ("--sign: give --output too; the signature is written beside it",))
-    if arguments.by is not None and not re.fullmatch(TOKEN, arguments.by):
-        raise ConfigError("hematovision report", (f"--by: found {arguments.by!r}; allowed: an opaque token",))
+    _check_signing(arguments)
     document, crops = _compose(arguments)
     rendered = render(document, crops, arguments.format)
+    return _hand_out(arguments, rendered, document["sample"], f"sample {document['sample']}, {document['status']}")
+
+
+def _cohort(arguments: argparse.Namespace) -> int:
+    """Samples of one age band beside those of another."""
+    if arguments.database is None:
+        raise ConfigError("hematovision report cohort", ("--database: missing; it compares what was collected there",))
+    if arguments.format == "pdf":
+        raise ConfigError("hematovision report cohort", ("--format: pdf is for samples; html prints on A4",))
+    _check_signing(arguments)
+    with _collection(arguments) as collection:
+        collected = collection.cohort(arguments.site, arguments.device, arguments.since, arguments.until)
+    comparison = compare(collected.samples, arguments.fewest_samples, arguments.fewest_cells)
+    asked = {
+        "site": arguments.site,
+        "device": arguments.device,
+        "since": None if arguments.since is None else rfc3339_ms(arguments.since),
+        "until": None if arguments.until is None else rfc3339_ms(arguments.until),
+    }
+    document = compose_cohort(comparison, collected.left_out, asked, datetime.now(timezone.utc))
+    words = f"{document['samples']} samples in {len(document['groups'])} age bands"
+    return _hand_out(arguments, render_cohort(document, arguments.format), "cohort", words)
+
+
+def _check_signing(arguments: argparse.Namespace) -> None:
+    faults = []
+    if arguments.sign and arguments.output is None:
+        faults.append("--sign: give --output too; the signature is written beside it")
+    if arguments.sign and arguments.database is not None and arguments.key_file is None:
+        faults.append("--sign: give --key-file too; the key of a device stays on the device, the centre needs its own")
+    if arguments.by is not None and not re.fullmatch(TOKEN, arguments.by):
+        faults.append(f"--by: found {arguments.by!r}; allowed: an opaque token")
+    if faults:
+        raise ConfigError("hematovision report", tuple(faults))
+
+
+def _hand_out(arguments: argparse.Namespace, rendered: bytes, subject: str, words: str) -> int:
+    """To standard output, or into a file, signed if asked for. words: what it is, for people."""
     if arguments.output is None:
         sys.stdout.buffer.write(rendered)
         return OK
@@ -44,12 +86,12 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.sign:
         key = open_key(_key_file(arguments), create=True)
         beside = arguments.output.with_name(arguments.output.name + ENDING)
-        files[beside] = sign(rendered, document["sample"], key, at=datetime.now(timezone.utc), by=arguments.by)
+        files[beside] = sign(rendered, subject, key, at=datetime.now(timezone.utc), by=arguments.by)
     for path, content in files.items():
         with whole_file(path) as sink:
             sink.write(content)
-    words = " and ".join(str(path) for path in files)
-    print(f"{words}: sample {document['sample']}, {document['status']}. {RESEARCH_USE_ONLY}", file=sys.stderr)
+    names = " and ".join(str(path) for path in files)
+    print(f"{names}: {words}. {RESEARCH_USE_ONLY}", file=sys.stderr)
     return OK
 
 
@@ -82,17 +124,27 @@ def _key_file(arguments: argparse.Namespace) -> Path:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    with _device(arguments) as (outbox, topics):
-        for sid, status in reported_samples(outbox, topics):
-            print(f"{sid}  {status}")
+    if arguments.database is not None:
+        with _collection(arguments) as collection:
+            for place, sid, status in collection.samples(arguments.site, arguments.device):
+                print(f"{place.site}/{place.device}  {sid}  {status}")
+    else:
+        with _device(arguments) as (outbox, topics):
+            for sid, status in reported_samples(outbox, topics):
+                print(f"{sid}  {status}")
     print(RESEARCH_USE_ONLY)
     return OK
 
 
 def _compose(arguments: argparse.Namespace) -> tuple[Document, Mapping[str, KeptCell]]:
     if not is_part(arguments.what):
-        fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), list, key or verify"
+        fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), list, cohort, key or verify"
         raise ConfigError("hematovision report", (fault,))
+    if arguments.database is not None:
+        with _collection(arguments) as collection:
+            place = collection.find(arguments.what, arguments.site, arguments.device)
+            record = collection.read(place, arguments.what)
+            return compose(record, datetime.now(timezone.utc)), record.crops
     with _device(arguments) as (outbox, topics):
         record = read_device(outbox, topics, arguments.what, CropStore(outbox.path.parent / CROPS_FOLDER))
         return compose(record, datetime.now(timezone.utc)), record.crops
@@ -105,3 +157,17 @@ def _device(arguments: argparse.Namespace) -> Iterator[tuple[Outbox, Topics]]:
     folder = arguments.folder or state_folder(config.outbox)
     with open_outbox(folder, device=config.device, verify=False, create=False) as outbox:
         yield outbox, Topics(config.site, config.device)
+
+
+@contextmanager
+def _collection(arguments: argparse.Namespace) -> Iterator[Collection]:
+    """The collector's database, to be read only. Raises ConfigError."""
+    try:
+        from agent.central.records import open_collection
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("sqlalchemy", "alembic"):
+            raise
+        fault = f"{error.name} is not installed; `pip install 'hematovision-agent[central]'` brings it"
+        raise ConfigError("hematovision report --database", (fault,)) from None
+    with open_collection(arguments.database, arguments.database_password_file) as collection:
+        yield collection

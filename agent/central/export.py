@@ -142,7 +142,7 @@ def _write_fhir(engine: Engine, selection: Selection, sink: IO[bytes], codes: Co
     source = tables.differentials
     count, complaints = 0, []
     newest: tuple[str, str, str] | None = None
-    query = _chosen(select(source), source, "at", selection).order_by(
+    query = chosen(select(source), source, "at", selection).order_by(
         source.c.site,
         source.c.device,
         source.c.sample,
@@ -184,9 +184,9 @@ def _read(engine: Engine, table: str, selection: Selection, columns: list[Column
     if source is tables.differential_shares:
         whole = tables.differentials
         query = query.join_from(source, whole, whole.c.differential_id == source.c.differential_id)
-        query = _chosen(query, whole, "at", selection)
+        query = chosen(query, whole, "at", selection)
     else:
-        query = _chosen(query, source, time_column, selection)
+        query = chosen(query, source, time_column, selection)
     return _rows(engine, query.order_by(*source.primary_key))
 
 
@@ -196,7 +196,8 @@ def _rows(engine: Engine, query: Select[Any]) -> Iterator[Row]:
             yield dict(row)
 
 
-def _chosen(query: Select[Any], source: Table, time_column: str, selection: Selection) -> Select[Any]:
+def chosen(query: Select[Any], source: Table, time_column: str, selection: Selection) -> Select[Any]:
+    """The query for the selected rows of its table only."""
     for name in ("site", "device", "sample"):
         if (value := getattr(selection, name)) is None:
             continue

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from agent.delivery.outbox import Outbox
 from agent.delivery.topics import Topics
-from agent.report.record import Body, NothingToReport, SampleRecord
+from agent.report.record import Body, NothingToReport, SampleRecord, with_retained
 from agent.reporting import ANSWERS, REVIEW, kept_key, read_kept
 from agent.review import CropStore, read_kept_cells
 
@@ -15,14 +15,9 @@ from agent.review import CropStore, read_kept_cells
 def read_device(outbox: Outbox, topics: Topics, sid: str, crops: CropStore | None = None) -> SampleRecord:
     """Everything that this device still has of a sample. Raises NothingToReport, OutboxError."""
     cells = read_kept_cells(outbox.notes(f"{REVIEW}{sid}/"), outbox.notes(f"{ANSWERS}{sid}/"), crops)
-    reports = list(read_messages(outbox, "differential", topics.differential(sid)))
-    running = outbox.document(topics.differential(sid))
-    if running is not None:
-        body = json.loads(running)
-        known = {report["report"] for report in reports}
-        is_new = body["report"] is not None and body["report"] not in known
-        if is_new or not reports:
-            reports.append(body)
+    told = outbox.document(topics.differential(sid))
+    numbered = list(read_messages(outbox, "differential", topics.differential(sid)))
+    reports = with_retained(numbered, None if told is None else json.loads(told))
     if not reports:
         raise NothingToReport(
             f"{outbox.path}: there is no differential of sample {sid} here; `hematovision report list` names others"

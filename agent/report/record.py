@@ -41,3 +41,12 @@ class SampleRecord:
     fields: Iterable[Body] = ()
     answers: Sequence[Answer] = ()
     crops: Mapping[str, KeptCell] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def with_retained(reports: Sequence[Body], retained: Body | None) -> list[Body]:
+    """The numbered differentials, and the retained one where it says something that they do not."""
+    if retained is None:
+        return list(reports)
+    known = {report["report"] for report in reports}
+    is_new = retained["report"] is not None and retained["report"] not in known
+    return [*reports, retained] if is_new or not reports else list(reports)

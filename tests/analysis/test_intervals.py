@@ -13,6 +13,7 @@ from agent.analysis.intervals import (
     goodman_intervals,
     incomplete_beta,
     lower_gamma,
+    median_interval,
     poisson_interval,
     ratio_interval,
     trials_for,
@@ -117,3 +118,19 @@ def test_so_many_trials_are_enough_and_one_less_is_not(share: float, half_width:
 
 def test_a_width_beyond_reach_is_told_and_not_searched_for_ever() -> None:
     assert trials_for(0.5, 1e-5) is None
+
+
+@pytest.mark.parametrize("count", [6, 7, 10, 25, 200, 1001])
+def test_the_interval_of_a_median_is_the_narrowest_pair_of_values_that_holds_it_often_enough(count: int) -> None:
+    low, high = median_interval([float(n) for n in range(count, 0, -1)]) or (0.0, 0.0)
+    assert low + high == count + 1  # as far from either end
+
+    def chance(place: float) -> float:
+        return float(1 - 2 * stats.binom.cdf(place - 1, count, 0.5))
+
+    assert chance(low) >= 0.95 > chance(low + 1)
+
+
+def test_of_five_values_a_median_has_no_interval() -> None:
+    assert median_interval([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    assert median_interval([]) is None
