@@ -276,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = add(
         "report",
-        "write the report of a sample: HTML, CSV or JSON",
+        "write the report of a sample: HTML, PDF, CSV or JSON",
         "From the outbox of this device, beside a\nrunning agent, or with --database from what a collector has. "
         "HTML is one file that needs no other.",
         "hematovision report s-17 --format html --output s-17.html --config config.yaml",
@@ -294,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--key-file", type=Path, metavar="FILE", help="Ed25519 key; default: the device's own, made once"
     )
     report.add_argument("--public-key", metavar="HEX", help="verify: the key that must have signed")
-    report.add_argument("--format", default="html", choices=("html", "csv", "json"), help="default: html")
+    report.add_argument("--format", default="html", choices=("html", "pdf", "csv", "json"), help="default: html")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     report.add_argument("--database", metavar="URL", help="the collector's database instead of this device's outbox")
     _add_database_password(report)

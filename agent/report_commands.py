@@ -48,8 +48,6 @@ def _cohort(arguments: argparse.Namespace) -> int:
     """Samples of one age band beside those of another."""
     if arguments.database is None:
         raise ConfigError("hematovision report cohort", ("--database: missing; it compares what was collected there",))
-    if arguments.format == "pdf":
-        raise ConfigError("hematovision report cohort", ("--format: pdf is for samples; html prints on A4",))
     _check_signing(arguments)
     with _collection(arguments) as collection:
         collected = collection.cohort(arguments.site, arguments.device, arguments.since, arguments.until)
@@ -80,6 +78,8 @@ def _check_signing(arguments: argparse.Namespace) -> None:
 def _hand_out(arguments: argparse.Namespace, rendered: bytes, subject: str, words: str) -> int:
     """To standard output, or into a file, signed if asked for. words: what it is, for people."""
     if arguments.output is None:
+        if arguments.format == "pdf" and sys.stdout.isatty():
+            raise ConfigError("hematovision report", ("--output: missing; a PDF is not for a terminal",))
         sys.stdout.buffer.write(rendered)
         return OK
     files = {arguments.output: rendered}

@@ -22,12 +22,17 @@ fi
 if [ "$(id -u)" -eq 0 ] && ! compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null && ! command -v initdb >/dev/null; then
     (need_packages "Some tests talk to a real PostgreSQL, which is missing." postgresql) || say "Going on without PostgreSQL."
 fi
+# A report as PDF needs Pango, which is no Python package; without it those tests skip and say so.
+if [ "$(id -u)" -eq 0 ] && ! ldconfig -p | grep -q libpangoft2-1.0; then
+    (need_packages "Some tests make PDF reports with Pango, which is missing." libpango-1.0-0 libpangoft2-1.0-0 \
+        libharfbuzz-subset0 fonts-dejavu-core) || say "Going on without Pango."
+fi
 
 python=$(find_python)
 make_venv "$python" "$venv"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     say "Installing the agent and what its tests need"
-    "$bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev,demo,central,export]" ||
+    "$bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev,demo,report,central,export]" ||
         fail "pip could not install what the tests need; its message stands above."
     touch "$stamp"
     # An ordinary installation, as quickstart.sh makes it, is now replaced by this checkout itself.

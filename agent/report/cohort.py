@@ -17,6 +17,7 @@ from agent.analysis.cohort import UNITS, Comparison, Group, Line, Measure, Outsi
 from agent.delivery.messages import rfc3339_ms
 from agent.report.drawing import colours_of
 from agent.report.markup import e, facts, labelled, n, page, th
+from agent.report.pdf import render_pdf
 from agent.report.words import counted_words
 
 Document = dict[str, Any]
@@ -69,7 +70,9 @@ def compose_cohort(
 
 
 def render_cohort(document: Document, wanted: str) -> bytes:
-    """wanted: html, csv or json. UTF-8."""
+    """wanted: html, pdf, csv or json; text is UTF-8."""
+    if wanted == "pdf":
+        return render_pdf(_render_html(document), document["notice"], _foot(document))
     if wanted == "json":
         return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     text = _render_csv(document) if wanted == "csv" else _render_html(document)
@@ -202,8 +205,11 @@ def _render_html(document: Document) -> str:
     sections = [_head(document), _remarks_html(document), _groups(groups)]
     sections += [_measure(measure, shown) for measure in get_args(Measure)]
     sections.append(_how(document))
-    foot = f"Comparison by age band · {document['samples']} samples · {document['made_at']}"
-    return page("Comparison by age band", labelled(document["notice"], sections, foot))
+    return page("Comparison by age band", labelled(document["notice"], sections, _foot(document)))
+
+
+def _foot(document: Document) -> str:
+    return f"Comparison by age band · {document['samples']} samples · {document['made_at']}"
 
 
 def _head(document: Document) -> str:
@@ -258,7 +264,7 @@ def _measure(measure: str, groups: Sequence[Mapping[str, Any]]) -> str:
         head += th("Surely below") + th("Surely above")
     return (
         f'<h2>{e(TITLES[measure])}</h2><ul class="panels">{"".join(panels)}</ul>'
-        f"<table><caption>Medians of the samples, in {e(unit)}</caption><thead><tr>{head}</tr></thead>"
+        f"<table><caption>Medians of the samples; unit: {e(unit)}</caption><thead><tr>{head}</tr></thead>"
         f"{''.join(tables)}</table>"
     )
 
@@ -282,7 +288,7 @@ def _rows(name: str, bands: Sequence[tuple[str, Mapping[str, Any]]], *, has_outs
 
 def _side(outside: Mapping[str, Any], side: str) -> str:
     one = outside[side]
-    return f"{one['samples']} of {outside['compared']} ({one['low_pct']:.0f} to {one['high_pct']:.0f} %)"
+    return f"{one['samples']}/{outside['compared']} ({one['low_pct']:.0f} to {one['high_pct']:.0f} %)"
 
 
 _BAND_PX, _SCALE_PX, _ROW_PX = 86, 210, 22
@@ -300,20 +306,26 @@ def panel_svg(name: str, bands: Iterable[tuple[str, Mapping[str, Any]]], colour:
     def x(value: float) -> float:
         return _BAND_PX + _SCALE_PX * min(value, scale) / scale
 
-    parts = [f'<text x="0" y="14" class="name">{e(name)}</text>'] if name else []
+    parts = [f'<text x="0" y="14" font-size="13" font-weight="bold">{e(name)}</text>'] if name else []
     for number in range(3):
         value = scale * number / 2
         parts.append(
             f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{head}" y2="{height - 18}" stroke="#ddd"/>'
-            f'<text x="{x(value):.1f}" y="{height - 5}" text-anchor="middle" class="tick">{value:g}</text>'
+            f'<text x="{x(value):.1f}" y="{height - 5}" text-anchor="middle" font-size="11" fill="#444">'
+            f"{value:g}</text>"
         )
     words = []
     for row, (band, line) in enumerate(rows):
         middle = head + _ROW_PX * row + _ROW_PX / 2
         spread = line["spread"]
-        parts.append(f'<text x="{_BAND_PX - 8}" y="{middle + 4:.1f}" text-anchor="end" class="band">{e(band)}</text>')
+        parts.append(
+            f'<text x="{_BAND_PX - 8}" y="{middle + 4:.1f}" text-anchor="end" font-size="12" fill="#333">'
+            f"{e(band)}</text>"
+        )
         if spread is None:
-            parts.append(f'<text x="{_BAND_PX + 4}" y="{middle + 4:.1f}" class="tick">too few samples</text>')
+            parts.append(
+                f'<text x="{_BAND_PX + 4}" y="{middle + 4:.1f}" font-size="11" fill="#444">too few samples</text>'
+            )
             words.append(f"{band}: too few samples")
             continue
         low, high = x(spread["low"]), x(spread["high"])

@@ -38,7 +38,7 @@ def differential_svg(shares: Sequence[Mapping[str, Any]]) -> str:
         pct = scale_pct * number / 4
         parts.append(
             f'<line x1="{x(pct):.1f}" x2="{x(pct):.1f}" y1="6" y2="{height - 28}" stroke="#ddd"/>'
-            f'<text x="{x(pct):.1f}" y="{height - 12}" text-anchor="middle" class="tick">{pct:g} %</text>'
+            f'<text x="{x(pct):.1f}" y="{height - 12}" text-anchor="middle" font-size="11" fill="#444">{pct:g} %</text>'
         )
     colours = colours_of(share["class"] for share in shares)
     for row, share in enumerate(shares):
@@ -68,7 +68,8 @@ def differential_svg(shares: Sequence[Mapping[str, Any]]) -> str:
         f"{share['class']} {share['pct']:.1f} % ({share['low_pct']:.1f} to {share['high_pct']:.1f})" for share in shares
     )
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-labelledby="chart-title chart-words">'
+        f'<svg class="chart" font-size="13" viewBox="0 0 {width} {height}" role="img"'
+        ' aria-labelledby="chart-title chart-words">'
         '<title id="chart-title">Differential: shares of the classified leukocytes with 95 % intervals</title>'
         f'<desc id="chart-words">{escape(words)}</desc>{"".join(parts)}</svg>'
     )

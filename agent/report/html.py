@@ -46,8 +46,12 @@ def render_body(document: Document, crops: Mapping[str, KeptCell]) -> str:
         _quality(document),
         _provenance(document),
     )
-    foot = f"Sample {document['sample']} · {document['report'] or 'no report number'} · {document['made_at']}"
-    return labelled(document["notice"], sections, foot)
+    return labelled(document["notice"], sections, foot_words(document))
+
+
+def foot_words(document: Document) -> str:
+    """What stands at the foot of each page: which report this is."""
+    return f"Sample {document['sample']} · {document['report'] or 'no report number'} · {document['made_at']}"
 
 
 # ------------------------------------------------------------------------------------------------------ the sections
@@ -200,7 +204,7 @@ def _gallery(document: Document, crops: Mapping[str, KeptCell]) -> str:
     parts = []
     for name in dict.fromkeys(picture["class"] for picture in shown):
         figures = "".join(_figure(picture, crops) for picture in shown if picture["class"] == name)
-        parts.append(f'<h3>{e(name)}</h3><ul class="gallery">{figures}</ul>')
+        parts.append(f'<section class="kind"><h3>{e(name)}</h3><ul class="gallery">{figures}</ul></section>')
     return f"<h2>Gallery</h2>{''.join(parts)}"
 
 

@@ -20,23 +20,25 @@ caption{text-align:left;font-size:.87rem;color:#333;padding:.2rem 0}
 th,td{padding:.22rem .5rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr{break-inside:avoid}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:.4rem 0}
+h2+.small{break-after:avoid}
+dl{break-inside:avoid;display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:.4rem 0}
 dt{color:#333}dd{margin:0;overflow-wrap:anywhere}
-.flag{font-weight:700}.flag.sure{color:#a40000}
+.flag{font-weight:700;white-space:nowrap}.flag.sure{color:#a40000}
 .remarks{border-left:4px solid #b36b00;background:#fff6e5;padding:.3rem .8rem;margin:.6rem 0}
 .remarks ul{margin:.2rem 0;padding-left:1.1rem}
-svg.chart{width:100%;max-width:680px;height:auto}svg text{font-size:13px;fill:#111}svg .tick{font-size:11px;fill:#444}
+svg.chart{width:100%;max-width:680px;height:auto;break-inside:avoid}
 svg.map{width:100%;height:auto;border:1px solid #bbb}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;list-style:none;font-size:.9rem}
 .legend span{display:inline-block;width:.8rem;height:.8rem;border-radius:50%;margin-right:.35rem}
-.gallery{display:flex;flex-wrap:wrap;gap:.5rem;padding:0;list-style:none}
+.kind{display:inline-block;vertical-align:top;max-width:100%;margin-right:1.2rem;break-inside:avoid}
+.gallery{margin:.2rem 0;padding:0;list-style:none}
+.gallery li{display:inline-block;vertical-align:top;margin:0 .4rem .5rem 0}
 .gallery figure{margin:0;width:7.2rem;break-inside:avoid}
 .gallery img{width:7.2rem;height:7.2rem;object-fit:contain;border:1px solid #bbb;background:#f4f4f4}
 .gallery figcaption{font-size:.75rem;overflow-wrap:anywhere}
 th.band{font-weight:400;white-space:nowrap}tbody{break-inside:avoid}
 .panels{display:flex;flex-wrap:wrap;gap:.4rem .9rem;padding:0;margin:.4rem 0;list-style:none}
 .panels li{width:18rem;break-inside:avoid}.panels svg{width:100%;height:auto}
-svg .name{font-weight:600}svg .band{font-size:12px;fill:#333}
 .small{font-size:.87rem;color:#333}
 code{font:.87rem ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 @page{size:A4;margin:14mm 13mm}
