@@ -95,6 +95,8 @@ def _find(command: str) -> Callable[[argparse.Namespace], int]:
     """What does the command. Imported after parsing: help and usage errors need neither OpenCV nor a database."""
     if command == "report":
         from agent import report_commands as module
+    elif command == "replay":
+        from agent import replay_commands as module  # type: ignore[no-redef]
     elif command == "review":
         from agent import review_commands as module  # type: ignore[no-redef]
     elif command not in CENTRAL_COMMANDS:
@@ -339,6 +341,24 @@ def build_parser() -> argparse.ArgumentParser:
     review.add_argument("--json", action="store_true", help="list, show, agreement: as JSON")
     review.add_argument("--timeout", type=_seconds, default=40.0, metavar="S", help="answer: wait so long; default 40")
     _add_outbox_folder(review)
+
+    replay = add(
+        "replay",
+        "analyse a counted field again and compare every cell and count",
+        "Finds its picture by the digest of\nits pixels: --image, --images, what the device keeps (pictures.keep_mb), "
+        "the camera's folder.\nSays identical, or which cells differ, and what else counts now. 0: identical.",
+        "hematovision replay microscope-3:12:345 --image field.png --config config.yaml",
+    )
+    replay.add_argument("what", metavar="FIELD", help="a field's id, or a sample's id: all its fields, in order")
+    replay.add_argument("--image", type=Path, metavar="FILE", help="the picture of the field")
+    replay.add_argument("--images", type=Path, metavar="DIR", help="look for the pictures below this folder")
+    replay.add_argument("--models", type=Path, metavar="DIR", help="folder of models; default: those in use here")
+    replay.add_argument("--json", action="store_true", help="as JSON, with all differences")
+    replay.add_argument("--database", metavar="URL", help="what was said then, from the collector's database")
+    _add_database_password(replay)
+    replay.add_argument("--site", type=_identifier, metavar="NAME", help="with --database: only this site")
+    replay.add_argument("--device", type=_identifier, metavar="NAME", help="with --database: only this device")
+    _add_outbox_folder(replay)
 
     audit = add(
         "audit",

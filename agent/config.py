@@ -271,6 +271,14 @@ class ReviewSection(Section):
     """MB; when the pictures have grown to this the oldest go, first those that nobody waits for."""
 
 
+class PicturesSection(Section):
+    """Whole fields that were counted, kept so that `hematovision replay` can analyse them again."""
+
+    keep_mb: Annotated[float, Field(ge=0, le=10_000_000)] = 0
+    """MB; counted fields are kept without loss beside the outbox, up to this; then the oldest go. 0 = none are kept: a
+    picture of 640 x 480 pixels takes about 0.5 MB, one of 12 megapixels about 20 MB and most of a second."""
+
+
 class OutboxSection(Section):
     """The results on disk that nobody has confirmed yet, and for a while those that are confirmed."""
 
@@ -398,6 +406,7 @@ class Config(Section):
     sample: SampleSection = SampleSection()
     differential: DifferentialSection = DifferentialSection()
     review: ReviewSection = ReviewSection()
+    pictures: PicturesSection = PicturesSection()
     outbox: OutboxSection = OutboxSection()
     delivery: DeliverySection = DeliverySection()
     broker: BrokerSection = BrokerSection()

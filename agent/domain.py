@@ -50,7 +50,7 @@ class Frame:
     """One picture from a camera, decoded.
 
     number: from 1, without gaps, within one opening of the camera.
-    sha256_16: first 16 hex digits of the SHA-256 of the pixel bytes and the shape.
+    sha256: of the shape and the pixel bytes as they were decoded, 64 hex digits.
     source: where it came from, for people: a path, an address, `simulated`.
     origin_key: names a stored frame across restarts (a file's path, size and time; a position in a video); None when
         the frame can never be read again.
@@ -62,12 +62,17 @@ class Frame:
     pixels_bgr: Pixels
     captured_at: datetime
     captured_monotonic_ns: int
-    sha256_16: str
+    sha256: str
     source: str
     origin_key: str | None = None
     um_per_px: float | None = None
     stage_um: tuple[float, float] | None = None
     repeats_last: bool = False
+
+    @property
+    def sha256_16(self) -> str:
+        """The first 16 digits: enough to know a repeat."""
+        return self.sha256[:16]
 
     @property
     def width_px(self) -> int:
@@ -172,8 +177,34 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class Software:
+    """What computed, besides the agent and the models' runtime. machine: the processor's kind, as `aarch64`."""
+
+    machine: str
+    python: str
+    numpy: str
+    opencv: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """From when on something is a cell, and has a name; 0 to 1, as they were in force.
+
+    rules_sha256: 64 hex digits of all that manifest and configuration say of the way from a frame to named cells.
+    """
+
+    min_score: float
+    min_probability: float
+    min_cell_probability: float
+    rules_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
-    """All that is needed to get the same answer again from the same frame."""
+    """All that is needed to get the same answer again from the same frame.
+
+    software, thresholds: None in what was kept by an agent that did not tell them.
+    """
 
     agent_version: str
     detector: ModelIdentity
@@ -181,6 +212,8 @@ class Provenance:
     runtime: str
     delegate: str
     config_sha256: str
+    software: Software | None = None
+    thresholds: Thresholds | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,14 @@ Each reading answers None where the machine does not tell; a board without a the
 from __future__ import annotations
 
 import ctypes
+import platform
 import shutil
 from pathlib import Path
 
-from agent.domain import ClockReading
+import cv2
+import numpy as np
+
+from agent.domain import ClockReading, Software
 from agent.health import MachineReading, Throttling
 
 THROTTLED_FILE = Path("devices/platform/soc/soc:firmware/get_throttled")
@@ -30,6 +34,11 @@ def read_machine(state_folder: Path, *, sys: Path = Path("/sys"), proc: Path = P
         disk_free_bytes=read_disk_free(state_folder),
         clock=read_clock(),
     )
+
+
+def read_software() -> Software:
+    """What the numbers depend on besides the models: decoding, crops and registration are OpenCV's and numpy's."""
+    return Software(platform.machine(), platform.python_version(), np.__version__, cv2.__version__)
 
 
 def read_temperature(sys: Path = Path("/sys")) -> float | None:

@@ -13,6 +13,7 @@ waits (or its newest frame wins): nothing that was counted is lost.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import queue
@@ -39,18 +40,29 @@ from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
 from agent.config import Config, QualitySection, ReviewSection, config_sha256, load_reference_intervals
 from agent.delivery.audit import ChainHead, Entry, chain
-from agent.delivery.commands import Command, InboundCommand, Refusal, reply_topic
+from agent.delivery.commands import Command, InboundCommand, Refusal, canonical_json, reply_topic
 from agent.delivery.messages import Body, Draft, RetainedDocument, Severity, event_draft, field_drafts
 from agent.delivery.outbox import NO_NOTES, Outbox
 from agent.delivery.reports import Reply, reply_body
 from agent.delivery.topics import Topics
 from agent.desk import Deed, Desk
-from agent.domain import CellStatus, ClockReading, FieldResult, Frame, FrameQuality, Provenance, SampleState, SlidePlace
+from agent.domain import (
+    CellStatus,
+    ClockReading,
+    FieldResult,
+    Frame,
+    FrameQuality,
+    Provenance,
+    SampleState,
+    SlidePlace,
+    Thresholds,
+)
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
 from agent.health import Health, SelfTest
 from agent.inference.manifest import Manifest
 from agent.inference.models import Models
-from agent.machine import read_clock
+from agent.machine import read_clock, read_software
+from agent.pictures import PictureStore
 from agent.reporting import ANSWERS, REVIEW, Reporter, cell_key, kept_key, note_cells, tally_of
 from agent.review import CropStore, read_kept_cells, review_key, review_notes
 
@@ -135,11 +147,12 @@ class Bench:
 
 def make_bench(config: Config, models: Models) -> Bench:
     """The bench that the configuration asks for."""
+    rules = models.naming_rules(config.models.min_probability)
     return Bench(
         models=models,
         quality=_quality_section(config),
         min_score=config.models.min_score,
-        rules=models.naming_rules(config.models.min_probability),
+        rules=rules,
         provenance=Provenance(
             agent_version=agent.__version__,
             detector=models.detector.identity,
@@ -147,6 +160,8 @@ def make_bench(config: Config, models: Models) -> Bench:
             runtime=models.runtime,
             delegate=models.delegate,
             config_sha256=config_sha256(config),
+            software=read_software(),
+            thresholds=_thresholds(config.models.min_score, rules, models.manifest),
         ),
         topics=Topics(config.site, config.device),
         with_cells=config.publish.cells,
@@ -155,6 +170,22 @@ def make_bench(config: Config, models: Models) -> Bench:
         field_area_um2=_um2(config.differential.field_area_mm2),
         review=config.review,
     )
+
+
+_NOT_A_RULE = frozenset({"name", "version", "file", "sha256", "data", "command", "confusion"})
+"""Keys of the manifest's entries that say who a model is, not how it is asked."""
+
+
+def _thresholds(min_score: float | None, rules: NamingRules, manifest: Manifest) -> Thresholds:
+    """What is in force; min_score: the configuration's, None = the manifest's."""
+    least = manifest.detector.thresholds.min_score if min_score is None else min_score
+    says = {
+        "detector": manifest.detector.model_dump(mode="json", exclude=set(_NOT_A_RULE)),
+        "classifier": manifest.classifier.model_dump(mode="json", exclude=set(_NOT_A_RULE)),
+        "in_force": [least, rules.min_probability, rules.min_cell_probability],
+    }
+    digest = hashlib.sha256(canonical_json(says)).hexdigest()
+    return Thresholds(least, rules.min_probability, rules.min_cell_probability, digest)
 
 
 def counting_rules(config: Config, manifest: Manifest) -> Rules:
@@ -226,7 +257,7 @@ def process_frame(
     if slide is not None:
         with watch.stage("place"):
             observed = slide.observe(frame, field.cells)
-        field = _on_its_slide(field, observed, watch)
+        field = on_its_slide(field, observed, watch)
     drafts = field_drafts(field, bench.topics, sample.sid, with_cells=bench.with_cells, accession=sample.accession)
     counted = [cell for cell in field.cells if cell.is_counted is not False]
     notes: dict[str, str | None] = {**note_cells(sample.sid, counted, bench.counting.kinds)}
@@ -249,7 +280,7 @@ def process_frame(
     return stop_when_enough(outcome, bench, frame.captured_at)
 
 
-def _on_its_slide(field: FieldResult, observed: Observation, watch: Stopwatch) -> FieldResult:
+def on_its_slide(field: FieldResult, observed: Observation, watch: Stopwatch) -> FieldResult:
     """The field with what it is on its slide; the time for that is part of its total."""
     took_ms, shift = watch.timing_ms["place"], observed.place.shift
     place = SlidePlace(
@@ -385,8 +416,9 @@ class Pipeline(threading.Thread):
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
     on_counted: called after each stored field. service: None = no commands are heard. crops: where pictures for the
-    review are kept; None = they are not. due_self_test: runs a self-test that is due and returns its outcome. While
-    the newest one has failed, no frame is taken: a folder waits, of a live camera the newest frame stays.
+    review are kept, pictures: where whole fields are; None = they are not. due_self_test: runs a self-test that is due
+    and returns its outcome. While the newest one has failed, no frame is taken: a folder waits, of a live camera the
+    newest frame stays.
     """
 
     def __init__(
@@ -404,6 +436,7 @@ class Pipeline(threading.Thread):
         documents_every_s: float = 5.0,
         retry_s: float = RETRY_S,
         crops: CropStore | None = None,
+        pictures: PictureStore | None = None,
     ) -> None:
         super().__init__(name="pipeline", daemon=True)
         self.failure: Exception | None = None
@@ -423,6 +456,7 @@ class Pipeline(threading.Thread):
         self._told_self_test = ""
         self._retry_s = retry_s
         self._crops = crops
+        self._pictures = pictures
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
@@ -707,6 +741,8 @@ class Pipeline(threading.Thread):
                 self._service.show(topic, jpeg)
         if outcome.field is not None and self._crops is not None:
             self._keep_crops(outcome.field, outcome, self._crops)
+        if outcome.field is not None and self._pictures is not None:
+            self._pictures.keep(outcome.field.frame)
         return True
 
     def _keep_crops(self, field: FieldResult, outcome: Outcome, crops: CropStore) -> None:

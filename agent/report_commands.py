@@ -6,13 +6,14 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent import RESEARCH_USE_ONLY
 from agent.analysis.cohort import compare
+from agent.collected import open_collected
 from agent.config import load_config, state_folder
 from agent.delivery.commands import TOKEN
 from agent.delivery.messages import rfc3339_ms
@@ -159,15 +160,5 @@ def _device(arguments: argparse.Namespace) -> Iterator[tuple[Outbox, Topics]]:
         yield outbox, Topics(config.site, config.device)
 
 
-@contextmanager
-def _collection(arguments: argparse.Namespace) -> Iterator[Collection]:
-    """The collector's database, to be read only. Raises ConfigError."""
-    try:
-        from agent.central.records import open_collection
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("sqlalchemy", "alembic"):
-            raise
-        fault = f"{error.name} is not installed; `pip install 'hematovision-agent[central]'` brings it"
-        raise ConfigError("hematovision report --database", (fault,)) from None
-    with open_collection(arguments.database, arguments.database_password_file) as collection:
-        yield collection
+def _collection(arguments: argparse.Namespace) -> AbstractContextManager[Collection]:
+    return open_collected(arguments.database, arguments.database_password_file, "report")

@@ -24,7 +24,7 @@ from agent.delivery.messages import Draft, RetainedDocument, event_draft, rfc333
 from agent.delivery.outbox import sample_from, sample_text
 from agent.delivery.reports import ReportStatus, differential_body, differential_draft, sample_body
 from agent.delivery.topics import Topics
-from agent.domain import Cell, CellStatus, ModelIdentity, Provenance, SampleState
+from agent.domain import Cell, CellStatus, ModelIdentity, Provenance, SampleState, Software, Thresholds
 
 ARTEFACT = CellStatus.ARTEFACT.value
 
@@ -146,8 +146,15 @@ def read_kept(text: str) -> KeptSample:
     """From the note that `Reporter.keep` wrote."""
     kept = json.loads(text)
     who = kept["provenance"]
+    software, thresholds = who.get("software"), who.get("thresholds")
     provenance = Provenance(
-        **{**who, "detector": ModelIdentity(**who["detector"]), "classifier": ModelIdentity(**who["classifier"])}
+        **{
+            **who,
+            "detector": ModelIdentity(**who["detector"]),
+            "classifier": ModelIdentity(**who["classifier"]),
+            "software": None if software is None else Software(**software),
+            "thresholds": None if thresholds is None else Thresholds(**thresholds),
+        }
     )
     return KeptSample(sample_from(json.dumps(kept["state"])), provenance)
 

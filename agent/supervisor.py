@@ -53,6 +53,7 @@ from agent.health import CameraState, Health, HealthSnapshot
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
 from agent.machine import read_clock, read_machine
+from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
 from agent.reporting import Reporter
 from agent.review import CROPS_FOLDER, CropStore
@@ -153,6 +154,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             due_self_test=workshop.due_self_test,
             documents_every_s=config.differential.update_s,
             crops=CropStore(folder / CROPS_FOLDER),
+            pictures=open_pictures(config, folder),
         )
         if config.commands.enabled:
             desk = make_desk(config, outbox, workshop, publisher.send_again)
@@ -229,6 +231,13 @@ def model_slots(config: Config, folder: Path) -> ModelSlots:
     """The slots of this device, beside its outbox."""
     place = folder / "models"
     return ModelSlots(place, models_folder(config.models), config.commands.staging_folder or place / "staging")
+
+
+def open_pictures(config: Config, folder: Path) -> PictureStore | None:
+    """Where whole fields are kept; None = they are not. folder: of the outbox, for whose results the disk has room."""
+    min_free_bytes = int(DISK_LOW_FACTOR * config.outbox.min_free_mb * 2**20)
+    keep_bytes = int(config.pictures.keep_mb * 2**20)
+    return PictureStore(folder / PICTURES_FOLDER, keep_bytes, min_free_bytes) if keep_bytes else None
 
 
 def folder_in_use(config: Config) -> Path:

@@ -74,7 +74,7 @@ def make_frame(
         pixels_bgr=pixels,
         captured_at=datetime(2026, 11, 23, 12, 0, tzinfo=timezone.utc),
         captured_monotonic_ns=time.monotonic_ns() + (seed - 600) * 10**9,  # a second apart: the stage stood still
-        sha256_16=hash_pixels(pixels),
+        sha256=hash_pixels(pixels),
         source=f"frame {seed}",
         origin_key=key,
         repeats_last=repeats_last,

@@ -118,7 +118,7 @@ def make_frame(
         pixels_bgr=pixels_bgr,
         captured_at=clocks.utc(),
         captured_monotonic_ns=clocks.monotonic_ns(),
-        sha256_16=hash_pixels(pixels_bgr),
+        sha256=hash_pixels(pixels_bgr),
         source=source,
         origin_key=origin_key,
         um_per_px=um_per_px,

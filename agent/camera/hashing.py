@@ -8,7 +8,7 @@ from agent.domain import Pixels
 
 
 def hash_pixels(pixels: Pixels) -> str:
-    """First 16 hex digits of the SHA-256 of the shape and the pixel bytes: equal where each byte is."""
+    """SHA-256 of the shape and the pixel bytes, 64 hex digits: equal where each byte is."""
     digest = hashlib.sha256(str(pixels.shape).encode("ascii"))
     digest.update(pixels.tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()

@@ -76,6 +76,13 @@ class Collection:
                 answers=_answers(connection, place, sid),
             )
 
+    def fields(self, device: str, boot: int, seq: int, site: str | None = None) -> list[Body]:
+        """The field of this number: one, none, or one of each site that has a device of this name."""
+        source = tables.fields
+        query = select(source.c.body).where(source.c.device == device, source.c.boot == boot, source.c.seq == seq)
+        with explained(self.engine), self.engine.connect() as connection:
+            return list(connection.execute(query if site is None else query.where(source.c.site == site)).scalars())
+
     def cohort(
         self,
         site: str | None = None,

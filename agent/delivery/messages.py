@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import resources
 from typing import Any, Literal
@@ -92,6 +92,7 @@ def field_body(result: FieldResult, device: str, site: str, sid: str, accession:
         "frame": {
             "n": int(frame.number),
             "sha256_16": frame.sha256_16,
+            "sha256": frame.sha256,
             "width_px": frame.width_px,
             "height_px": frame.height_px,
             **({} if frame.um_per_px is None else {"um_per_px": _rounded(frame.um_per_px, 6)}),
@@ -413,6 +414,8 @@ def _provenance_body(provenance: Provenance) -> Body:
         "runtime": provenance.runtime,
         "delegate": provenance.delegate,
         "config_sha256": provenance.config_sha256,
+        **({} if provenance.software is None else {"software": asdict(provenance.software)}),
+        **({} if provenance.thresholds is None else {"thresholds": asdict(provenance.thresholds)}),
     }
 
 

@@ -952,6 +952,16 @@ class Outbox:
             yield from (_read_row(columns, is_replay=False) for columns in found)
             after_row = found[-1][0]
 
+    def numbered(self, stream: str, boot: int, seq: int) -> Row | None:
+        """One message, confirmed or not, where it is still here."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT row_id, stream, boot, seq, topic, captured_monotonic_ns, payload, crc32 FROM rows "
+                "WHERE stream = ? AND boot = ? AND seq = ?",
+                (stream, boot, seq),
+            ).fetchone()
+        return None if found is None else _read_row(found, is_replay=False)
+
     def notes(self, prefix: str) -> dict[str, str]:
         """All notes whose key begins so."""
         with self._explaining():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent.report.drawing import colours_of, differential_svg, part_svg
@@ -291,4 +291,16 @@ def _who(provenance: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("Classifier", model("classifier")),
         ("Runtime", f"{provenance['runtime']}, {provenance['delegate']}"),
         ("Configuration", f"SHA-256 {provenance['config_sha256']}"),
+        *_computed(provenance),
     )
+
+
+def _computed(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What an agent of today tells besides."""
+    if software := provenance.get("software"):
+        words = f"{software['machine']}, Python {software['python']}, numpy {software['numpy']}"
+        yield "Computed by", f"{words}, OpenCV {software['opencv']}"
+    if limits := provenance.get("thresholds"):
+        words = f"score {limits['min_score']:g}, probability {limits['min_probability']:g}"
+        yield "Thresholds", f"{words}, of being a cell {limits['min_cell_probability']:g}"
+        yield "Rules", f"SHA-256 {limits['rules_sha256']}"

@@ -59,7 +59,7 @@ class Stage:
         if self._world is None:
             pixels = np.full((480, 640, 3), 200, np.uint8)
             now = datetime(2026, 11, 25, tzinfo=timezone.utc)
-            frame = Frame(self._number, pixels, now, 0, f"{self._number:016x}", "test", **known)
+            frame = Frame(self._number, pixels, now, 0, f"{self._number:064x}", "test", **known)
         else:
             frame = take(self._world, Window(x, y), SIZE_PX, rng, self._number, **known)
         observed = self.slide.observe(frame, tuple(cells))

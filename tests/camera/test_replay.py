@@ -124,7 +124,7 @@ def test_a_frame_of_a_folder_carries_all_that_is_promised(tmp_path: Path) -> Non
     assert frame.source == str(path)
     assert frame.origin_key == f"sub/a.png|{status.st_size}|{status.st_mtime_ns}"
     assert frame.um_per_px == 0.2
-    assert frame.sha256_16 == hash_pixels(frame.pixels_bgr)
+    assert frame.sha256 == hash_pixels(frame.pixels_bgr)
     assert frame.captured_at.tzinfo is timezone.utc
     assert frame.captured_monotonic_ns > 0
     assert not frame.repeats_last

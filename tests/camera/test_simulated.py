@@ -159,7 +159,7 @@ def test_a_frame_carries_time_hash_place_scale_and_key() -> None:
     assert frame.pixels_bgr.shape == (240, 320, 3)
     assert frame.pixels_bgr.dtype == np.uint8
     assert not frame.pixels_bgr.flags.writeable
-    assert frame.sha256_16 == hash_pixels(frame.pixels_bgr)
+    assert frame.sha256 == hash_pixels(frame.pixels_bgr)
     assert frame.captured_at.tzinfo is timezone.utc
     assert frame.source == "simulated"
     assert frame.origin_key == "simulated:9:0"

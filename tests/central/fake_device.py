@@ -123,7 +123,7 @@ class FakeDevice:
             np.zeros((48, 64, 3), np.uint8),
             BEGAN + timedelta(seconds=number),
             number * 1_000_000_000,
-            f"{number:016x}",
+            f"{number:064x}",
             "fake",
         )
         made = tuple(self._cell(index) for index in range(cells))

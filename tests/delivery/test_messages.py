@@ -83,7 +83,7 @@ def make_result(*cells: Cell, **changes: Any) -> FieldResult:
         pixels_bgr=np.zeros((48, 64, 3), np.uint8),
         captured_at=AT,
         captured_monotonic_ns=123_456_789,
-        sha256_16="0123456789abcdef",
+        sha256="0123456789abcdef" * 4,
         source="/somewhere/patient-name.png",
         **changes.pop("frame", {}),
     )
@@ -188,6 +188,7 @@ def test_a_field_message_has_the_shape_of_the_contract() -> None:
     assert heard["frame"] == {
         "n": 7,
         "sha256_16": "0123456789abcdef",
+        "sha256": "0123456789abcdef" * 4,
         "width_px": 64,
         "height_px": 48,
         "um_per_px": 0.1,

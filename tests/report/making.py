@@ -10,7 +10,7 @@ from agent.analysis.agreement import Answer
 from agent.analysis.differential import CellKind, Confusion, Rules, make_differential
 from agent.delivery.reports import differential_body
 from agent.delivery.topics import Topics
-from agent.domain import AgeBand, ModelIdentity, Provenance, ReferenceInterval, SampleState
+from agent.domain import AgeBand, ModelIdentity, Provenance, ReferenceInterval, SampleState, Software, Thresholds
 from agent.report.record import SampleRecord
 from agent.reporting import status_of, tally_of
 from agent.review import KeptCell
@@ -18,7 +18,14 @@ from agent.review import KeptCell
 AT = datetime(2026, 11, 25, 9, 0, tzinfo=timezone.utc)
 TOPICS = Topics("lab", "scope")
 PROVENANCE = Provenance(
-    "0.1", ModelIdentity("det", "1", "a" * 64), ModelIdentity("cls", "2", "b" * 64), "litert", "none", "c" * 64
+    "0.1",
+    ModelIdentity("det", "1", "a" * 64),
+    ModelIdentity("cls", "2", "b" * 64),
+    "litert",
+    "none",
+    "c" * 64,
+    Software("aarch64", "3.11.2", "2.3.4", "4.12.0"),
+    Thresholds(0.25, 0.75, 0.5, "d" * 64),
 )
 KINDS: Mapping[str, CellKind] = {
     "round": "leukocyte",

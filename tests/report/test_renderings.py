@@ -102,6 +102,18 @@ def test_shares_intervals_flags_and_the_corrected_column_are_there() -> None:
     assert "10 to 20" in text
 
 
+def test_who_computed_and_by_which_thresholds_is_told_where_the_agent_told_it() -> None:
+    _, page = make_page(make_record())
+    assert "aarch64, Python 3.11.2, numpy 2.3.4, OpenCV 4.12.0" in page
+    assert "score 0.25, probability 0.75, of being a cell 0.5" in page
+    report = make_report({"round": 3})
+    report["provenance"] = {
+        key: report["provenance"][key] for key in report["provenance"] if key not in ("software", "thresholds")
+    }
+    _, page = make_page(make_record(differentials=[report]))
+    assert page.count("Computed by") == 1  # of the fields, which a newer agent counted
+
+
 def test_nothing_that_comes_from_outside_becomes_markup() -> None:
     evil = "<img src=x onerror=alert(1)>\"'&"
     report = make_report({"round": 3})
