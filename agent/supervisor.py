@@ -138,7 +138,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         cleanup.callback(publisher.stop, 0)  # for a start that fails below; a second stop does nothing
 
         workshop = Workshop(config, model_slots(config, folder), health, reread or (lambda: config))
-        publisher.publish_info(describe(config, workshop.work.models, outbox.boot))
+        since_boot = outbox.numbered_since_boot()
+        publisher.publish_info(describe(config, workshop.work.models, outbox.boot, since_boot))
 
         bench = workshop.work.bench
         sample, is_new = begin_sample(outbox, config.sample, datetime.now(timezone.utc), bench.reporter)
@@ -162,7 +163,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
 
         def on_change(work: Work) -> None:
             pipeline.use_bench(work.bench)
-            publisher.publish_info(describe(work.config, work.models, outbox.boot))
+            publisher.publish_info(describe(work.config, work.models, outbox.boot, since_boot))
 
         workshop.on_change = on_change
         stop_camera = threading.Event()
@@ -313,13 +314,14 @@ def record_work(pipeline: Pipeline, outbox: Outbox, workshop: Workshop) -> None:
         logger.error("the audit cannot be written now: %s", error)  # noqa: TRY400 - its words say all; next start again
 
 
-def describe(config: Config, models: Models, boot: int) -> Body:
+def describe(config: Config, models: Models, boot: int, numbered_since_boot: int | None) -> Body:
     """The birth certificate of this start."""
     entries = (models.manifest.detector, models.manifest.classifier)
     return info_body(
         device=config.device,
         site=config.site,
         boot=boot,
+        numbered_since_boot=numbered_since_boot,
         started_at=datetime.now(timezone.utc),
         agent_version=agent.__version__,
         models=[DescribedModel(entry.role, entry.identity, entry.classes) for entry in entries],

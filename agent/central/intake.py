@@ -185,6 +185,7 @@ class StateMessage(Part):
 
 class InfoMessage(Part):
     boot: Whole
+    numbered_since_boot: Whole | None = None
     agent: str | None = None
     started_at: Time | None = None
 

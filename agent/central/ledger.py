@@ -140,6 +140,18 @@ class Ledger:
             self._fresh[place, number.stream, number.boot].append(number.seq)
         return is_new
 
+    def note_beginning(self, place: Place, begun: int) -> None:
+        """The device says that it has numbered at 1 anew in this boot; what came before is of another numbering.
+
+        Numbers alone show it only when two of them contradict each other: not while the first ones are missing.
+        """
+        self._write_received()
+        received = tables.received
+        since = self._books[place].since(begun)
+        is_before = and_(is_of(received, place), received.c.boot >= since, received.c.boot < begun)
+        if since < begun and self._connection.execute(select(received.c.boot).where(is_before).limit(1)).first():
+            self._begin_another(place, since, begun)
+
     def give_up(self, place: Place, gap_id: int, gone: Sequence[Span]) -> None:
         """The device was asked about a gap and no longer has these of its numbers."""
         gaps = tables.gaps
@@ -227,6 +239,12 @@ class Ledger:
         book = self._books[place]
         until = book.until(since)
         begun = beginning_of_another(self._runs(place, number.stream, since, until), number.boot, number.seq)
+        self._begin_another(place, since, begun)
+
+    def _begin_another(self, place: Place, since: int, begun: int) -> None:
+        """What came since this boot leaves the numbering it was thought to be of, and is another one."""
+        book = self._books[place]
+        until = book.until(since)
         logger.warning("%s has lost its outbox: its numbers begin again under boot %d", place, begun)
         acks = tables.acks
         streams = set(

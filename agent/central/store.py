@@ -468,6 +468,8 @@ class _Batch:
                 self._ledger.wake(place)
         elif isinstance(part, InfoMessage):
             self._set_device(place, part.boot, agent=part.agent, info=message.body)
+            if part.numbered_since_boot is not None:
+                self._ledger.note_beginning(place, part.numbered_since_boot)
         elif isinstance(part, HealthMessage):
             self._set_device(place, part.boot, health=message.body, health_at=part.at)
         elif message.kind == "sample":

@@ -29,7 +29,10 @@ KINDS = (
     *("state", "info", "health", "field", "cell", "event"),
     *("sample", "differential", "alert", "audit", "reply"),
 )
-"""The kinds of message of this version, each with a schema in `schemas/`."""
+"""The kinds of message that a device sends."""
+
+SCHEMAS = (*KINDS, "ack")
+"""The kinds that have a schema in `schemas/`: what receivers send to a device too."""
 
 Severity = Literal["info", "warning", "error"]
 
@@ -183,6 +186,31 @@ def event_draft(
     return Draft("event", topics.event, body)
 
 
+def set_aside_draft(
+    topics: Topics,
+    *,
+    at: datetime,
+    reason: str,
+    stream: str,
+    name: str,
+    topic: str,
+    size_bytes: int,
+    set_aside: int,
+    kind: str = "broker-rejected",
+) -> Draft:
+    """The event about a message that was set aside. name: its id; set_aside: how many were since the last event."""
+    detail = {
+        "stream": stream,
+        "message_id": name,
+        "topic": topic,
+        "bytes": size_bytes,
+        "reason": reason,
+        "set_aside": set_aside,
+    }
+    text = f"a message was set aside and not delivered: {reason}"
+    return event_draft(kind, text, topics, at=at, severity="error", detail=detail)
+
+
 def message_id(device: str, boot: int, seq: int) -> str:
     """The id of a numbered message; unique within its stream."""
     return f"{device}:{boot}:{seq}"
@@ -248,15 +276,21 @@ def info_body(
     config_sha256: str,
     runtime: str,
     delegate: str,
+    numbered_since_boot: int | None = None,
     capabilities: Iterable[str] = (*KINDS, "image", "cmd"),
 ) -> Body:
-    """The birth certificate: who counts here, with which models. capabilities: what this agent does, as words."""
+    """The birth certificate: who counts here, with which models.
+
+    numbered_since_boot: in which boot the outbox of now began at number 1; None = not known. capabilities: what this
+    agent does, as words.
+    """
     return {
         "schema": schema_name("info"),
         "schema_version": CONTRACT_VERSION,
         "device": device,
         "site": site,
         "boot": boot,
+        "numbered_since_boot": numbered_since_boot,
         "started_at": rfc3339_ms(started_at),
         "agent": agent_version,
         "models": [

@@ -39,8 +39,9 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
-from agent.delivery.messages import Draft, RetainedDocument, message_id, serialise, stamp
+from agent.delivery.messages import Draft, RetainedDocument, message_id, serialise, set_aside_draft, stamp
 from agent.delivery.salvage import FoundRow, find_rows, rows_cut_off
+from agent.delivery.topics import Topics
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
 
@@ -95,10 +96,15 @@ EVENTS_KEPT = 100
 PUBLISH_PROPERTIES_BYTES = 22
 """MQTT 5 properties of a row's PUBLISH with their length: payload format, content type `application/json`."""
 
+SPEAK_AGAIN_AFTER_S = 60.0
+"""A broker that refuses every message would cause as many events: one a minute, with their number."""
+
 WAITING, KEPT, ASKED = 0, 1, 2
 """States of a row: not confirmed; confirmed and kept as history; history that is to be sent again."""
 
 PACKET_LIMIT_NOTE = "broker/max-packet-bytes"
+NUMBERING_NOTE = "numbering/since-boot"
+"""The boot in which this file began to number its streams at 1."""
 
 MOST_ANSWERS = 512
 """Transactions that are remembered: more than a person or a program sends while any repeat of them is under way."""
@@ -445,12 +451,13 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, verify: bool) -> Non
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
     if version < SCHEMA_VERSION:
-        _make_tables(connection)
+        _make_tables(connection, since_boot=read_boot(path.parent) if path.name == DATABASE_NAME else 0)
     if verify:
         _verify(connection, path)
 
 
-def _make_tables(connection: sqlite3.Connection) -> None:
+def _make_tables(connection: sqlite3.Connection, *, since_boot: int = 0) -> None:
+    """Those that are missing. since_boot: in which the numbers of a new file begin; 0 = not known yet, or to nobody."""
     with _transaction(connection):
         version = _pragma(connection, "user_version")
         if version == SCHEMA_VERSION:
@@ -458,6 +465,8 @@ def _make_tables(connection: sqlite3.Connection) -> None:
         for number, statements in enumerate((_TABLES, _TABLES_OF_2, _TABLES_OF_3), start=1):
             for statement in statements if version < number else ():
                 connection.execute(statement)
+        if version == 0 and since_boot:
+            _note(connection, NUMBERING_NOTE, str(since_boot))
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
@@ -504,6 +513,8 @@ def _salvage(path: Path, boot: int, reason: str) -> Salvage:
         with _transaction(connection):
             rows, is_whole = _copy_readable(path, connection)
             connection.execute("UPDATE tally SET boot = MAX(boot, ?)", (boot,))
+            if connection.execute("SELECT 1 FROM streams LIMIT 1").fetchone() is None:
+                _note(connection, NUMBERING_NOTE, str(boot))  # nothing is left that was numbered
         _verify(connection, fresh)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     try:
@@ -723,6 +734,8 @@ class Outbox:
         self._keep_s = keep_s
         self._monotonic_ns = monotonic_ns
         self._unix_time = unix_time
+        self._set_aside_since_event = 0
+        self._spoke_at_ns: int | None = None
 
     def __enter__(self) -> Outbox:
         return self
@@ -977,6 +990,11 @@ class Outbox:
             found = self._connection.execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
         return None if found is None else str(found[0])
 
+    def numbered_since_boot(self) -> int | None:
+        """The boot in which the numbers of this file began at 1; None for a file of an older agent."""
+        text = self.note(NUMBERING_NOTE)
+        return int(text) if text is not None and text.isdecimal() else None
+
     def answer(self, name: str) -> str | None:
         """What was answered to this transaction, if it was done and not too long ago."""
         with self._explaining():
@@ -1083,30 +1101,57 @@ class Outbox:
             )
 
     def _store(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
-        """Insert the drafts; inside a transaction. Too large for the broker = at once into the dead letters."""
+        """Insert the drafts; inside a transaction.
+
+        What is too large for the broker goes into the dead letters at once, and an event tells of it.
+        """
         rows = self._number(drafts)
         more_bytes = sum(len(row[6]) for row in rows)
         self._make_room(more_bytes, is_event=all(draft.stream == "event" for draft in drafts))
         text = self.note(PACKET_LIMIT_NOTE) if rows else None
         limit = None if text is None else int(text)
-        row_ids, waiting = [], 0
+        row_ids, waiting, events = [], 0, []
         for row in rows:
             length = publish_bytes(row[3], row[6])
             if limit is not None and length > limit:
                 row_ids.append(0)
-                self._set_aside_at_once(row, f"too large: {length} bytes, the broker takes {limit}")
+                events += self._set_aside_at_once(row, f"too large: {length} bytes, the broker takes {limit}")
             else:
                 row_ids.append(self._insert(row))
                 waiting += 1
         self._connection.execute("UPDATE tally SET boot = MAX(boot, ?), depth = depth + ?", (self.boot, waiting))
+        if events:
+            self._store(events)
         return tuple(row_ids)
 
-    def _set_aside_at_once(self, row: tuple[Any, ...], reason: str) -> None:
-        logger.warning("%s %d:%d is set aside: %s", row[0], row[1], row[2], reason)
+    def _set_aside_at_once(self, row: tuple[Any, ...], reason: str) -> list[Draft]:
+        """Into the dead letters; the event that tells of it, if it is time for one."""
+        stream, boot, seq, topic, _, appended_unix_s, payload, _ = row
+        logger.warning("%s %d:%d is set aside: %s", stream, boot, seq, reason)
         self._connection.execute(
             f"INSERT INTO dead_letters ({_COPIED}, reason, rejected_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*row, reason, self._now_text()),
         )
+        topics = Topics.of(topic)
+        if stream == "event" or topics is None:
+            return []  # an event about an event that is too large would be too large itself
+        self._set_aside_since_event += 1
+        now_ns = self._monotonic_ns()
+        if self._spoke_at_ns is not None and now_ns - self._spoke_at_ns < SPEAK_AGAIN_AFTER_S * 1e9:
+            return []
+        number, self._set_aside_since_event, self._spoke_at_ns = self._set_aside_since_event, 0, now_ns
+        return [
+            set_aside_draft(
+                topics,
+                at=datetime.fromtimestamp(appended_unix_s, timezone.utc),
+                reason=reason,
+                stream=stream,
+                name=message_id(self.device, boot, seq),
+                topic=topic,
+                size_bytes=len(payload),
+                set_aside=number,
+            )
+        ]
 
     def _now_text(self) -> str:
         return datetime.fromtimestamp(self._unix_time(), timezone.utc).isoformat(timespec="seconds")
@@ -1274,8 +1319,13 @@ class Outbox:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._explaining(), _transaction(self._connection) as connection:
-            yield connection
+        told = self._set_aside_since_event, self._spoke_at_ns
+        try:
+            with self._explaining(), _transaction(self._connection) as connection:
+                yield connection
+        except BaseException:
+            self._set_aside_since_event, self._spoke_at_ns = told  # the event about it is not stored either
+            raise
 
     @contextmanager
     def _leaving(self) -> Iterator[sqlite3.Connection]:

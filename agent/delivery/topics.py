@@ -29,6 +29,14 @@ class Topics:
         _checked(self.site)
         _checked(self.device)
 
+    @classmethod
+    def of(cls, topic: str) -> Topics | None:
+        """Those of the device that publishes here; None for a topic that is not one of a device."""
+        parts = topic.split("/")
+        if len(parts) < 5 or parts[:2] != ["hv", str(CONTRACT_VERSION)] or not all(map(is_part, parts[2:4])):
+            return None
+        return cls(*parts[2:4])
+
     @property
     def base(self) -> str:
         return f"hv/{CONTRACT_VERSION}/{self.site}/{self.device}"

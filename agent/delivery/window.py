@@ -19,8 +19,8 @@ from typing import Literal
 from agent.config import DeliverySection
 from agent.delivery.acks import Ack
 from agent.delivery.link import Acknowledged, BrokerLink, Passing, Waker
-from agent.delivery.messages import Body, as_historical, event_draft, message_id, serialise
-from agent.delivery.outbox import Outbox, Row, StoredDocument
+from agent.delivery.messages import Body, as_historical, message_id, serialise, set_aside_draft
+from agent.delivery.outbox import SPEAK_AGAIN_AFTER_S, Outbox, Row, StoredDocument
 from agent.delivery.topics import Topics
 from agent.errors import OutboxDamaged, OutboxError
 
@@ -51,9 +51,6 @@ POISON_WITHIN_S = 5.0
 """Lost connections with the same first unacknowledged row: after the second, rows go one by one; after the fifth that
 came within five seconds of sending this row alone, it is set aside. A network that fails by chance does not hit the
 same row five times so closely, after having taken the three documents before it."""
-
-SPEAK_AGAIN_AFTER_S = 60.0
-"""A broker that refuses every message would cause as many events: one a minute, with their number."""
 
 LONGEST_RESEND_S = 3600.0
 
@@ -609,16 +606,18 @@ class Window:
         is_told = row.stream != "event" and time.monotonic() - self._spoke_at_s >= SPEAK_AGAIN_AFTER_S
         events = []
         if is_told:
-            detail = {
-                "stream": row.stream,
-                "message_id": name,
-                "topic": row.topic,
-                "bytes": len(row.payload),
-                "reason": reason,
-                "set_aside": self._set_aside_since_event + 1,
-            }
-            text = f"a message was set aside and not delivered: {reason}"
-            events = [event_draft(kind, text, self._topics, at=self._now(), severity="error", detail=detail)]
+            event = set_aside_draft(
+                self._topics,
+                at=self._now(),
+                reason=reason,
+                stream=row.stream,
+                name=name,
+                topic=row.topic,
+                size_bytes=len(row.payload),
+                set_aside=self._set_aside_since_event + 1,
+                kind=kind,
+            )
+            events = [event]
         self._outbox.reject(row.row_id, reason, events)
         logger.warning("set aside %s %s: %s", row.stream, name, reason)
         self._clear_strikes(row)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from sqlalchemy import func, select
 
@@ -20,6 +21,7 @@ from agent.central.intake import Place
 from agent.central.ledger import Ack, Question
 from agent.central.numbers import Span
 from agent.delivery.commands import Command, Gatekeeper, InboundCommand, read_command
+from agent.delivery.messages import load_schema
 from tests.central.collecting import ROOT, CollectorProcess, Wire, wait_until
 from tests.central.conftest import NOW
 from tests.central.fake_device import FakeDevice
@@ -88,6 +90,8 @@ def test_what_is_acknowledged_is_in_the_database(
         "ruo": True,
     }
     assert (heard.qos, heard.is_retained) == (1, False)
+    validator = jsonschema.Draft202012Validator(load_schema("ack"))
+    assert all(validator.is_valid(heard.body) for heard in ears.of_kind("ack"))
     wire.close()
     assert collector.terminate() == 0
     assert "Traceback" not in collector.log_text

@@ -218,6 +218,39 @@ def test_a_new_numbering_is_seen_even_if_its_first_messages_are_missing(
     assert commit(store, new[2:6]).acks[-1] == Ack(PLACE, "field", 2, 9)
 
 
+def info(device: FakeDevice, since_boot: int | None) -> tuple[str, bytes]:
+    body = {"schema": "hv/1/info", "device": "scope", "site": "lab", "boot": device.boot}
+    return device.topics.info, json.dumps({**body, "numbered_since_boot": since_boot}).encode()
+
+
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_what_a_device_says_of_its_numbers_shows_a_new_numbering_of_which_nothing_else_tells(
+    store: Store, rows: Rows, engine: Engine, is_told_first: bool
+) -> None:
+    """Without its word, field 4 of the new numbers would pass for the one after field 3 of the old ones."""
+    device = FakeDevice()
+    commit(store, device.fields(3))
+    device.lose_outbox()
+    new = device.fields(4)
+    told = info(device, since_boot=2)
+    outcome = commit(store, [told, new[3]] if is_told_first else [new[3], told])
+    assert [ack for ack in outcome.acks if ack.seq == 4] == []
+    assert [(gap["first_seq"], gap["last_seq"]) for gap in rows(tables.gaps) if gap["status"] == "open"] == [(1, 3)]
+    assert commit(Store(engine), new[:3]).acks == [Ack(PLACE, "field", 2, 4)]
+    assert len(rows(tables.fields)) == 7
+
+
+def test_what_a_device_says_of_its_numbers_changes_nothing_where_they_go_on(store: Store, rows: Rows) -> None:
+    device = FakeDevice()
+    fields = device.fields(6)
+    commit(store, [info(device, since_boot=1), *fields[:2]])
+    device.restart()
+    outcome = commit(store, [info(device, since_boot=1), info(device, since_boot=None), *fields[2:], *device.fields(1)])
+    assert outcome.acks == [Ack(PLACE, "field", 2, 7)]
+    assert rows(tables.gaps) == []
+    assert [row["since_boot"] for row in rows(tables.acks)] == [0]
+
+
 def test_one_bad_message_does_not_keep_the_others_out(store: Store, rows: Rows) -> None:
     one, two, three = FakeDevice().fields(3)
     broken = Sent("field", 1, 2, two.topic, two.payload.replace(b'"cells":[', b'"cells":7,"x":['))

@@ -6,6 +6,10 @@ import json
 import time
 from typing import Any
 
+import jsonschema
+
+from agent.delivery.messages import load_schema
+
 from .clauses import Findings
 from .ears import Ears, Heard
 
@@ -13,6 +17,8 @@ RECEIVER_S = 30.0
 """From the contract."""
 
 QUIET_S = 5.0
+
+ACK = jsonschema.Draft202012Validator(load_schema("ack"))
 
 
 def judge_receiver(ears: Ears, base: str, receiver: str, findings: Findings) -> None:
@@ -25,6 +31,9 @@ def judge_receiver(ears: Ears, base: str, receiver: str, findings: Findings) -> 
     heard = _wait(ears, topic, boot, 2, RECEIVER_S)
     is_sound = heard is not None and heard.qos == 1 and not heard.is_retained
     findings.look("9.1", is_sound, f"no acknowledgement of event {boot}:2 on {topic} within {RECEIVER_S:g} s")
+    if heard is not None:
+        faults = [error.message for error in ACK.iter_errors(heard.body)]
+        findings.look("9.1", not faults, f"the acknowledgement does not fit its schema: {'; '.join(faults)}")
     if heard is None:
         findings.leave(("9.2", "9.3"), "the receiver does not acknowledge")
         return

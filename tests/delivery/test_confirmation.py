@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import paho.mqtt.client as mqtt
 import pytest
 
 from agent.config import BrokerSection, DeliverySection
 from agent.delivery.acks import Ack, read_ack
-from agent.delivery.messages import Draft
+from agent.delivery.messages import Draft, RetainedDocument, load_schema
 from agent.delivery.outbox import Outbox, ReplayAnswer, begin_boot, open_outbox
 from agent.delivery.publisher import Publisher
 from agent.delivery.topics import Topics
 from agent.delivery.window import LONGEST_RESEND_S, Awaiting
-from agent.errors import OutboxError
+from agent.errors import MessageRejected, OutboxError
 from agent.health import Health
 
 TOPICS = Topics("lab", "scope")
@@ -62,6 +63,20 @@ def ack_body(**changed: Any) -> dict[str, Any]:
 def read(body: Any, is_retained: bool = False) -> Ack | str:
     payload = body if isinstance(body, bytes) else json.dumps(body).encode()
     return read_ack(payload, receiver="central", device="scope", is_retained=is_retained)
+
+
+def test_what_the_schema_of_acknowledgements_lets_through_is_read_and_what_it_refuses_is_not() -> None:
+    is_valid = jsonschema.Draft202012Validator(load_schema("ack")).is_valid
+    sound = [ack_body(), ack_body(stream="audit"), ack_body(boot=2**53, seq=2**53)]
+    wrong: list[dict[str, Any]] = [
+        {"schema": "hv/2/ack"},
+        {"stream": "Field/#"},
+        {"boot": 0},
+        {"seq": 1.5},
+        {"seq": "7"},
+    ]
+    assert all(is_valid(body) and isinstance(read(body), Ack) for body in sound)
+    assert not any(is_valid(ack_body(**change)) or isinstance(read(ack_body(**change)), Ack) for change in wrong)
 
 
 def test_an_acknowledgement_is_read_and_keys_of_a_newer_contract_are_passed_over() -> None:
@@ -243,18 +258,75 @@ def test_for_room_go_history_then_pictures_then_cells_then_old_events_and_result
 def test_what_the_broker_would_not_take_is_set_aside_before_it_enters_also_after_a_restart(tmp_path: Path) -> None:
     begin_boot(tmp_path)
     with make_outbox(tmp_path) as outbox:
-        outbox.note_packet_limit(300)
+        outbox.note_packet_limit(1000)
     with make_outbox(tmp_path) as outbox:
-        outbox.append(
-            [make_draft(1), Draft("field", TOPICS.field("s1"), {"schema": "s", "text": "x" * 300}), make_draft(3)]
-        )
-        assert seqs(outbox) == [1, 3]
-        assert outbox.depth() == 2
+        outbox.append([make_draft(1), make_large_draft(), make_draft(3)])
+        assert [row.seq for row in outbox.pending(0, 100, without=["event"])] == [1, 3]
+        assert outbox.depth() == 3  # and the event about it
         (letter,) = outbox.dead_letters()
-        assert (letter.seq, "too large" in letter.reason, "300" in letter.reason) == (2, True, True)
+        assert (letter.seq, "too large" in letter.reason, "1000" in letter.reason) == (2, True, True)
         outbox.note_packet_limit(None)
         outbox.requeue([letter.letter_id])
-        assert seqs(outbox) == [1, 3, 2]
+        assert [row.seq for row in outbox.pending(0, 100, without=["event"])] == [1, 3, 2]
+
+
+def make_large_draft() -> Draft:
+    return Draft("field", TOPICS.field("s1"), {"schema": "hv/1/field", "text": "x" * 1000})
+
+
+def events(outbox: Outbox) -> list[Any]:
+    return [json.loads(row.payload) for row in outbox.pending(0, 1000) if row.stream == "event"]
+
+
+def test_an_event_tells_of_what_was_set_aside_at_entry_in_the_same_transaction(tmp_path: Path) -> None:
+    begin_boot(tmp_path)
+    with make_outbox(tmp_path) as outbox:
+        outbox.note_packet_limit(1000)
+        outbox.append([make_large_draft()])
+        (event,) = events(outbox)
+        jsonschema.Draft202012Validator(load_schema("event")).validate(event)
+        (letter,) = outbox.dead_letters()
+        assert (event["kind"], event["severity"]) == ("broker-rejected", "error")
+        assert event["detail"] == {
+            "stream": "field",
+            "message_id": "scope:1:1",
+            "topic": TOPICS.field("s1"),
+            "bytes": len(letter.payload),
+            "reason": letter.reason,
+            "set_aside": 1,
+        }
+
+
+def test_many_that_are_too_large_make_one_event_a_minute_with_their_number(tmp_path: Path) -> None:
+    begin_boot(tmp_path)
+    now_ns = [10**12]
+    with make_outbox(tmp_path, monotonic_ns=lambda: now_ns[0]) as outbox:
+        outbox.note_packet_limit(1000)
+        for _ in range(5):
+            outbox.append([make_large_draft()])
+        now_ns[0] += 60 * 10**9
+        outbox.append([make_large_draft()])
+        assert [event["detail"]["set_aside"] for event in events(outbox)] == [1, 5]
+
+
+def test_an_event_that_is_too_large_itself_makes_no_further_one(tmp_path: Path) -> None:
+    begin_boot(tmp_path)
+    with make_outbox(tmp_path) as outbox:
+        outbox.note_packet_limit(100)
+        outbox.append([make_large_draft()])
+        assert outbox.depth() == 0
+        assert [letter.stream for letter in outbox.dead_letters()] == ["field", "event"]
+
+
+def test_what_could_not_be_stored_is_told_of_when_it_is(tmp_path: Path) -> None:
+    begin_boot(tmp_path)
+    with make_outbox(tmp_path) as outbox:
+        outbox.note_packet_limit(1000)
+        unsayable = RetainedDocument("t", {"number": float("nan")})
+        with pytest.raises(MessageRejected):
+            outbox.append([make_large_draft()], documents=[unsayable])
+        outbox.append([make_large_draft()])
+        assert [event["detail"]["set_aside"] for event in events(outbox)] == [1]
 
 
 # ---------------------------------------------------------------------------------------------------------- resending

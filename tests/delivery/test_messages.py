@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.delivery.messages import (
-    KINDS,
+    SCHEMAS,
     DescribedModel,
     Draft,
     as_historical,
@@ -123,7 +123,7 @@ def make_snapshot(**changes: Any) -> HealthSnapshot:
 # ------------------------------------------------------------------------------------------------------- the schemas
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEMAS)
 def test_each_schema_is_a_valid_strict_schema_of_its_own_name(kind: str) -> None:
     schema = load_schema(kind)
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -26,7 +26,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import agent.delivery.outbox as outbox_module
 from agent.delivery.messages import Draft, RetainedDocument
 from agent.delivery.outbox import (
+    DATABASE_NAME,
     EVENT_RESERVE_BYTES,
+    NUMBERING_NOTE,
     Outbox,
     ReplayAnswer,
     begin_boot,
@@ -812,3 +814,35 @@ def test_a_file_in_whose_tables_a_column_has_another_name_is_set_aside_and_read(
         assert outbox.salvage is not None
         assert [message["text"] for message in messages(outbox)] == [f"text {n}" for n in range(20)]
         outbox.append([make_draft()])
+
+
+def test_the_outbox_knows_in_which_boot_its_numbers_began(tmp_path: Path) -> None:
+    for _ in range(3):
+        begin_boot(tmp_path)
+    for _ in range(2):
+        with open_outbox(tmp_path, device="dev", min_free_mb=0) as outbox:
+            assert outbox.numbered_since_boot() == 3
+        begin_boot(tmp_path)
+
+
+def test_a_salvaged_outbox_keeps_its_beginning_unless_nothing_numbered_is_left(tmp_path: Path) -> None:
+    for name, spoil in (("rows", 8192), ("head", 0)):
+        folder = tmp_path / name
+        begin_boot(folder)
+        with open_outbox(folder, device="dev", min_free_mb=0) as outbox:
+            for n in range(40):
+                outbox.append([Draft("field", "t", {"schema": "s", "n": n, "text": "x" * 900})])
+        content = bytearray((folder / DATABASE_NAME).read_bytes())
+        content[spoil:] = bytes(100) + content[spoil + 100 :] if spoil else bytes(len(content))
+        (folder / DATABASE_NAME).write_bytes(content)
+        begin_boot(folder)
+        with open_outbox(folder, device="dev", min_free_mb=0) as outbox:
+            assert outbox.salvage is not None
+            assert outbox.numbered_since_boot() == (1 if spoil else outbox.boot)
+
+
+def test_an_outbox_of_an_older_agent_does_not_know_where_its_numbers_began(tmp_path: Path) -> None:
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, device="dev", min_free_mb=0) as outbox:
+        outbox.append([], notes={NUMBERING_NOTE: None})
+        assert outbox.numbered_since_boot() is None
