@@ -64,9 +64,12 @@ NEIGHBOURS: Final = 8
 STEPS_REMEMBERED: Final = 3
 VIEWS_DECODED: Final = 48
 
-SEARCHED_FIELDS: Final = 4096
-"""A field that is lost is looked for in this many of the newest ones; 2 kB each, and a few us."""
+FIELDS_REMEMBERED: Final = 4096
+"""The newest ones, some 12 kB each, so that an agent that counts for ever does not need ever more memory; more than ten
+smears have. Of older ones only what their cells count for stays: who comes back to their place counts it anew."""
 SEARCH_SIDE_PX: Final = 32
+SEARCH_BLOCK: Final = 256
+"""Fields that are looked at together when a field is lost; 3 MB for as long as it takes, a few us a field."""
 SEARCH_BEST: Final = 4
 
 DIRT_APPEARANCES: Final = 3
@@ -139,13 +142,14 @@ class SlideMap:
 
     def __init__(self, sid: str) -> None:
         self.sid = sid
-        self._fields: list[Trace] = []
+        self._fields: dict[int, Trace] = {}
+        self._count = 0
         self._grid: dict[tuple[int, int, int], list[int]] = {}
         self._parts = 1
         self._views: OrderedDict[int, View] = OrderedDict()
         self._steps: list[Shift] = []
-        self._search: NDArray[np.complex64] = np.zeros((0, SEARCH_SIDE_PX, SEARCH_SIDE_PX // 2 + 1), np.complex64)
-        self._searched: list[int] = []
+        # Of field n its spectrum stands in place n % FIELDS_REMEMBERED, counted through the blocks.
+        self._search: list[NDArray[np.complex64]] = []
         # By number of the cell's id: the root of its cell, and of a root the number that stands, 0 for none.
         self._root = array("i")
         self._stands = array("i")
@@ -155,7 +159,7 @@ class SlideMap:
 
     @property
     def fields(self) -> int:
-        return len(self._fields)
+        return self._count
 
     # ---- looking
 
@@ -268,7 +272,7 @@ class SlideMap:
 
     def add(self, trace: Trace) -> None:
         """Take a stored field into the map."""
-        field = len(self._fields)
+        field = self._count
         for number, root, stands, name, merit in zip(
             trace.numbers, trace.roots, trace.is_standing, trace.names, trace.merits, strict=True
         ):
@@ -283,14 +287,30 @@ class SlideMap:
             self._stands[other] = 0
         for root in trace.withdrawn:
             self._stands[root] = 0
-        if self._fields and self._fields[-1].place.part == trace.place.part and trace.place.source != "stage":
-            step = trace.place.shift.then(self._fields[-1].place.shift.inverse())
+        if self._fields and self._last.place.part == trace.place.part and trace.place.source != "stage":
+            step = trace.place.shift.then(self._last.place.shift.inverse())
             self._steps = [step, *(old for old in self._steps if math.hypot(old.x - step.x, old.y - step.y) > 40)]
             del self._steps[STEPS_REMEMBERED:]
-        self._fields.append(trace)
+        self._fields[field] = trace
+        self._count += 1
         self._parts = max(self._parts, trace.place.part + 1)
         self._grid.setdefault(self._square(trace.place, trace.size_px), []).append(field)
         self._remember_search(field)
+        self._forget(field - FIELDS_REMEMBERED)
+
+    @property
+    def _last(self) -> Trace:
+        return self._fields[self._count - 1]
+
+    def _forget(self, field: int) -> None:
+        """No longer look for this field, nor match with its boxes; what its cells count for stays."""
+        trace = self._fields.pop(field, None)
+        if trace is not None:
+            square = self._square(trace.place, trace.size_px)
+            self._grid[square].remove(field)
+            if not self._grid[square]:
+                del self._grid[square]
+            self._views.pop(field, None)
 
     def _grow(self, number: int) -> None:
         while len(self._root) <= number:
@@ -337,7 +357,7 @@ class SlideMap:
         """A field that this one overlaps with certainty, and the shift to it: the last one, those around it, any."""
         if not self._fields:
             return None
-        last = len(self._fields) - 1
+        last = self._count - 1
         shift = register(view, self._view(last), (*self._steps, *(step.inverse() for step in self._steps)))
         if shift is not None:
             return last, shift
@@ -396,25 +416,20 @@ class SlideMap:
 
     def _look_alikes(self, view: View) -> list[int]:
         """Fields whose small pictures correlate best with this one at any shift."""
-        if not self._searched:
-            return []
-        count = len(self._searched)
-        products = self._search[:count] * _search_spectrum(view).conj()
-        tops = np.fft.irfft2(products, (SEARCH_SIDE_PX, SEARCH_SIDE_PX)).max(axis=(1, 2))
+        wanted = _search_spectrum(view).conj()
+        tops = np.concatenate(
+            [np.fft.irfft2(block * wanted, (SEARCH_SIDE_PX, SEARCH_SIDE_PX)).max(axis=(1, 2)) for block in self._search]
+        )[: len(self._fields)]
+        # The place of a field in the blocks comes again with each FIELDS_REMEMBERED fields.
+        oldest = self._count - len(self._fields)
         best = np.argsort(tops)[::-1][:SEARCH_BEST]
-        return [self._searched[index] for index in best]
+        return [oldest + (int(place) - oldest) % FIELDS_REMEMBERED for place in best]
 
     def _remember_search(self, field: int) -> None:
-        spectrum = _search_spectrum(self._view(field))
-        if len(self._searched) < SEARCHED_FIELDS:
-            if len(self._searched) == len(self._search):
-                more = np.zeros((max(64, len(self._search)), *self._search.shape[1:]), np.complex64)
-                self._search = np.concatenate((self._search, more))
-            self._search[len(self._searched)] = spectrum
-            self._searched.append(field)
-        else:
-            self._search[field % SEARCHED_FIELDS] = spectrum
-            self._searched[field % SEARCHED_FIELDS] = field
+        block, place = divmod(field % FIELDS_REMEMBERED, SEARCH_BLOCK)
+        if block == len(self._search):
+            self._search.append(np.zeros((SEARCH_BLOCK, SEARCH_SIDE_PX, SEARCH_SIDE_PX // 2 + 1), np.complex64))
+        self._search[block][place] = _search_spectrum(self._view(field))
 
     # ---- the cells
 
@@ -434,7 +449,7 @@ class SlideMap:
         """For each box the numbers of the views before it, in a row, that lay on its pixels and looked like it."""
         if not self._has_moved(place):
             return [() for _ in boxes]
-        last, before = self._fields[-1], self._view(len(self._fields) - 1)
+        last, before = self._last, self._view(self._count - 1)
         found: list[tuple[int, ...]] = []
         for box in boxes:
             index = _same_pixels(box, last.boxes)
@@ -446,10 +461,10 @@ class SlideMap:
 
     def _has_moved(self, place: Place) -> bool:
         """Whether the slide is known to lie elsewhere than in the field before: no cell is on the same pixel then."""
-        if not self._fields or self._fields[-1].place.part != place.part:
+        if not self._fields or self._last.place.part != place.part:
             return False
-        step = place.shift.then(self._fields[-1].place.shift.inverse())
-        return math.hypot(step.x, step.y) > 0.05 * max(self._fields[-1].size_px)
+        step = place.shift.then(self._last.place.shift.inverse())
+        return math.hypot(step.x, step.y) > 0.05 * max(self._last.size_px)
 
 
 # ------------------------------------------------------------------------------------------------------ the boxes

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 import numpy as np
 import pytest
 
+from agent.analysis import duplicates
 from agent.analysis.duplicates import (
     Observation,
     SlideMap,
@@ -206,6 +207,37 @@ def test_the_map_made_again_from_its_traces_goes_on_like_the_one_before(world: W
     assert (first.place, first.cells, first.unique_counts) == (second.place, second.cells, second.unique_counts)
     assert trace_to_text(first.trace) == trace_to_text(second.trace)
     assert whole.fields == len(windows)
+
+
+def test_a_map_remembers_the_newest_fields_only_and_still_finds_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "FIELDS_REMEMBERED", 8)
+    monkeypatch.setattr(duplicates, "SEARCH_BLOCK", 4)
+    stage = Stage(world)
+    places = [(160.0 * n, 0.0) for n in range(7)] + [(160.0 * n, 800.0) for n in range(7)]
+    for number, (x, y) in enumerate(places, start=1):
+        stage.visit(x, y, [make_cell(number, (200, 200, 240, 240))], tells_place=False)
+    slide = stage.slide
+    assert (slide.fields, len(slide._fields), len(slide._search)) == (14, 8, 2)
+    assert sum(map(len, slide._grid.values())) == 8
+    # A leap back: to a field that is remembered, found by its picture, and to one that is not.
+    assert stage.visit(320.0, 800.0, [make_cell(15, (200, 200, 240, 240))], tells_place=False).duplicates == 1
+    forgotten = stage.visit(0.0, 0.0, [make_cell(16, (200, 200, 240, 240))], tells_place=False)
+    assert (forgotten.place.source, forgotten.duplicates) == ("unknown", 0)
+
+
+def test_the_newest_fields_are_looked_for_however_many_there_were(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "FIELDS_REMEMBERED", 5)
+    monkeypatch.setattr(duplicates, "SEARCH_BLOCK", 2)
+    stage = Stage(world)
+    for number in range(1, 13):
+        stage.visit(90.0 * number, 0.0, [make_cell(number, (200, 200, 240, 240))], tells_place=False)
+        view = stage.slide._view(stage.slide.fields - 1)
+        assert stage.slide._look_alikes(view)[0] == stage.slide.fields - 1
+        assert set(stage.slide._look_alikes(view)) <= set(stage.slide._fields)
 
 
 def test_looking_at_a_field_changes_nothing_until_it_is_stored(world: World) -> None:

@@ -3,15 +3,17 @@
     python -m tests.proofs.memory [--minutes 60] [--seed 1]
 
 A real agent on the simulated slide, as fast as it can, with frames that are missing and frames that stand still; a real
-mosquitto that is killed, frozen and cut off again and again. Its resident memory is read every second. The slope is
-that between the median of the first and of the last quarter, after a warm-up in which caches and pools fill: at most
-five minutes. Exits with 1 when it is 1 MB/h or more, or for runs of less than half an hour, where a slope says little,
-when more than 8 MB were added.
+mosquitto that is killed, frozen and cut off again and again. As in a laboratory a sample ends and the next one begins,
+every two minutes: what is known of a slide (some 12 kB a field) goes with it. The resident memory is read every second.
+The slope is that between the median of the first and of the last quarter, after a warm-up in which caches and pools
+fill: at most five minutes. Exits with 1 when it is 1 MB/h or more, or for runs of less than half an hour, where a slope
+says little, when more than 8 MB were added.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import subprocess
@@ -26,8 +28,10 @@ from pathlib import Path
 
 import psutil
 import yaml
+from paho.mqtt import publish
 
-from agent.delivery.outbox import open_outbox
+from agent.delivery.outbox import STREAMS, open_outbox
+from agent.delivery.topics import Topics
 from agent.errors import OutboxError
 from tests.brokers import Broker, NotInstalled, make_mosquitto
 from tests.relay import Relay
@@ -44,6 +48,11 @@ LONGEST_WARM_UP_S = 300.0
 FAULT_EVERY_S = (5.0, 25.0)
 """Between two faults, drawn evenly."""
 
+SAMPLE_S = 120.0
+"""About as many fields as a smear is seen for, on two busy cores; a free machine counts more in that time."""
+NEXT_SAMPLE_AFTER_S = 10.0
+"""From the command to stop to that to begin: frames from before are on their way, or the broker is being killed."""
+
 MEBIBYTE = 2**20
 
 
@@ -54,6 +63,7 @@ class Figures:
     minutes: float
     rss_mb: tuple[float, ...]
     fields: int
+    samples: int
     faults: Counter[str]
     waiting: int
 
@@ -76,7 +86,7 @@ class Figures:
     def __str__(self) -> str:
         faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.faults.items()))
         return (
-            f"{self.minutes:g} minutes, {self.fields} fields, faults: {faults}\n"
+            f"{self.minutes:g} minutes, {self.fields} fields, {self.samples} samples ended, faults: {faults}\n"
             f"resident memory: {min(self.rss_mb):.1f} to {max(self.rss_mb):.1f} MB, "
             f"added {self.added_mb:+.2f} MB, slope {self.mb_per_hour:+.2f} MB/h; "
             f"{self.waiting} messages wait at the end"
@@ -99,6 +109,7 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
         warm_up_s = min(LONGEST_WARM_UP_S, minutes * 60 / 4)
         rss_mb: list[float] = []
         faults: Counter[str] = Counter()
+        operator = Operator(broker.port)
         fault_at_s = chance.uniform(*FAULT_EVERY_S)
         told_at_s = 0.0
         while (now_s := time.monotonic() - begun_s) < minutes * 60:
@@ -108,14 +119,44 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
             if now_s >= fault_at_s:
                 faults[cause_fault(chance, broker, relay)] += 1
                 fault_at_s = time.monotonic() - begun_s + chance.uniform(*FAULT_EVERY_S)
+            operator.turn(now_s)
             if rss_mb and now_s - told_at_s >= 60:
                 told_at_s = now_s
                 tell(f"{now_s / 60:5.1f} min  {rss_mb[-1]:.1f} MB, {sum(faults.values())} faults")
             time.sleep(1.0)
         agent.terminate()
         agent.wait(60)
-        fields, waiting = count(folder / "outbox")
-        return Figures(minutes, tuple(rss_mb), fields, faults, waiting)
+        fields, samples, waiting = count(folder / "outbox")
+        return Figures(minutes, tuple(rss_mb), fields, samples, faults, waiting)
+
+
+class Operator:
+    """Ends each sample after SAMPLE_S and begins the next, by commands at the broker, which runs between two faults."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._due: list[tuple[float, str]] = []
+        self._number = 1
+        self._plan(SAMPLE_S)
+
+    def _plan(self, end_s: float) -> None:
+        self._due = [(end_s, "stop"), (end_s + NEXT_SAMPLE_AFTER_S, "start")]
+
+    def turn(self, now_s: float) -> None:
+        """What is due; a command that the broker does not take now is sent a second later."""
+        at_s, name = self._due[0]
+        if now_s < at_s:
+            return
+        body = {"transaction": f"{name}-{self._number}"}
+        topic = f"{Topics('lab', 'scope').base}/cmd/{name}"
+        try:
+            publish.single(topic, json.dumps(body), qos=1, port=self._port, hostname="127.0.0.1")
+        except (OSError, ValueError):
+            return
+        del self._due[0]
+        if not self._due:
+            self._number += 1
+            self._plan(now_s + SAMPLE_S)
 
 
 def start_agent(folder: Path, port: int, seed: int) -> subprocess.Popen[bytes]:
@@ -168,12 +209,12 @@ def cause_fault(chance: random.Random, broker: Broker, relay: Relay) -> str:
     return fault
 
 
-def count(folder: Path) -> tuple[int, int]:
-    """Fields numbered so far, and messages that wait."""
+def count(folder: Path) -> tuple[int, int, int]:
+    """Fields numbered so far, samples that were reported, and messages that wait."""
     try:
         with open_outbox(folder, verify=False, create=False) as outbox:
-            found = outbox._value("SELECT last_seq FROM streams WHERE stream = 'field'")
-            return int(found or 0), outbox.depth()
+            last = {name: outbox._value(f"SELECT last_seq FROM streams WHERE stream = '{name}'") for name in STREAMS}
+            return int(last["field"] or 0), int(last["differential"] or 0), outbox.depth()
     except OutboxError as error:
         raise AssertionError(f"the outbox cannot be read: {error}") from error
 
