@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.brokers import NotInstalled
-from tests.proofs import clock, damage, disk_faults, kills, memory, power_cuts
+from tests.proofs import clock, damage, disk_faults, kills, memory, power_cuts, throughput
 from tests.proofs.proving import prove
 
 
@@ -113,3 +113,32 @@ def test_a_proof_that_lacks_what_it_needs_is_not_taken_for_passed(capsys: pytest
 
     assert prove(run, name="short", is_in_memory=False) == 2
     assert "gcc is missing" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_the_throughput_is_measured_and_what_is_below_a_bound_is_a_fault(tmp_path: Path) -> None:
+    """In short it says nothing of the bounds, least on a busy machine; that it measures is seen."""
+    try:
+        verdict = throughput.run(tmp_path, backlog=300, rows=2000, seconds=0.5)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    assert verdict.field_bytes > 5000
+    assert len(verdict.intake) == 3
+    assert min(verdict.intake.values()) > 0
+    assert len(verdict.costs) == throughput.ROUNDS + 1
+    assert verdict.rows >= 2000
+    assert verdict.shares
+    assert max(verdict.growth_mb.values()) < throughput.MOST_GROWTH_MB, str(verdict)
+    below = throughput.Verdict(
+        intake={"fields": 999.0}, intake_cpu={"fields": 1.0}, costs=[1.0, 1.6], shares=[0.7, 0.79, 0.9]
+    )
+    below.growth_mb["draining"] = 17.0
+    below.judge()
+    assert len(below.faults) == 4, str(below)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(14_400)
+def test_the_throughput_keeps_its_bounds(tmp_path: Path) -> None:
+    verdict = throughput.run(tmp_path, backlog=100_000, rows=1_000_000, seconds=20)
+    assert verdict.faults == [], str(verdict)

@@ -142,6 +142,19 @@ class Passing:
     correlation: bytes | None = None
 
 
+class PackedProperties(Properties):
+    """Properties of all messages of a kind, made bytes once: the library does so for each, a fifth of its work."""
+
+    def __init__(self, properties: Properties) -> None:
+        super().__init__(properties.packetType)  # type: ignore[no-untyped-call]
+        # Past the library's check, which knows the names of the protocol only.
+        object.__setattr__(self, "_packed", properties.pack())  # type: ignore[no-untyped-call]
+
+    def pack(self) -> bytes:
+        packed: bytes = self._packed
+        return packed
+
+
 class BrokerLink:
     """One connection, made by `open_link`; belongs to one thread.
 
@@ -364,7 +377,8 @@ class BrokerLink:
             properties = self._content_properties(PacketTypes.PUBLISH)
             if expiry_s is not None:
                 properties.MessageExpiryInterval = expiry_s
-            self._properties[expiry_s] = properties, len(properties.pack())  # type: ignore[no-untyped-call]
+            packed = PackedProperties(properties)
+            self._properties[expiry_s] = packed, len(packed.pack())
         return self._properties[expiry_s]
 
     @staticmethod

@@ -1277,6 +1277,10 @@ class Outbox:
         if kept_bytes == 0:
             return
         oldest_s = self._unix_time() - self._keep_s
+        first = "SELECT appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT 1"
+        appended = self._connection.execute(first).fetchone()
+        if appended is None or (kept_bytes <= self._keep_bytes and appended[0] >= oldest_s):
+            return  # as nearly always
         oldest = self._connection.execute(
             "SELECT row_id, LENGTH(payload), appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT ?",
             (PRUNE_STEP_ROWS,),

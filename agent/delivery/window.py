@@ -246,6 +246,7 @@ class Window:
         self.has_progressed = False
         self._limit = limit
         self._under_way: dict[int, Row | Document | StoredDocument | Passing] = {}
+        self._rows_under_way: set[int] = set()
         self._stored_after = 0  # version of the last stored document that was sent
         self._may_have_stored = True
         self._sent_versions: dict[str, int] = {}
@@ -266,6 +267,7 @@ class Window:
         self.has_progressed = False
         self._limit = min(self._own_limit, link.window)
         self._under_way.clear()
+        self._rows_under_way.clear()
         self._sent_versions.clear()
         self._stored_after = 0
         self._heard_at_s = time.monotonic()
@@ -464,6 +466,8 @@ class Window:
         if not self._under_way:
             self._heard_at_s = time.monotonic()  # the time to answer begins now
         self._under_way[mid] = sent
+        if isinstance(sent, Row):
+            self._rows_under_way.add(sent.row_id)
 
     def _is_historical(self, row: Row) -> bool:
         """What is sent at a request, and older boots, always: their monotonic times cannot be compared with ours."""
@@ -473,7 +477,6 @@ class Window:
 
     def _next_row(self) -> Row | None:
         """The next to send: what was never confirmed first, then what is asked for again."""
-        passed_over = {sent.row_id for sent in self._under_way.values() if isinstance(sent, Row)} | self._acknowledged
         while (self._ready or self._may_have_more) and not self._is_far_ahead:
             if not self._ready:
                 rows = self._outbox.pending(self._after_row, FETCH_ROWS, self._waiting_streams())
@@ -483,7 +486,7 @@ class Window:
                 self._after_row = rows[-1].row_id
                 self._ready.extend(rows)
             row = self._ready.popleft()
-            if row.row_id in passed_over or row.row_id in self._awaiting or not self._may_try(row):
+            if self._is_passed_over(row) or row.row_id in self._awaiting or not self._may_try(row):
                 continue
             if self._receivers and len(self._awaiting) + len(self._under_way) >= self._most_awaiting:
                 self._ready.appendleft(row)
@@ -499,9 +502,12 @@ class Window:
                 self._asked_after = rows[-1].row_id
                 self._asked.extend(rows)
             row = self._asked.popleft()
-            if row.row_id not in passed_over and row.stream not in self._holds:
+            if not self._is_passed_over(row) and row.stream not in self._holds:
                 return row
         return None
+
+    def _is_passed_over(self, row: Row) -> bool:
+        return row.row_id in self._rows_under_way or row.row_id in self._acknowledged
 
     def _from_the_first_row(self) -> None:
         self._ready.clear()
@@ -559,6 +565,7 @@ class Window:
             self._heard_at_s = time.monotonic()
             sent = self._under_way.pop(answer.mid, None)
             if isinstance(sent, Row):
+                self._rows_under_way.discard(sent.row_id)
                 self._settle_row(sent, answer)
             elif sent is not None and not answer.is_taken:
                 logger.warning("%s: the broker refuses it (%s)", sent.topic, answer.reason)
