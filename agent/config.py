@@ -207,6 +207,19 @@ class QualitySection(Section):
     """Whether a field that was analysed a moment ago, and is still there, is refused as `unchanged`."""
 
 
+class PreprocessingSection(Section):
+    """Steps before the models, all off. What each brings and costs: docs/preprocessing.md."""
+
+    denoise: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Grey levels; noise of this size is smoothed, edges stay (bilateral filter). 0 = off."""
+    white_balance: bool = False
+    """Whether the channels are scaled so that the ground between the cells has its usual colour."""
+    stain: bool = False
+    """Whether lightness and colours are brought to the mean and spread that the models know best (Reinhard)."""
+    contrast: Annotated[float, Field(ge=0, le=40)] = 0.0
+    """Clip limit of adaptive histogram equalisation of the lightness (CLAHE), for example 2. 0 = off."""
+
+
 class ModelsSection(Section):
     """The detector and the classifier."""
 
@@ -402,6 +415,7 @@ class Config(Section):
     """Name of this microscope in topics; unique at the broker: two devices of one name knock each other off."""
     camera: CameraSection = CameraSection()
     quality: QualitySection = QualitySection()
+    preprocessing: PreprocessingSection = PreprocessingSection()
     models: ModelsSection = ModelsSection()
     sample: SampleSection = SampleSection()
     differential: DifferentialSection = DifferentialSection()

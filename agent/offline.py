@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 
 from agent.analysis.annotation import annotate
+from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import assess_quality
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
 from agent.camera.decoding import MIN_CROP_SIDE_PX, decode_file
@@ -139,7 +140,7 @@ def classify_pictures(
         except FrameUnreadable as error:
             yield Unread(picture.source, error.reason)
             continue
-        answer = models.name_central_cell(pixels_bgr)
+        answer = models.name_central_cell(preprocess(pixels_bgr, config.preprocessing))
         yield Classified(picture.source, answer, models.describe(answer))
 
 

@@ -32,13 +32,21 @@ from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_s
 from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.analysis.differential import Chamber, Confusion, Rules, kinds_in_order, sum_areas
 from agent.analysis.duplicates import Observation, SlideMap, Trace, map_from_traces, trace_to_text
+from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import GateMemory, assess_frame
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, reached_target
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
-from agent.config import Config, QualitySection, ReviewSection, config_sha256, load_reference_intervals
+from agent.config import (
+    Config,
+    PreprocessingSection,
+    QualitySection,
+    ReviewSection,
+    config_sha256,
+    load_reference_intervals,
+)
 from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.commands import Command, InboundCommand, Refusal, canonical_json, reply_topic
 from agent.delivery.messages import Body, Draft, RetainedDocument, Severity, event_draft, field_drafts
@@ -95,11 +103,13 @@ GATE_NOTE = "gate"
 SLIDE_NOTES = "slide/"
 """The outbox's notes of the current sample's fields, from which the map of its slide is made again after a restart."""
 
-STAGES_OF_A_FRAME = ("capture", "quality", "detect", "crop", "classify", "total")
+STAGES_OF_A_FRAME = ("capture", "quality", "preprocess", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
 
 
 NO_REVIEW = ReviewSection(enabled=False)
+
+AS_IT_IS = PreprocessingSection()
 
 NO_KINDS = Rules({})
 """Where the manifest does not say what each class is, a differential has no shares."""
@@ -138,6 +148,7 @@ class Bench:
     counting: Rules = NO_KINDS
     field_area_um2: float | None = None
     review: ReviewSection = NO_REVIEW
+    preprocessing: PreprocessingSection = AS_IT_IS
 
     @property
     def reporter(self) -> Reporter:
@@ -169,6 +180,7 @@ def make_bench(config: Config, models: Models) -> Bench:
         counting=counting_rules(config, models.manifest),
         field_area_um2=_um2(config.differential.field_area_mm2),
         review=config.review,
+        preprocessing=config.preprocessing,
     )
 
 
@@ -324,15 +336,17 @@ def analyse_frame(
     models = bench.models
     size_px = (frame.width_px, frame.height_px)
     classified = models.manifest.detector.classified
+    with watch.stage("preprocess"):
+        pixels_bgr = preprocess(frame.pixels_bgr, bench.preprocessing)
     with watch.stage("detect"):
-        detections = models.detector.detect(frame.pixels_bgr, bench.min_score)
+        detections = models.detector.detect(pixels_bgr, bench.min_score)
     red_cell_px = typical_red_cell_px(detections, classified, size_px)
     cells = []
     for number, detection in enumerate(detections, start=sample.next_cell_number):
         classification = None
         if detection.class_name in classified:
             with watch.stage("crop"):
-                crop = cut_crop(frame.pixels_bgr, detection.box, models.manifest.classifier.crop.margin)
+                crop = cut_crop(pixels_bgr, detection.box, models.manifest.classifier.crop.margin)
             with watch.stage("classify"):
                 classification = models.classifier.classify(crop)
         cells.append(

@@ -3,6 +3,7 @@
     python -m models.evaluate detector --split test
     python -m models.evaluate classifier --split test --json
     python -m models.evaluate two-stage --split test
+    python -m models.evaluate eight-classes --split test
     python -m models.evaluate microscopes --split test
     python -m models.evaluate no-cell --split test
 
@@ -10,7 +11,8 @@ detector: mAP on the `complete` fields of each source and of all; the half-label
 classifier: each PBC picture as `hematovision classify` takes it: names, calibration, what a reject option gains, and
 the
 attributes of those that have any. two-stage: as the agent counts on a field, with its thresholds and rules; a cell that
-it does not find or not trust is wrong. microscopes: cells of other microscopes' fields that we named by eye, in the
+it does not find or not trust is wrong. eight-classes: mAP of both together on the PBC fields, one box and one name a
+cell, as the study reports it. microscopes: cells of other microscopes' fields that we named by eye, in the
 boxes of the label files. no-cell: crops of red cells, background and ruined cells, which should get no name.
 Splits are by image (no patient or slide is known), so that figures inside one source are optimistic.
 """
@@ -27,6 +29,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -74,6 +77,7 @@ MAX_MEGAPIXELS = 80
 MISSED = "missed"
 NUCLEATED = DETECTOR_CLASSES[0]
 COVERAGES = (1.0, 0.98, 0.95, 0.9, 0.8)
+SAME_CELL = 0.3  # overlap from which a box is that of a cell whose class nobody knows
 RUIN_SHARE = 0.055
 """Sigma of the blur that takes a cell its name, as a share of the crop's side: 7 px of 128."""
 
@@ -123,14 +127,23 @@ def evaluate_detector(models: Models, data: Path, split: str) -> dict[str, Any]:
 
 def boxes_of(models: Models, field: FieldImage) -> FieldBoxes:
     """What the shipped detector finds in a field, and what the label file says."""
-    pixels = decode_file(field.path, MAX_MEGAPIXELS)
+    return field_boxes(models, decode_file(field.path, MAX_MEGAPIXELS), field)
+
+
+def field_boxes(models: Models, pixels: Pixels, field: FieldImage) -> FieldBoxes:
+    """The same for pixels of that field, which may have been changed since."""
+    true = read_boxes(field, pixels.shape[1], pixels.shape[0])
+    return FieldBoxes(found_boxes(models, pixels, EVALUATION_SCORE), true)
+
+
+def found_boxes(models: Models, pixels: Pixels, min_score: float) -> NDArray[np.float32]:
+    """What the shipped detector finds, (found, 6): class, score, x_min, y_min, x_max, y_max in px; best first."""
     classes = models.manifest.detector.classes
     found = [
         (classes.index(d.class_name), d.score, d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max)
-        for d in models.detector.detect(pixels, EVALUATION_SCORE)
+        for d in models.detector.detect(pixels, min_score)
     ]
-    true = read_boxes(field, pixels.shape[1], pixels.shape[0])
-    return FieldBoxes(np.array(found, np.float32).reshape(-1, 6), true)
+    return np.array(found, np.float32).reshape(-1, 6)
 
 
 def evaluate_classifier(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -280,6 +293,50 @@ def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]
     }
 
 
+def evaluate_eight_classes(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """The study's table: each cell one box with one of the eight names, on the PBC fields.
+
+    A box's score is the detector's times the probability of the name. Of the nucleated cells of a field only the one in
+    the middle has a known class; boxes of the others are left out of the count. Classes without any box are not there.
+    """
+    classes = models.manifest.classifier.classes
+    named = {cell.path.stem: cell.class_name for cell in read_cells(data, split)}
+    fields = [field for field in read_fields(data, split) if field.source == "pbc" and field.path.stem in named]
+    measured = [named_boxes(models, field, named[field.path.stem]) for field in progress(fields, "fields")]
+    figures = detection_figures(measured, classes)
+    return {
+        "fields": {"pbc": len(fields)},
+        "groups": {"pbc": {name: dataclasses.asdict(f) for name, f in figures.items()}},
+    }
+
+
+def named_boxes(models: Models, field: FieldImage, class_name: str) -> FieldBoxes:
+    """Boxes of the classifier's classes in a field whose middle cell is known, and what the two models say together."""
+    pixels = decode_file(field.path, MAX_MEGAPIXELS)
+    manifest = models.manifest
+    classes = manifest.classifier.classes
+    labelled = read_boxes(field, pixels.shape[1], pixels.shape[0])
+    nucleated, platelets = (
+        labelled[labelled[:, 0] == DETECTOR_CLASSES.index(name)] for name in (NUCLEATED, "platelet")
+    )
+    middle = np.array([pixels.shape[1] / 2, pixels.shape[0] / 2])
+    away_px = np.linalg.norm((nucleated[:, 1:3] + nucleated[:, 3:]) / 2 - middle, axis=1)
+    order = np.argsort(away_px)
+    known = np.concatenate((nucleated[order[:1]], platelets))
+    known[:, 0] = classes.index("platelet")
+    known[: len(order[:1]), 0] = classes.index(class_name)
+    found = []
+    for d in models.detector.detect(pixels, EVALUATION_SCORE):
+        if d.class_name in manifest.detector.classified:
+            answer = models.classifier.classify(cut_crop(pixels, d.box, manifest.classifier.crop.margin))
+            corners = (d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max)
+            found.append((classes.index(answer.class_name), d.score * answer.probability, *corners))
+    rows = np.array(found, np.float32).reshape(-1, 6)
+    unknown = nucleated[order[1:], 1:]
+    is_unknown = (box_overlaps(rows[:, 2:], unknown) > SAME_CELL).any(1) if len(unknown) else np.zeros(len(rows), bool)
+    return FieldBoxes(rows[~is_unknown], known)
+
+
 def write_confusion(folder: Path, figures: dict[str, Any]) -> None:
     """Put the measured confusion into the folder's manifest; only `two-stage` measures it."""
     if "for_manifest" not in figures:
@@ -398,6 +455,7 @@ EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
     "detector": evaluate_detector,
     "classifier": evaluate_classifier,
     "two-stage": evaluate_two_stage,
+    "eight-classes": evaluate_eight_classes,
     "microscopes": evaluate_microscopes,
     "no-cell": evaluate_no_cell,
 }

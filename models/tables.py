@@ -4,6 +4,7 @@
         python -m models.evaluate $what --json > runs/figures/$what.json
         python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
     done
+    python -m models.robustness --split val --json > runs/figures/robustness.json
     python -m models.tables runs/figures                                     # on standard output
     python -m models.tables runs/figures models/*/MODEL_CARD.md              # into the cards, between their marks
 
@@ -92,6 +93,14 @@ def draw_detector(figures: Figures, other: Figures | None) -> None:
     table(("fields", "n", *classes, "mean mAP50", "mean mAP50-95"), rows)
 
 
+def draw_eight_classes(figures: Figures, _other: Figures | None) -> None:
+    keys = ("cells", "precision", "recall", "map50", "map50_95")
+    table(
+        (f"class (in {figures['fields']['pbc']} fields)", "cells", "P", "R", "mAP50", "mAP50-95"),
+        ((name, *(f[k] for k in keys)) for name, f in figures["groups"]["pbc"].items()),
+    )
+
+
 def draw_names(figures: Figures, other: Figures | None) -> None:
     floats = other["classes"] if other else {}
     print(f"accuracy {figures['accuracy']:.4f}", end="")
@@ -133,12 +142,29 @@ def draw_no_cell(figures: Figures, _other: Figures | None) -> None:
     table(("crop of", "n", "gets a name", "AUROC against cells"), rows)
 
 
+KINDS = {
+    "detector": "Cells found: mean mAP50 on the complete fields (n = {fields})",
+    "classifier": "Middle cell of a PBC picture found and named rightly (n = {cells})",
+    "agent": "The same, and trusted, so that it is counted (n = {cells})",
+    "microscopes": "Cells of other microscopes named rightly (n = {foreign_cells})",
+}
+
+
+def draw_robustness(figures: Figures, _other: Figures | None) -> None:
+    steps = list(next(iter(figures["looks"].values())))
+    for kind, title in KINDS.items():
+        print(f"{title.format_map(figures)}:\n")
+        table(("look", *steps), ((look, *(by[step][kind] for step in steps)) for look, by in figures["looks"].items()))
+
+
 TABLES: dict[str, Callable[[Figures, Figures | None], None]] = {
     "detector": draw_detector,
     "classifier": draw_names,
     "two-stage": draw_names,
+    "eight-classes": draw_eight_classes,
     "microscopes": draw_microscopes,
     "no-cell": draw_no_cell,
+    "robustness": draw_robustness,
 }
 
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from agent.analysis.cells import NamingRules
+from agent.analysis.crops import cut_crop
+from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import from_text
 from agent.camera.camera import UnreadableFrame
 from agent.camera.grabber import FrameQueue
 from agent.camera.hashing import hash_pixels
-from agent.config import ModelsSection, QualitySection, loads
+from agent.config import ModelsSection, PreprocessingSection, QualitySection, loads
 from agent.delivery.messages import load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.topics import Topics
@@ -204,6 +206,23 @@ def test_stages_that_had_nothing_to_do_took_no_time() -> None:
     outcome = process_frame(make_frame(), SampleState("s-1"), make_bench(make_models((RED,))), CLOCK)
     assert outcome.field is not None
     assert outcome.field.timing_ms["crop"] == outcome.field.timing_ms["classify"] == 0
+
+
+def test_the_models_see_the_preprocessed_frame_and_everybody_else_the_frame_as_it_came() -> None:
+    seen: list[Pixels] = []
+
+    def classify(crop: Pixels) -> Classification:
+        seen.append(crop)
+        return Classification("round", 0.75, {"round": 0.75, "lobed": 0.25})
+
+    frame, section = make_frame(), PreprocessingSection(white_balance=True)
+    bench = replace(make_bench(make_models((WHITE,), classify)), preprocessing=section)
+    outcome = process_frame(frame, SampleState("s-1"), bench, CLOCK)
+    assert outcome.field is not None
+    assert np.array_equal(seen[0], cut_crop(preprocess(frame.pixels_bgr, section), WHITE.box, 0.2))
+    assert not np.array_equal(seen[0], cut_crop(frame.pixels_bgr, WHITE.box, 0.2))
+    assert np.array_equal(outcome.field.frame.pixels_bgr, make_pixels(1))
+    assert outcome.field.timing_ms["preprocess"] > 0
 
 
 def test_the_configured_probability_goes_before_the_manifests() -> None:

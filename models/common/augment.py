@@ -8,6 +8,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 
 from models.common.labels import Rgb
 
@@ -23,8 +24,25 @@ def vary_stain(pixels: Rgb, rng: Generator, strength: float) -> Rgb:
     scales = np.exp(rng.normal(0, 0.35 * strength, 3)).astype(np.float32)
     shifts = rng.normal(0, 0.06 * strength, 3).astype(np.float32)
     turn = np.eye(3, dtype=np.float32) + rng.normal(0, 0.09 * strength, (3, 3)).astype(np.float32)
-    mix = UNMIX @ np.diag(scales) @ STAINS @ turn
-    density = OPTICAL_DENSITY[pixels].reshape(-1, 3) @ mix + shifts @ STAINS
+    return restain(pixels, np.diag(scales), turn, shifts)
+
+
+def restain(
+    pixels: Rgb,
+    scales: NDArray[np.float32],
+    turn: NDArray[np.float32] | None = None,
+    shifts: NDArray[np.float32] | None = None,
+) -> Rgb:
+    """The picture in other amounts of stain.
+
+    scales: (3, 3), from old amounts to new. turn: (3, 3), of the hues in optical density. shifts: (3,), to the amounts.
+    """
+    mix = UNMIX @ scales @ STAINS
+    if turn is not None:
+        mix = mix @ turn
+    density = OPTICAL_DENSITY[pixels].reshape(-1, 3) @ mix
+    if shifts is not None:
+        density = density + shifts @ STAINS
     return np.clip(np.exp(-density) * 256 - 1, 0, 255).astype(np.uint8).reshape(pixels.shape)
 
 

@@ -42,6 +42,16 @@ def box_overlaps(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDA
     return shared / (area_1[:, None] + area_2[None] - shared + 1e-9)
 
 
+def middle_score(found: NDArray[np.float32], wanted: Sequence[int], width_px: int, height_px: int) -> float:
+    """Best score of the boxes of these classes that hold a picture's middle; 0 = none does.
+
+    found: as in `FieldBoxes`.
+    """
+    x, y = width_px / 2, height_px / 2
+    holds = (found[:, 2] <= x) & (x <= found[:, 4]) & (found[:, 3] <= y) & (y <= found[:, 5])
+    return float(found[holds & np.isin(found[:, 0], wanted), 1].max(initial=0.0))
+
+
 def detection_figures(fields: Sequence[FieldBoxes], classes: Sequence[str]) -> dict[str, ClassFigures]:
     """Figures for each class that occurs, and their mean as `all`; AP over 101 recall points as COCO defines it."""
     figures = {}

@@ -1,6 +1,6 @@
 """The trained detector as the int8 file that is shipped, and its entry in the manifest.
 
-python -m models.detector.export --checkpoint runs/detector/best.pt --data ../shared/data
+python -m models.detector.export --checkpoint runs/eight-classes/best.pt --data ../shared/data
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main() -> None:
     net = YoloV10n(len(DETECTOR_CLASSES))
     checkpoint = torch.load(args.checkpoint, weights_only=True)
     net.load_state_dict(checkpoint["average"])
+    # A file has one head, the one-to-many one: docs/decisions/0003-boxes-of-one-cell-are-merged.md
+    net.one_to_one.load_state_dict(net.one_to_many.state_dict())
     args.command = args.command or checkpoint["command"]
     float_file, int8_file = args.float_models / FILE, args.models / FILE
     begin_folder(args.models, args.float_models)
@@ -91,7 +93,7 @@ def write_entry(folder: Path, args: argparse.Namespace) -> None:
         smaller_than_red_cells=["platelet"],
         thresholds={"min_score": args.min_score, "same_cell_iou": args.same_cell_iou, "max_cells": 1000},
         data="TXL-PBC fields (BCCD, PBC, Raabin; complete labels, split train); PBC pictures (split train) with boxes "
-        "that version 0.1.0 found; the simulated slide",
+        "that an earlier version found; the simulated slide",
         command=args.command,
     )
 
@@ -119,7 +121,7 @@ def calibration(data: Path, count: int) -> Iterator[NDArray[np.float32]]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/detector/best.pt"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/eight-classes/best.pt"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")

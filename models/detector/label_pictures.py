@@ -1,33 +1,44 @@
-"""Boxes for single-cell pictures that have none, from the shipped detector: self-training.
+"""Boxes for single-cell pictures that have none, from a detector: self-training.
 
     python -m models.detector.label_pictures --data ../shared/data --output runs/pictures.npz
 
-The boxed fields show no erythroblast, no immature granulocyte, and no platelet at that scale; the PBC pictures do.
-Each of them
-says what its middle cell is, and that is believed rather than the detector. A picture is used only if the detector
-finds that cell, and nothing else that it is not sure of. Only the split `train` is looked at.
+The boxed fields show no erythroblast, no immature granulocyte, and no platelet as large as a red cell; the PBC pictures
+do. Each of them says what its middle cell is, and that is believed rather than the detector: only the box is asked for,
+however unsure its score. Around it a picture is used only if there is nothing that the detector is unsure of. Only the
+split `train` is looked at.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.analysis.crops import central_detection
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Detection
 from agent.inference.models import open_models
 from models.common.datasets import LabelledField
 from models.common.labels import DETECTOR_CLASSES, CellImage, cell_classes, read_cells, read_rgb
+from models.common.metrics import box_overlaps
 from models.evaluate import MAX_MEGAPIXELS, progress
 
 SURE, UNSURE = 0.3, 0.2
 """A box with a score from UNSURE to SURE may be right or wrong: its picture teaches nothing and is left out."""
+
+HINT = 0.05
+"""Least score of a box in the middle, where the picture itself says that there is a cell."""
+
+MIDDLE_SHARE = 0.12
+"""The middle cell's centre is this near to the picture's middle, as a share of its longer side."""
+
+SAME_CELL = 0.45
+"""IoU above which a second box is the middle cell's again, by another name, and does not stand."""
 
 SHEET = (8, 6)
 
@@ -35,7 +46,6 @@ SHEET = (8, 6)
 def main() -> None:
     args = parse()
     models = open_models(ModelsSection(folder=args.models))
-    classified = models.manifest.detector.classified
     rng = np.random.default_rng(5)
     cells = read_cells(args.data, "train")
     chosen: list[CellImage] = []
@@ -46,9 +56,7 @@ def main() -> None:
     for cell in progress(chosen, "pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
         height, width = pixels.shape[:2]
-        detections = models.detector.detect(pixels, UNSURE)
-        middle = central_detection(detections, classified, width, height)
-        found = picture_boxes(cell, detections, middle)
+        found = picture_boxes(cell.class_name, models.detector.detect(pixels, HINT), width, height)
         if found is not None:
             keys.append(cell.key)
             boxes.append(found)
@@ -60,16 +68,32 @@ def main() -> None:
     draw_sheets(args.data, keys, boxes, args.output.parent / "pictures")
 
 
-def picture_boxes(cell: CellImage, detections: list[Detection], middle: Detection | None) -> NDArray[np.float32] | None:
-    """(boxes, 5): class, x_min, y_min, x_max, y_max in px; None where the picture is not to be used."""
-    if middle is None or any(d.score < SURE for d in detections if d is not middle):
+def picture_boxes(
+    class_name: str, detections: Sequence[Detection], width_px: int, height_px: int
+) -> NDArray[np.float32] | None:
+    """(boxes, 5): class, x_min, y_min, x_max, y_max in px; None where the picture is not to be used.
+
+    class_name: of the cell in the middle. detections: with scores from HINT.
+    """
+    reach = MIDDLE_SHARE * max(width_px, height_px)
+    near = [d for d in detections if math.dist(d.box.centre_px, (width_px / 2, height_px / 2)) < reach]
+    if not near:
         return None
-    middle_name = cell.class_name if cell.class_name in DETECTOR_CLASSES else DETECTOR_CLASSES[0]
-    rows = []
-    for d in detections:
-        name = middle_name if d is middle else d.class_name
-        rows.append((DETECTOR_CLASSES.index(name), d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max))
-    return np.array(rows, np.float32)
+    middle = max(near, key=lambda d: d.score)
+    others = [d for d in detections if d is not middle and d.score >= UNSURE]
+    is_other_cell = box_overlaps(corners(others), corners([middle]))[:, 0] <= SAME_CELL
+    around = [d for d, stands in zip(others, is_other_cell, strict=True) if stands]
+    if any(d.score < SURE for d in around):
+        return None
+    names = [class_name if class_name in DETECTOR_CLASSES else DETECTOR_CLASSES[0], *(d.class_name for d in around)]
+    indices = np.array([[DETECTOR_CLASSES.index(name)] for name in names], np.float32)
+    return np.concatenate((indices, corners([middle, *around])), 1)
+
+
+def corners(detections: Sequence[Detection]) -> NDArray[np.float32]:
+    """(boxes, 4): x_min, y_min, x_max, y_max in px."""
+    rows = [(d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max) for d in detections]
+    return np.array(rows, np.float32).reshape(-1, 4)
 
 
 def load_pictures(file: Path, data: Path) -> list[LabelledField]:
@@ -103,7 +127,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
-    parser.add_argument("--each", type=int, default=300, help="pictures of each class to try")
+    parser.add_argument("--each", type=int, default=600, help="pictures of each class to try")
     parser.add_argument("--output", type=Path, default=Path("runs/pictures.npz"))
     return parser.parse_args()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import cv2
 import numpy as np
 import pytest
 
-from models.common.labels import read_foreign_cells
+from agent.analysis.crops import cut_crop
+from agent.camera.simulated import render_training_crop
+from agent.config import Config, ModelsSection
+from agent.domain import Box
+from agent.inference.models import open_models
+from agent.pipeline import make_bench
+from models.common.labels import read_cells, read_fields, read_foreign_cells
+from models.common.metrics import box_overlaps
+from models.evaluate import named_boxes
+from models.robustness import LOOKS, lamp, measure_one
 
 TOP = Path(__file__).parents[2]
 DATA = TOP.parent / "shared" / "data"
@@ -53,6 +63,82 @@ def test_what_is_no_cell_is_told_by_kind(data: Path) -> None:
     assert kinds["cell"]["n"] == kinds["ruined cell"]["n"] > 0
     assert all(0 <= kind["named"] <= 1 for kind in kinds.values())
     assert kinds["cell"]["auroc"] is None
+
+
+def write_field(data: Path, class_name: str, boxes: Sequence[tuple[int, Box]], pixels: np.ndarray) -> None:
+    """One PBC field whose middle cell has this class, in the layout of the labelled data."""
+    height, width = pixels.shape[:2]
+    for name in ("fields/images", "fields/labels"):
+        (data / name).mkdir(parents=True)
+    cv2.imwrite(str(data / "fields/images/X_1.png"), pixels)
+    lines = []
+    for label, box in boxes:
+        (x, y), size = box.centre_px, (box.width_px, box.height_px)
+        lines.append(f"{label} {x / width} {y / height} {size[0] / width} {size[1] / height}")
+    (data / "fields/labels/X_1.txt").write_text("\n".join(lines))
+    (data / "fields.csv").write_text("path,source,split,labels\nfields/images/X_1.png,pbc,test,complete\n")
+    (data / "pbc.csv").write_text(f"path,class,split,prefix\npbc/{class_name}/X_1.png,{class_name},test,X\n")
+
+
+def test_boxes_of_eight_classes_count_when_place_and_name_are_right(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    pixels = np.full((300, 300, 3), 225, np.uint8)
+    cell = render_training_crop(rng, "lymphocyte", 110)
+    pixels[95:205, 95:205] = cell
+    models = open_models(ModelsSection())
+    (found,) = [
+        d for d in models.detector.detect(pixels, 0.3) if d.class_name == "WBC" and 120 < d.box.centre_px[0] < 180
+    ]
+    named = models.classifier.classify(cut_crop(pixels, found.box, models.manifest.classifier.crop.margin)).class_name
+    other = next(name for name in CLASSES if name != named)
+    for truth, expected in ((named, 1.0), (other, 0.0)):
+        write_field(tmp_path / truth, truth, [(0, found.box)], pixels)
+        group = evaluate("eight-classes", tmp_path / truth)["groups"]["pbc"]
+        assert set(group) == {truth, "all"}
+        assert group[truth]["map50"] == pytest.approx(expected)
+
+
+def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    pixels = np.full((300, 600, 3), 225, np.uint8)
+    rng = np.random.default_rng(4)
+    for left in (245, 445):
+        pixels[95:205, left : left + 110] = render_training_crop(rng, "lymphocyte", 110)
+    models = open_models(ModelsSection())
+    nucleated = [d for d in models.detector.detect(pixels, 0.3) if d.class_name == "WBC"]
+    middle = min(nucleated, key=lambda d: abs(d.box.centre_px[0] - 300))
+    away = max(nucleated, key=lambda d: abs(d.box.centre_px[0] - 300))
+    named = models.classifier.classify(cut_crop(pixels, middle.box, models.manifest.classifier.crop.margin)).class_name
+    write_field(tmp_path, named, [(0, middle.box), (0, away.box)], pixels)
+    (field,) = read_fields(tmp_path, "test")
+    answer = named_boxes(models, field, named)
+    assert len(answer.true) == 1
+    assert (
+        box_overlaps(
+            answer.found[:, 2:], np.array([[away.box.x_min, away.box.y_min, away.box.x_max, away.box.y_max]])
+        ).max()
+        < 0.3
+    )
+
+
+def test_a_picture_as_it_is_without_any_step_has_the_figures_of_the_other_evaluations(data: Path) -> None:
+    bench = make_bench(Config(), open_models(ModelsSection()))
+    fields, cells = [f for f in read_fields(data, "test") if f.is_complete], read_cells(data, "test")
+    plain = measure_one(bench, LOOKS["as it is"], fields, cells, [])
+    assert plain["detector"] == pytest.approx(evaluate("detector", data)["groups"]["complete"]["all"]["map50"])
+    assert plain["agent"] == pytest.approx(evaluate("two-stage", data)["accuracy"])
+    assert plain["agent"] <= plain["classifier"]
+    night = measure_one(bench, lamp(0.01, 0.01, 0.01), fields, cells, [])
+    assert (night["agent"], night["detector"]) == (0, 0)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_look_changes_a_picture_and_spares_its_size(look: str) -> None:
+    pixels = np.random.default_rng(2).integers(60, 200, (240, 320, 3)).astype(np.uint8)
+    before = pixels.copy()
+    changed = LOOKS[look](pixels, np.random.default_rng(1))
+    assert (changed.shape, changed.dtype) == (pixels.shape, np.uint8)
+    assert np.array_equal(changed, before) == (look == "as it is")
+    assert np.array_equal(pixels, before)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"needs the labelled data in {DATA.name}")

@@ -14,6 +14,7 @@ from models.common.metrics import (
     detection_figures,
     expected_calibration_error,
     f1_curve,
+    middle_score,
 )
 
 CLASSES = ("WBC", "RBC")
@@ -29,6 +30,16 @@ def field(found: list[tuple[float, ...]], true: list[tuple[float, ...]]) -> Fiel
 
 def test_overlap_of_known_boxes() -> None:
     assert box_overlaps(boxes((0, 0, 10, 10), width=4), boxes((0, 5, 10, 15), width=4))[0, 0] == pytest.approx(1 / 3)
+
+
+def test_the_middle_of_a_picture_is_found_by_the_best_wanted_box_that_holds_it() -> None:
+    found = boxes(
+        (1, 0.9, 40, 40, 60, 60), (0, 0.3, 45, 20, 55, 31), (2, 0.2, 30, 20, 70, 60), (0, 0.8, 0, 0, 9, 9), width=6
+    )
+    assert middle_score(found, (0, 2), 100, 60) == pytest.approx(0.3)
+    assert middle_score(found, (2,), 100, 60) == pytest.approx(0.2)
+    assert middle_score(found, (0, 2), 40, 90) == 0
+    assert middle_score(boxes(width=6), (0, 2), 100, 60) == 0
 
 
 def test_a_perfect_answer_scores_one() -> None:

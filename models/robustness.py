@@ -1,0 +1,213 @@
+"""What other stains, lamps and optics cost the shipped files, and what each step of the agent's preprocessing brings.
+
+    python -m models.robustness --split val --json > runs/figures/robustness.json
+    python -m models.robustness --reference          # what the steps aim at, from the training fields
+
+Each look is one fixed change of every picture; a model sees it after one step of preprocessing, or none. detector: mean
+mAP50 on the complete fields. classifier: PBC pictures whose middle cell is found and named rightly, trusted or not.
+agent: those that are counted rightly, with the thresholds and rules of the agent. microscopes: the cells of other
+microscopes that we named by eye, named rightly in the boxes of the label files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+from rich.console import Console
+from rich.table import Table
+
+from agent.analysis.crops import central_detection, cut_crop
+from agent.analysis.preprocessing import ground_colour, look_lab, preprocess
+from agent.camera.decoding import decode_file
+from agent.config import Config, ModelsSection, PreprocessingSection
+from agent.domain import Box, CellStatus, Pixels
+from agent.inference.models import open_models
+from agent.pipeline import Bench, make_bench
+from models.common.augment import restain
+from models.common.labels import CellImage, FieldImage, NamedBox, Rgb, read_cells, read_fields, read_foreign_cells
+from models.common.metrics import detection_figures
+from models.evaluate import MAX_MEGAPIXELS, analyse_pixels, field_boxes, progress
+
+STEPS = {
+    "none": PreprocessingSection(),
+    "denoise": PreprocessingSection(denoise=20),
+    "white balance": PreprocessingSection(white_balance=True),
+    "stain": PreprocessingSection(stain=True),
+    "contrast": PreprocessingSection(contrast=2),
+}
+
+
+def main() -> None:
+    args = parse()
+    if args.reference:
+        print(json.dumps(reference(args.data), indent=2))
+        return
+    bench = make_bench(Config(), open_models(ModelsSection(folder=args.models, threads=args.threads)))
+    figures = {"what": "robustness", "split": args.split, **measure(bench, args.data, args.split, args.every)}
+    print(json.dumps(figures)) if args.json else show(figures)
+
+
+# ------------------------------------------------------------------------------------------------------- looks
+
+
+def lamp(*gains_rgb: float) -> Callable[[Rgb, Generator], Rgb]:
+    """Each channel times its gain."""
+    return lambda pixels, _rng: levels(pixels * np.array(gains_rgb, np.float32))
+
+
+def stained(*scales: float) -> Callable[[Rgb, Generator], Rgb]:
+    """Amounts of haematoxylin and eosin, and what neither explains, each times its scale."""
+    return lambda pixels, _rng: restain(pixels, np.diag(np.array(scales, np.float32)))
+
+
+def noisy(pixels: Rgb, rng: Generator) -> Rgb:
+    return levels(pixels + rng.normal(0, 12, pixels.shape).astype(np.float32))
+
+
+def soft(pixels: Rgb, _rng: Generator) -> Rgb:
+    """Out of focus by about 4 % of a red cell: the gate lets it pass."""
+    return np.asarray(cv2.GaussianBlur(pixels, (0, 0), max(pixels.shape[:2]) / 220), np.uint8)
+
+
+def coarse(pixels: Rgb, _rng: Generator) -> Rgb:
+    _, coded = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, 25))
+    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
+
+
+def other_camera(pixels: Rgb, _rng: Generator) -> Rgb:
+    """Hues turned by 16 degrees towards red, saturation a third higher."""
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV).astype(np.float32)
+    hsv[..., 0] = (hsv[..., 0] + 8) % 180
+    hsv[..., 1] = np.minimum(hsv[..., 1] * 1.33, 255)
+    return np.asarray(cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB), np.uint8)
+
+
+def faint(pixels: Rgb, _rng: Generator) -> Rgb:
+    """Stray light: all contrast halved around the brightest tone."""
+    bright = np.percentile(pixels, 95)
+    return levels(bright + (pixels.astype(np.float32) - bright) * 0.5)
+
+
+def levels(values: np.ndarray) -> Rgb:
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)
+
+
+LOOKS: dict[str, Callable[[Rgb, Generator], Rgb]] = {
+    "as it is": lambda pixels, _rng: pixels,
+    "warm lamp": lamp(1.05, 0.95, 0.72),
+    "cold lamp": lamp(0.78, 0.92, 1.05),
+    "dim lamp": lamp(0.5, 0.5, 0.5),
+    "blue stain": stained(1.5, 0.6, 1.0),
+    "red stain": stained(0.75, 1.7, 1.0),
+    "pale stain": stained(0.55, 0.55, 0.55),
+    "other camera": other_camera,
+    "stray light": faint,
+    "soft": soft,
+    "noise": noisy,
+    "JPEG 25": coarse,
+}
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(bench: Bench, data: Path, split: str, every: int) -> dict[str, Any]:
+    """Figures by look and step: a look that is a change of light or stain is met by each step."""
+    fields = [field for field in read_fields(data, split) if field.is_complete][::every]
+    cells = read_cells(data, split)[::every]
+    foreign = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    looks = {
+        look: {
+            step: measure_one(dataclasses.replace(bench, preprocessing=section), change, fields, cells, foreign)
+            for step, section in STEPS.items()
+        }
+        for look, change in progress(LOOKS.items(), "looks")
+    }
+    return {"fields": len(fields), "cells": len(cells), "foreign_cells": len(foreign), "every": every, "looks": looks}
+
+
+def measure_one(
+    bench: Bench,
+    change: Callable[[Rgb, Generator], Rgb],
+    fields: Sequence[FieldImage],
+    cells: Sequence[CellImage],
+    foreign: Sequence[NamedBox],
+) -> dict[str, float]:
+    """One look behind one step; the same noise for every step."""
+    rng = np.random.default_rng(3)
+
+    def seen(path: Path) -> Pixels:
+        pixels_rgb = np.ascontiguousarray(decode_file(path, MAX_MEGAPIXELS)[..., ::-1])
+        return np.ascontiguousarray(change(pixels_rgb, rng)[..., ::-1])
+
+    found = [field_boxes(bench.models, preprocess(seen(f.path), bench.preprocessing), f) for f in fields]
+    named, counted = zip(*(name_middle(bench, seen(c.path), c.class_name) for c in cells), strict=True)
+    return {
+        "detector": detection_figures(found, bench.models.manifest.detector.classes)["all"].map50,
+        "classifier": float(np.mean(named)),
+        "agent": float(np.mean(counted)),
+        "microscopes": share_named(bench, seen, foreign),
+    }
+
+
+def name_middle(bench: Bench, pixels: Pixels, class_name: str) -> tuple[bool, bool]:
+    """Whether the cell in the middle gets its name, and whether it is counted under it."""
+    cells = analyse_pixels(bench, pixels)
+    size = pixels.shape[1], pixels.shape[0]
+    central = central_detection([c.detection for c in cells], bench.models.manifest.detector.classified, *size)
+    middle = next((cell for cell in cells if cell.detection is central), None)
+    is_named = middle is not None and middle.class_name == class_name
+    return is_named, is_named and middle is not None and middle.status is not CellStatus.UNIDENTIFIED
+
+
+def share_named(bench: Bench, seen: Callable[[Path], Pixels], cells: Sequence[NamedBox]) -> float:
+    """Of cells in the boxes of label files, the share that gets its name."""
+    right = 0
+    for cell in cells:
+        pixels = preprocess(seen(cell.path), bench.preprocessing)
+        crop = cut_crop(pixels, Box(*cell.box), bench.models.manifest.classifier.crop.margin)
+        right += bench.models.classifier.classify(crop).class_name == cell.class_name
+    return right / len(cells) if cells else float("nan")
+
+
+def reference(data: Path) -> dict[str, Any]:
+    """What `agent.analysis.preprocessing` aims at: medians over the PBC training fields."""
+    pixels = [decode_file(field.path, MAX_MEGAPIXELS) for field in read_fields(data, "train") if field.source == "pbc"]
+    return {
+        "GROUND_BGR": np.median([ground_colour(p) for p in pixels], axis=0).round(1).tolist(),
+        "LOOK_LAB": np.median([look_lab(p) for p in pixels], axis=0).round(1).tolist(),
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table for each kind of figure: looks by steps."""
+    console = Console()
+    for kind in ("detector", "classifier", "agent", "microscopes"):
+        table = Table("look", *STEPS, title=f"{kind}, split {figures['split']}")
+        for look, by_step in figures["looks"].items():
+            table.add_row(look, *(f"{by_step[step][kind]:.3f}" for step in STEPS))
+        console.print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--every", type=int, default=3, help="take each n-th field and picture")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--reference", action="store_true", help="print what the steps aim at, and end")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
