@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.analysis.cells import UNIDENTIFIED
+from agent.analysis.cells import UNIDENTIFIED, cell_number
 from agent.analysis.duplicates import SlideMap
 from agent.analysis.quality import assess_quality
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
@@ -179,21 +179,22 @@ def replay(
 def is_first(message: Mapping[str, Any]) -> bool:
     """Whether this is the first field of its sample: its cells begin at 1, and it lies where the slide begins."""
     place = message.get("place")
-    numbers = [int(cell["cell_id"].rsplit("-", 1)[1]) for cell in message["cells"]]
-    return place is not None and place["part"] in (0, 1) and min(numbers, default=0) == 1
+    return place is not None and place["part"] in (0, 1) and _first_number(message) == 1
+
+
+def _first_number(message: Mapping[str, Any]) -> int | None:
+    """The least number of its cells; None for a field without any."""
+    return min((cell_number(cell["cell_id"]) for cell in message["cells"]), default=None)
 
 
 def analyse_again(message: Mapping[str, Any], frame: Frame, bench: Bench, slide: SlideMap | None) -> Body:
     """The field's message as it would be said now. slide: of the fields before; gets this one too."""
-    numbers = [int(cell["cell_id"].rsplit("-", 1)[1]) for cell in message["cells"]]
-    sample = SampleState(message["sample"], next_cell_number=min(numbers, default=1))
+    sample = SampleState(message["sample"], next_cell_number=_first_number(message) or 1)
     watch = Stopwatch()
     quality = assess_quality(frame.pixels_bgr, bench.quality)
     field = analyse_frame(frame, quality, bench, sample, read_clock(), watch)
     if slide is not None:
-        with watch.stage("place"):
-            observed = slide.observe(frame, field.cells)
-        field = on_its_slide(field, observed, watch)
+        field, observed = on_its_slide(field, slide, watch)
         slide.add(observed.trace)
     topics = bench.topics
     return field_body(field, topics.device, topics.site, sample.sid, message.get("accession"))
@@ -206,7 +207,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], *, with_slide: bool
             yield Difference("frame", key, then["frame"][key], now["frame"][key])
     before = {cell["cell_id"]: cell for cell in then["cells"]}
     after = {cell["cell_id"]: cell for cell in now["cells"]}
-    for cell_id in sorted({*before, *after}, key=lambda name: int(name.rsplit("-", 1)[1])):
+    for cell_id in sorted({*before, *after}, key=cell_number):
         if cell_id not in after or cell_id not in before:
             found = before.get(cell_id) or after[cell_id]
             words = f"{found['class']} at {found['box']}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.analysis.agreement import Answer
+from agent.analysis.cells import cell_number
 from agent.config import ReviewSection
 from agent.domain import Cell, CellStatus, FieldResult, SampleState
 from agent.reporting import ANSWERS, REVIEW, cell_key
@@ -124,7 +125,7 @@ def read_kept_cells(notes: Mapping[str, str], answers: Mapping[str, str], crops:
     for place, theirs in given.items():
         told = {"class": theirs[0].model, "guess": theirs[0].model, "probability": 0.0, "margin": None}
         found.append(_kept_cell(place, {**told, "reason": "answered"}, theirs, crops))
-    return sorted(found, key=lambda kept: (kept.sid, int(kept.cell_id.rsplit("-", 1)[1])))
+    return sorted(found, key=lambda kept: (kept.sid, cell_number(kept.cell_id)))
 
 
 def _kept_cell(place: str, told: Mapping[str, Any], answers: Sequence[Answer], crops: CropStore | None) -> KeptCell:

@@ -29,10 +29,9 @@ from agent.analysis.crops import central_detection, cut_crop
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Classification
-from agent.inference.detector import best_of_each
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_fields, read_foreign_cells
-from models.common.metrics import FieldBoxes, f1_curve, middle_score
+from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_score
 from models.evaluate import MAX_MEGAPIXELS, boxes_of, classify_box, found_boxes, progress
 
 SCORES = np.arange(0.05, 0.96, 0.05)
@@ -98,10 +97,7 @@ def choose_detector(models: Models, data: Path) -> dict[str, float | None]:
 
 def merged(field: FieldBoxes, overlap: float | None) -> FieldBoxes:
     """The field with boxes of one cell merged as the agent would."""
-    if overlap is None:
-        return field
-    order = np.argsort(-field.found[:, 1], kind="stable")
-    return dataclasses.replace(field, found=field.found[best_of_each(field.found[:, 2:], order, overlap)])
+    return field if overlap is None else dataclasses.replace(field, found=merge_boxes(field.found, overlap))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

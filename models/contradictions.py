@@ -27,7 +27,7 @@ from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import open_models
 from models.common.labels import read_attributes, read_cells
-from models.evaluate import MAX_MEGAPIXELS, progress
+from models.evaluate import MAX_MEGAPIXELS, add_options, progress
 
 BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
@@ -56,7 +56,7 @@ def main() -> None:
     right, confidence, rare = [], [], []
     for cell in progress(read_cells(args.data, args.split), "pictures"):
         answer = models.name_central_cell(decode_file(cell.path, MAX_MEGAPIXELS))
-        if answer.probability >= rules.min_probability and answer.cell_probability >= rules.min_cell_probability:
+        if rules.believes(answer):
             right.append(answer.class_name == cell.class_name)
             confidence.append(answer.probability * answer.cell_probability)
             rare.append(rarity.of(answer))
@@ -102,11 +102,7 @@ def compare(right: np.ndarray, confidence: np.ndarray, rare: np.ndarray) -> dict
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -203,12 +203,7 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
     sources = {}
     for source, pairs in by_source.items():
         names = [(str(cell.class_name), answer.class_name) for cell, answer in pairs]
-        accepted = np.array(
-            [
-                a.probability >= rules.min_probability and a.cell_probability >= rules.min_cell_probability
-                for _, a in pairs
-            ]
-        )
+        accepted = np.array([rules.believes(answer) for _, answer in pairs])
         is_right = np.array([true == given for true, given in names])
         figures = class_figures_by_name(names, classes)
         sources[source] = {
@@ -223,8 +218,12 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
 
 def classify_box(models: Models, path: Path, box: tuple[float, float, float, float]) -> Classification:
     """The classifier's answer for a box of a field, cut as the agent cuts it."""
-    pixels = decode_file(path, MAX_MEGAPIXELS)
-    return models.classifier.classify(cut_crop(pixels, Box(*box), models.manifest.classifier.crop.margin))
+    return classify_place(models, decode_file(path, MAX_MEGAPIXELS), Box(*box))
+
+
+def classify_place(models: Models, pixels: Pixels, box: Box) -> Classification:
+    """The same for decoded pixels."""
+    return models.classifier.classify(cut_crop(pixels, box, models.manifest.classifier.crop.margin))
 
 
 def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -238,8 +237,7 @@ def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
         for kind, crop in kinds_of_crops(pixels, field, models.manifest.classifier.crop.margin, rng):
             answer = models.classifier.classify(crop)
             scores[kind].append(answer.cell_probability)
-            is_believed = answer.probability >= rules.min_probability
-            accepted[kind].append(is_believed and answer.cell_probability >= rules.min_cell_probability)
+            accepted[kind].append(rules.believes(answer))
     cells = np.array(scores["cell"])
     return {
         "kinds": {
@@ -328,7 +326,7 @@ def named_boxes(models: Models, field: FieldImage, class_name: str) -> FieldBoxe
     found = []
     for d in models.detector.detect(pixels, EVALUATION_SCORE):
         if d.class_name in manifest.detector.classified:
-            answer = models.classifier.classify(cut_crop(pixels, d.box, manifest.classifier.crop.margin))
+            answer = classify_place(models, pixels, d.box)
             corners = (d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max)
             found.append((classes.index(answer.class_name), d.score * answer.probability, *corners))
     rows = np.array(found, np.float32).reshape(-1, 6)
@@ -361,17 +359,18 @@ def confusion_block(models: Models, answers: list[tuple[str, str]], measured_on:
 
 def name_as_agent(bench: Bench, pixels: Pixels) -> str:
     """What the agent counts the cell in the middle of a picture as."""
-    cells = analyse_pixels(bench, pixels)
-    central = central_detection(
-        [cell.detection for cell in cells],
-        bench.models.manifest.detector.classified,
-        pixels.shape[1],
-        pixels.shape[0],
-    )
-    if central is None:
+    cell = middle_cell(bench, pixels)
+    if cell is None:
         return MISSED
-    (cell,) = [cell for cell in cells if cell.detection is central]
     return UNIDENTIFIED if cell.status is CellStatus.UNIDENTIFIED else cell.class_name
+
+
+def middle_cell(bench: Bench, pixels: Pixels) -> Cell | None:
+    """The cell in the middle of a picture, as the agent sees it; None where it finds none there."""
+    cells = analyse_pixels(bench, pixels)
+    classified = bench.models.manifest.detector.classified
+    central = central_detection([cell.detection for cell in cells], classified, pixels.shape[1], pixels.shape[0])
+    return next((cell for cell in cells if cell.detection is central), None)
 
 
 def unidentified_by_source(bench: Bench, data: Path, split: str) -> dict[str, list[int]]:
@@ -461,14 +460,19 @@ EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=EVALUATIONS)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+def add_options(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """What every evaluation of shipped files is asked with. split: the default."""
+    parser.add_argument("--split", choices=("train", "val", "test"), default=split)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=EVALUATIONS)
+    add_options(parser)
     parser.add_argument("--write-confusion", action="store_true", help="two-stage: note the confusion in the manifest")
     return parser.parse_args()
 

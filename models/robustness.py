@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from numpy.random import Generator
 from rich.console import Console
 from rich.table import Table
 
-from agent.analysis.crops import central_detection, cut_crop
 from agent.analysis.preprocessing import ground_colour, look_lab, preprocess
 from agent.camera.decoding import decode_file
 from agent.config import Config, ModelsSection, PreprocessingSection
@@ -34,7 +34,7 @@ from agent.pipeline import Bench, make_bench
 from models.common.augment import restain
 from models.common.labels import CellImage, FieldImage, NamedBox, Rgb, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import detection_figures
-from models.evaluate import MAX_MEGAPIXELS, analyse_pixels, field_boxes, progress
+from models.evaluate import MAX_MEGAPIXELS, add_options, classify_place, field_boxes, middle_cell, progress
 
 STEPS = {
     "none": PreprocessingSection(),
@@ -119,63 +119,69 @@ LOOKS: dict[str, Callable[[Rgb, Generator], Rgb]] = {
 # --------------------------------------------------------------------------------------------------- measuring
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Pictures of one look, decoded: what each is of, and its pixels."""
+
+    fields: Sequence[tuple[FieldImage, Pixels]]
+    cells: Sequence[tuple[CellImage, Pixels]]
+    foreign: Sequence[tuple[NamedBox, Pixels]]
+
+
 def measure(bench: Bench, data: Path, split: str, every: int) -> dict[str, Any]:
-    """Figures by look and step: a look that is a change of light or stain is met by each step."""
+    """Figures by look and step."""
     fields = [field for field in read_fields(data, split) if field.is_complete][::every]
     cells = read_cells(data, split)[::every]
     foreign = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
-    looks = {
-        look: {
-            step: measure_one(dataclasses.replace(bench, preprocessing=section), change, fields, cells, foreign)
+    looks = {}
+    for look, change in progress(LOOKS.items(), "looks"):
+        seen = look_at(change, fields, cells, foreign)
+        looks[look] = {
+            step: measure_one(dataclasses.replace(bench, preprocessing=section), seen)
             for step, section in STEPS.items()
         }
-        for look, change in progress(LOOKS.items(), "looks")
-    }
     return {"fields": len(fields), "cells": len(cells), "foreign_cells": len(foreign), "every": every, "looks": looks}
 
 
-def measure_one(
-    bench: Bench,
+def look_at(
     change: Callable[[Rgb, Generator], Rgb],
     fields: Sequence[FieldImage],
     cells: Sequence[CellImage],
     foreign: Sequence[NamedBox],
-) -> dict[str, float]:
-    """One look behind one step; the same noise for every step."""
+) -> Seen:
+    """All pictures in one look; its noise is the same for every step."""
     rng = np.random.default_rng(3)
 
     def seen(path: Path) -> Pixels:
         pixels_rgb = np.ascontiguousarray(decode_file(path, MAX_MEGAPIXELS)[..., ::-1])
         return np.ascontiguousarray(change(pixels_rgb, rng)[..., ::-1])
 
-    found = [field_boxes(bench.models, preprocess(seen(f.path), bench.preprocessing), f) for f in fields]
-    named, counted = zip(*(name_middle(bench, seen(c.path), c.class_name) for c in cells), strict=True)
+    return Seen(
+        [(field, seen(field.path)) for field in fields],
+        [(cell, seen(cell.path)) for cell in cells],
+        [(cell, seen(cell.path)) for cell in foreign],
+    )
+
+
+def measure_one(bench: Bench, seen: Seen) -> dict[str, float]:
+    """One look behind the bench's preprocessing."""
+    found = [field_boxes(bench.models, preprocess(pixels, bench.preprocessing), field) for field, pixels in seen.fields]
+    named, counted = [], []
+    for cell, pixels in seen.cells:
+        middle = middle_cell(bench, pixels)
+        named.append(middle is not None and middle.class_name == cell.class_name)
+        counted.append(named[-1] and middle is not None and middle.status is not CellStatus.UNIDENTIFIED)
+    elsewhere = [
+        classify_place(bench.models, preprocess(pixels, bench.preprocessing), Box(*cell.box)).class_name
+        == cell.class_name
+        for cell, pixels in seen.foreign
+    ]
     return {
         "detector": detection_figures(found, bench.models.manifest.detector.classes)["all"].map50,
         "classifier": float(np.mean(named)),
         "agent": float(np.mean(counted)),
-        "microscopes": share_named(bench, seen, foreign),
+        "microscopes": float(np.mean(elsewhere)) if elsewhere else float("nan"),
     }
-
-
-def name_middle(bench: Bench, pixels: Pixels, class_name: str) -> tuple[bool, bool]:
-    """Whether the cell in the middle gets its name, and whether it is counted under it."""
-    cells = analyse_pixels(bench, pixels)
-    size = pixels.shape[1], pixels.shape[0]
-    central = central_detection([c.detection for c in cells], bench.models.manifest.detector.classified, *size)
-    middle = next((cell for cell in cells if cell.detection is central), None)
-    is_named = middle is not None and middle.class_name == class_name
-    return is_named, is_named and middle is not None and middle.status is not CellStatus.UNIDENTIFIED
-
-
-def share_named(bench: Bench, seen: Callable[[Path], Pixels], cells: Sequence[NamedBox]) -> float:
-    """Of cells in the boxes of label files, the share that gets its name."""
-    right = 0
-    for cell in cells:
-        pixels = preprocess(seen(cell.path), bench.preprocessing)
-        crop = cut_crop(pixels, Box(*cell.box), bench.models.manifest.classifier.crop.margin)
-        right += bench.models.classifier.classify(crop).class_name == cell.class_name
-    return right / len(cells) if cells else float("nan")
 
 
 def reference(data: Path) -> dict[str, Any]:
@@ -199,12 +205,8 @@ def show(figures: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="val")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    add_options(parser, split="val")
     parser.add_argument("--every", type=int, default=3, help="take each n-th field and picture")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--reference", action="store_true", help="print what the steps aim at, and end")
     return parser.parse_args()
 

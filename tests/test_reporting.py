@@ -6,19 +6,9 @@ import json
 
 from agent.analysis.differential import Rules
 from agent.delivery.topics import Topics
-from agent.domain import ModelIdentity, Provenance, SampleState, Software, Thresholds
+from agent.domain import Provenance, SampleState
 from agent.reporting import Reporter, kept_key, read_kept
-
-PROVENANCE = Provenance(
-    "0.1",
-    ModelIdentity("det", "1", "a" * 64),
-    ModelIdentity("cls", "2", "b" * 64),
-    "litert",
-    "none",
-    "c" * 64,
-    Software("aarch64", "3.11.2", "2.3.4", "4.12.0"),
-    Thresholds(0.25, 0.75, 0.5, "d" * 64),
-)
+from tests.report.making import PROVENANCE
 
 
 def keep(provenance: Provenance) -> str:

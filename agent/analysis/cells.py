@@ -32,6 +32,16 @@ class NamingRules:
     smaller_than_red_cells: tuple[str, ...] = ()
     min_cell_probability: float = 0.0
 
+    def believes(self, classification: Classification) -> bool:
+        """Whether what the classifier says is probable enough, whatever the detector says."""
+        is_cell = classification.cell_probability >= self.min_cell_probability
+        return is_cell and classification.probability >= self.min_probability
+
+
+def cell_number(cell_id: str) -> int:
+    """The number of a cell in its sample, from 1: ids are `{sample}-{number}`."""
+    return int(cell_id.rsplit("-", 1)[1])
+
 
 def name_cell(
     cell_id: str,
@@ -55,8 +65,7 @@ def name_cell(
         agrees = name in rules.agreeing.get(detection.class_name, (name,))
         if name in rules.smaller_than_red_cells and red_cell_px is not None:
             agrees = _size_px(detection.box) < red_cell_px
-        is_cell = classification.cell_probability >= rules.min_cell_probability
-        is_trusted = agrees and is_cell and probability >= rules.min_probability
+        is_trusted = agrees and rules.believes(classification)
     status = CellStatus.UNIDENTIFIED
     if is_trusted:
         status = CellStatus.EDGE if _touches_edge(detection, frame_size_px) else CellStatus.ACCEPTED

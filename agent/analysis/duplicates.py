@@ -37,7 +37,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.analysis.cells import EDGE_PX, UNIDENTIFIED
+from agent.analysis.cells import EDGE_PX, UNIDENTIFIED, cell_number
 from agent.analysis.registration import Shift, View, from_jpeg, register, take_view, to_jpeg
 from agent.domain import Cell, CellStatus, Frame
 
@@ -190,7 +190,7 @@ class SlideMap:
         withdrawn: list[int] = []
         claimed: set[int] = set()
         for index, cell in enumerate(cells):
-            number, name = _number(cell), _count_key(cell)
+            number, name = cell_number(cell.cell_id), _count_key(cell)
             is_whole, may_count = _is_whole(boxes[index], size_px), _may_count(boxes[index], size_px)
             merit = 4.0 * is_whole + 2.0 * (cell.status is not CellStatus.UNIDENTIFIED) + cell.probability
             seen = matches[index]
@@ -244,7 +244,7 @@ class SlideMap:
             view.factor,
             to_jpeg(view),
             np.round(boxes, 1),
-            tuple(_number(cell) for cell in cells),
+            tuple(cell_number(cell.cell_id) for cell in cells),
             tuple(roots),
             tuple(standing),
             tuple(names),
@@ -266,7 +266,7 @@ class SlideMap:
 
     def hold(self, cell_id: str) -> None:
         """A person has named this cell: no later view takes its place, and it is not taken back as dirt."""
-        number = int(cell_id.rsplit("-", 1)[1])
+        number = cell_number(cell_id)
         if number < len(self._root) and self._stands[root := self._find_root(number)]:
             self._merit[root] = math.inf
 
@@ -588,10 +588,6 @@ def _search_spectrum(view: View) -> NDArray[np.complex64]:
 def _boxes(cells: Sequence[Cell]) -> Boxes:
     boxes = [cell.detection.box for cell in cells]
     return np.asarray([(box.x_min, box.y_min, box.x_max, box.y_max) for box in boxes], np.float64).reshape(-1, 4)
-
-
-def _number(cell: Cell) -> int:
-    return int(cell.cell_id.rsplit("-", 1)[1])
 
 
 def _count_key(cell: Cell) -> str:

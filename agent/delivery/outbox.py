@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import sqlite3
@@ -172,6 +173,20 @@ _COPIED_TABLES = (
 )
 STREAMS = ("field", "cell", "event", "audit", "differential", "image")
 _COPIED = "stream, boot, seq, topic, captured_monotonic_ns, appended_unix_s, payload, crc32"
+
+
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """Messages that were set aside since the last event about one, and when that was, monotonic."""
+
+    count: int = 0
+    spoke_at_s: float = -math.inf
+
+    def with_another(self, now_s: float, *, may_tell: bool = True) -> tuple[int, Untold]:
+        """Of how many an event is due now that one more was set aside, 0 = none is; and what is untold after it."""
+        if may_tell and now_s - self.spoke_at_s >= SPEAK_AGAIN_AFTER_S:
+            return self.count + 1, Untold(spoke_at_s=now_s)
+        return 0, Untold(self.count + 1, self.spoke_at_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -734,8 +749,7 @@ class Outbox:
         self._keep_s = keep_s
         self._monotonic_ns = monotonic_ns
         self._unix_time = unix_time
-        self._set_aside_since_event = 0
-        self._spoke_at_ns: int | None = None
+        self._untold = Untold()
 
     def __enter__(self) -> Outbox:
         return self
@@ -1135,11 +1149,9 @@ class Outbox:
         topics = Topics.of(topic)
         if stream == "event" or topics is None:
             return []  # an event about an event that is too large would be too large itself
-        self._set_aside_since_event += 1
-        now_ns = self._monotonic_ns()
-        if self._spoke_at_ns is not None and now_ns - self._spoke_at_ns < SPEAK_AGAIN_AFTER_S * 1e9:
+        number, self._untold = self._untold.with_another(self._monotonic_ns() / 1e9)
+        if number == 0:
             return []
-        number, self._set_aside_since_event, self._spoke_at_ns = self._set_aside_since_event, 0, now_ns
         return [
             set_aside_draft(
                 topics,
@@ -1323,12 +1335,12 @@ class Outbox:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        told = self._set_aside_since_event, self._spoke_at_ns
+        untold = self._untold
         try:
             with self._explaining(), _transaction(self._connection) as connection:
                 yield connection
         except BaseException:
-            self._set_aside_since_event, self._spoke_at_ns = told  # the event about it is not stored either
+            self._untold = untold  # the event about it is not stored either
             raise
 
     @contextmanager

@@ -7,7 +7,6 @@ acknowledged, set aside, or sent again. It lives as long as its publisher and is
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -20,7 +19,7 @@ from agent.config import DeliverySection
 from agent.delivery.acks import Ack
 from agent.delivery.link import Acknowledged, BrokerLink, Passing, Waker
 from agent.delivery.messages import Body, as_historical, message_id, serialise, set_aside_draft
-from agent.delivery.outbox import SPEAK_AGAIN_AFTER_S, Outbox, Row, StoredDocument
+from agent.delivery.outbox import Outbox, Row, StoredDocument, Untold
 from agent.delivery.topics import Topics
 from agent.errors import OutboxDamaged, OutboxError
 
@@ -239,8 +238,7 @@ class Window:
         self._holds: dict[str, Hold] = {}
         self._strikes = Strikes()
         self._is_outbox_failing = False
-        self._set_aside_since_event = 0
-        self._spoke_at_s = -math.inf
+        self._untold = Untold()
         self._pause_until_s = 0.0
         # Of one connection:
         self.has_progressed = False
@@ -610,9 +608,9 @@ class Window:
         """Move a row to the dead letters and tell; raises OutboxError when that cannot be stored now."""
         name = message_id(self._topics.device, row.boot, row.seq)
         # An event about a refused event would be refused too, for ever.
-        is_told = row.stream != "event" and time.monotonic() - self._spoke_at_s >= SPEAK_AGAIN_AFTER_S
+        told, untold = self._untold.with_another(time.monotonic(), may_tell=row.stream != "event")
         events = []
-        if is_told:
+        if told:
             event = set_aside_draft(
                 self._topics,
                 at=self._now(),
@@ -621,7 +619,7 @@ class Window:
                 name=name,
                 topic=row.topic,
                 size_bytes=len(row.payload),
-                set_aside=self._set_aside_since_event + 1,
+                set_aside=told,
                 kind=kind,
             )
             events = [event]
@@ -629,9 +627,8 @@ class Window:
         logger.warning("set aside %s %s: %s", row.stream, name, reason)
         self._clear_strikes(row)
         self._holds.pop(row.stream, None)
-        self._set_aside_since_event = 0 if is_told else self._set_aside_since_event + 1
-        if is_told:
-            self._spoke_at_s = time.monotonic()
+        self._untold = untold
+        if told:
             self.look()
 
     def _clear_strikes(self, row: Row) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.inference.detector import best_of_each
+
 OVERLAPS = np.arange(0.5, 0.96, 0.05)
 RECALLS = np.linspace(0, 1, 101)
 
@@ -40,6 +42,14 @@ def box_overlaps(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDA
     area_1 = (first[:, 2:] - first[:, :2]).prod(1)
     area_2 = (second[:, 2:] - second[:, :2]).prod(1)
     return shared / (area_1[:, None] + area_2[None] - shared + 1e-9)
+
+
+def merge_boxes(found: NDArray[np.float32], overlap: float) -> NDArray[np.float32]:
+    """Boxes of one cell merged as the agent would: of those that overlap by more the best stands. found: as in
+    `FieldBoxes`; the best come first.
+    """
+    order = np.argsort(-found[:, 1], kind="stable")
+    return found[best_of_each(found[:, 2:], order, overlap)]
 
 
 def middle_score(found: NDArray[np.float32], wanted: Sequence[int], width_px: int, height_px: int) -> float:

@@ -20,11 +20,10 @@ import yaml
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from agent.inference.detector import best_of_each
 from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, LabelledField, collate_fields, load_fields
 from models.common.labels import DETECTOR_CLASSES, CellImage, Rgb, read_cells, read_fields, read_foreign_cells, read_rgb
-from models.common.metrics import FieldBoxes, box_overlaps, detection_figures, middle_score
+from models.common.metrics import FieldBoxes, box_overlaps, detection_figures, merge_boxes, middle_score
 from models.common.simulated import simulated_fields
 from models.common.training import Run
 from models.common.warm_start import load_shipped
@@ -177,8 +176,7 @@ def find(net: YoloV10n, pixels: Rgb, least: float) -> NDArray[np.float32]:
     kept = score > least
     boxes = (decode_boxes(distances, centres, strides)[0, kept] - offset) / scale
     found = torch.cat((index[kept, None].float(), score[kept, None], boxes), 1).numpy()
-    order = np.argsort(-found[:, 1], kind="stable")
-    return found[best_of_each(found[:, 2:], order, SAME_CELL_IOU)]
+    return merge_boxes(found, SAME_CELL_IOU)
 
 
 def evaluate(net: YoloV10n, fields: list[LabelledField]) -> dict[str, float]:

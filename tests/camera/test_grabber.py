@@ -393,6 +393,7 @@ def test_the_loss_is_told_once_in_the_log_and_always_in_health(bench: Any, caplo
     caplog.set_level("INFO", logger="agent.camera.grabber")
     run = bench(*[CameraError("/dev/video0: no such camera")] * 4, MadeCamera(make(1)))
     run.wait_for(lambda: run.states == ["opening", "lost", "open"])
+    run.wait_for(lambda: len(caplog.records) >= 2)  # the log comes after the state
     assert [record.message for record in caplog.records] == [
         "camera lost: /dev/video0: no such camera",
         "made camera: camera is back",

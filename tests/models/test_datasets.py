@@ -53,7 +53,7 @@ def test_boxes_that_are_nearly_outside_are_dropped() -> None:
 
 def test_the_stream_of_fields_repeats_with_its_seed() -> None:
     def first(seed: int) -> np.ndarray:
-        return next(iter(AugmentedFields([painted_field()], [], 96, seed, 0.0)))[0].numpy()
+        return next(iter(AugmentedFields([([painted_field()], 1.0)], 96, seed, 0.0)))[0].numpy()
 
     assert np.array_equal(first(1), first(1))
     assert not np.array_equal(first(1), first(2))
