@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
+from agent.analysis.cells import NamingRules, cell_number, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.domain import Box, Cell, CellStatus, Classification, Detection
 
 RULES = NamingRules(0.5, {"WBC": ("monocyte", "lymphocyte"), "platelet": ("platelet",)}, ("platelet",))
@@ -27,6 +29,19 @@ def test_a_probable_name_is_accepted() -> None:
 
 def test_an_improbable_name_is_unidentified() -> None:
     assert cell(probability=0.49).status is CellStatus.UNIDENTIFIED
+
+
+def test_what_is_hardly_a_cell_is_unidentified_however_probable_its_name() -> None:
+    rules = replace(RULES, min_cell_probability=0.5)
+    wbc = Detection(Box(10, 10, 40, 40), "WBC", 0.8)
+    for cell_probability, status in ((0.49, CellStatus.UNIDENTIFIED), (0.5, CellStatus.ACCEPTED)):
+        answer = Classification("monocyte", 0.99, {"monocyte": 0.99}, cell_probability)
+        assert rules.believes(answer) == (status is CellStatus.ACCEPTED)
+        assert name_cell("s-1", wbc, answer, (100, 80), rules).status is status
+
+
+def test_the_number_of_a_cell_is_what_stands_behind_its_samples_id() -> None:
+    assert (cell_number("s-17-103"), cell_number("a-1")) == (103, 1)
 
 
 def test_a_name_that_contradicts_the_detector_is_unidentified() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from agent.pipeline import make_bench
 from models.common.labels import read_cells, read_fields, read_foreign_cells
 from models.common.metrics import box_overlaps
 from models.evaluate import named_boxes
-from models.robustness import LOOKS, lamp, look_at, measure_one
+from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
 TOP = Path(__file__).parents[2]
 DATA = TOP.parent / "shared" / "data"
@@ -123,6 +124,7 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
 def test_a_picture_as_it_is_without_any_step_has_the_figures_of_the_other_evaluations(data: Path) -> None:
     bench = make_bench(Config(), open_models(ModelsSection()))
     fields, cells = [f for f in read_fields(data, "test") if f.is_complete], read_cells(data, "test")
+    bench = replace(bench, preprocessing=STEPS["none"])
     plain = measure_one(bench, look_at(LOOKS["as it is"], fields, cells, []))
     assert plain["detector"] == pytest.approx(evaluate("detector", data)["groups"]["complete"]["all"]["map50"])
     assert plain["agent"] == pytest.approx(evaluate("two-stage", data)["accuracy"])
