@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -194,7 +194,7 @@ def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
 
     # 6.5: a person names a cell anew.
     if field is not None and final is not None and final.body is not None:
-        cell = _nameable(field) or {}
+        cell = _standing_cell(desk.ears.heard, sid) or _nameable(field) or {}
         others = [share["class"] for share in final.body["shares"] if share["class"] != cell["class"]]
         answer = desk.ask("amend", sample=sid, cell_id=cell["cell_id"], **{"class": others[0]}, by="kit")
         amended = desk.ears.wait_for(
@@ -303,6 +303,20 @@ def _nameable(heard: Heard) -> dict[str, Any] | None:
         if cell["probabilities"] and cell["status"] in ("accepted", "edge") and cell["class"] != "platelet":
             return dict(cell)
     return None
+
+
+def _standing_cell(heard: Iterable[Heard], sid: str) -> dict[str, Any] | None:
+    """A nameable cell of the sample that no better view has superseded, and that is counted."""
+    fields = [one for one in heard if _field_of(one, sid)]
+    gone = {old for one in fields for cell in (one.body or {})["cells"] for old in cell.get("supersedes", ())}
+    return next(
+        (
+            cell
+            for one in fields
+            if (cell := _nameable(one)) is not None and cell["cell_id"] not in gone and cell.get("counted") is not False
+        ),
+        None,
+    )
 
 
 def _report(heard: Heard, sid: str, status: str) -> bool:
