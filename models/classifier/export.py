@@ -6,7 +6,7 @@ python -m models.classifier.export runs/classifier/best.pt --data ../shared/data
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def main() -> None:
     begin_folder(args.models, args.float_models)
     export_float(ChannelsLast(net), side_px, float_file)
     settings = yaml.safe_load(checkpoint["settings"])
-    pictures = calibration(args.data, wording, side_px, args.pictures, args.boxes, settings.get("foreign", ()))
+    pictures = calibration(args.data, wording, side_px, args.pictures, args.boxes, settings)
     quantize_file(float_file, int8_file, pictures)
     save_norms(net, int8_file)
     for folder in (args.float_models, args.models):
@@ -101,17 +101,17 @@ def write_entry(
 
 
 def calibration(
-    data: Path, wording: crops.Wording, side_px: int, count: int, boxes: Path, foreign: tuple[str, ...]
+    data: Path, wording: crops.Wording, side_px: int, count: int, boxes: Path, settings: Mapping[str, Any]
 ) -> Iterator[NDArray[np.float32]]:
-    """Training crops, augmented as in training, the classes evenly, every source."""
+    """Training crops, augmented as in training, the classes evenly, every source. settings: the run's."""
     torch.manual_seed(3)
-    cells = read_cells(data, "train")
+    cells = read_cells(data, "train", settings.get("random_split"))
     rng = np.random.default_rng(3)
     rng.shuffle(cells)
     each = max(1, count // len(wording.classes))
     chosen = [c for name in wording.classes for c in [x for x in cells if x.class_name == name][:each]]
     examples = crops.pbc_examples(data, chosen, read_boxes(boxes), wording)
-    others = crops.foreign_examples(data, foreign, ("train",), wording)
+    others = crops.foreign_examples(data, settings.get("foreign", ()), ("train",), wording)
     examples += [others[k] for k in rng.permutation(len(others))[: count // 3]]
     training = crops.TrainingCrops(examples, side_px)
     for index in range(len(training)):

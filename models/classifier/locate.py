@@ -3,7 +3,7 @@
     python -m models.classifier.locate --data ../shared/data --output runs/boxes.json
 
 The classifier then learns from crops as the agent cuts them. Where the detector finds nothing in the middle of one
-the training guesses from the colours. Only the splits `train` and `val` are looked at.
+the training guesses from the colours. A run with a random split of its own needs `--splits train val test`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Boxes = Mapping[str, tuple[float, float, float, float]]
 def main() -> None:
     args = parse()
     models = open_models(ModelsSection(folder=args.models))
-    cells = [cell for split in ("train", "val") for cell in read_cells(args.data, split)]
+    cells = [cell for split in args.splits for cell in read_cells(args.data, split)]
     boxes = {}
     for cell in progress(cells, "pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--min-score", type=float, default=0.2, help="a labelled picture shows a cell: ask for less")
+    parser.add_argument("--splits", nargs="+", choices=("train", "val", "test"), default=("train", "val"))
     parser.add_argument("--output", type=Path, default=Path("runs/boxes.json"))
     return parser.parse_args()
 

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from models.classifier import crops
 from models.classifier.locate import read_boxes
-from models.common.labels import attribute_values, cell_classes, read_attributes, read_cells
+from models.common.labels import CellImage, attribute_values, cell_classes, read_attributes, read_cells
 from models.common.simulated import simulated_crops
 from models.common.training import Run
 from models.common.warm_start import FileDoesNotFit, load_shipped
-from models.nets.cellnet import Answers, CellNet
+from models.nets.cellnet import BACKBONES, Answers, CellNet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,10 @@ class RunFile:
     are learnt too. minutes: of training, over all sessions. rates: share of `rate` for parameters whose names begin so;
     0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to learn. foreign:
     sources of which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch,
-    by kind.
+    by kind. weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how
+    much more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
+    undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
+    the PBC pictures as the study draws it; None = as given.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -53,13 +56,20 @@ class RunFile:
     epoch_crops: int = 10240
     foreign: tuple[str, ...] = ()
     shares: Mapping[str, float]
+    weights: Mapping[str, float] = field(default_factory=dict)
     simulated_each: int = 150
+    balance: str = "root"
+    undersample: int | None = None
+    random_split: int | None = None
     label_smoothing: float = 0.05
     seed: int = 1
     threads: int = 2
 
 
-WEIGHTS = {"classes": 1.0, "morphology": 0.3, "is_cell": 0.3, "teacher": 1.0}
+BALANCES = {"even": 1.0, "root": 0.5, "none": 0.0}
+"""Power of a class's count by which each of its crops is drawn less often."""
+
+WEIGHTS = {"classes": 1.0, "morphology": 0.3, "is_cell": 0.3, "teacher": 1.0, "teacher_morphology": 0.3}
 TEACHER_TEMPERATURE = 2.0
 
 
@@ -81,6 +91,7 @@ def main() -> None:
     views = val_views(args.data, settings, boxes, wording)
     facts = {"classes": wording.classes, "values": wording.values, "backbone": settings.backbone}
     facts |= {"side_px": settings.side_px, "settings": args.file.read_text()}
+    weights = {**WEIGHTS, **settings.weights}
     run.schedule.start()
     while not run.is_finished:
         net.train()
@@ -94,8 +105,8 @@ def main() -> None:
             if teacher is not None:
                 with torch.inference_mode():
                     told = teacher(x)
-                parts["teacher"] = teacher_loss(answers, told, are_cells)
-            run.step(sum(WEIGHTS[name] * part for name, part in parts.items()))
+                parts |= teacher_losses(answers, told, are_cells, wording)
+            run.step(sum(weights[name] * part for name, part in parts.items()))
             losses.append({name: part.item() for name, part in parts.items()})
             if run.is_finished:
                 break
@@ -106,15 +117,20 @@ def main() -> None:
 
 
 def read_run(file: Path) -> RunFile:
-    """The run's settings; unknown keys are refused."""
+    """The run's settings; unknown keys and names are refused."""
     try:
         found: dict[str, Any] = yaml.safe_load(file.read_text())
         for key in ("init", "teacher"):
             if found.get(key):
                 found[key] = Path(found[key])
-        return RunFile(**{**found, "foreign": tuple(found.get("foreign", ()))})
+        settings = RunFile(**{**found, "foreign": tuple(found.get("foreign", ()))})
     except (OSError, TypeError, yaml.YAMLError) as error:
         raise SystemExit(f"{file}: {error}; the keys are those of RunFile in models/classifier/train.py") from error
+    chosen = {"backbone": ({settings.backbone}, BACKBONES), "balance": ({settings.balance}, BALANCES)}
+    for key, (names, known) in {**chosen, "weights": (set(settings.weights), WEIGHTS)}.items():
+        if unknown := sorted(names - set(known)):
+            raise SystemExit(f"{file}: {key}: {', '.join(unknown)} is none of {', '.join(known)}")
+    return settings
 
 
 def training_examples(
@@ -122,7 +138,10 @@ def training_examples(
 ) -> dict[str, list[crops.Example]]:
     """By kind; see `shares`."""
     rng = np.random.default_rng(settings.seed)
-    pbc = crops.pbc_examples(args.data, read_cells(args.data, "train"), boxes, wording)
+    cells = read_cells(args.data, "train", settings.random_split)
+    if settings.undersample is not None:
+        cells = undersampled(cells, settings.undersample, rng)
+    pbc = crops.pbc_examples(args.data, cells, boxes, wording)
     foreign = crops.foreign_examples(args.data, settings.foreign, ("train",), wording)
     simulated = simulated_crops(settings.simulated_each, wording.classes, args.runs)
     found = {
@@ -133,6 +152,14 @@ def training_examples(
         "ruined": crops.ruined(pbc + [e for e in foreign if e.is_cell], rng, 2000),
     }
     return {kind: found[kind] for kind in settings.shares}
+
+
+def undersampled(cells: Sequence[CellImage], most: int, rng: np.random.Generator) -> list[CellImage]:
+    """At most so many cells of each class, drawn at random."""
+    by_class: dict[str, list[CellImage]] = {}
+    for k in rng.permutation(len(cells)):
+        by_class.setdefault(cells[k].class_name, []).append(cells[k])
+    return [cell for found in by_class.values() for cell in found[:most]]
 
 
 def begin_with(net: CellNet, settings: RunFile, examples: Mapping[str, list[crops.Example]]) -> None:
@@ -178,12 +205,12 @@ def load_net(checkpoint: Path, wording: crops.Wording) -> CellNet:
 def train_loader(
     settings: RunFile, examples: Mapping[str, list[crops.Example]], wording: crops.Wording
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """An epoch: kinds by their shares; inside a kind rare classes more often (by the root of their rarity)."""
+    """An epoch: kinds by their shares, inside a kind classes by `balance`."""
     weights, all_examples = [], []
     for kind, share in settings.shares.items():
         labels = np.array([e.label for e in examples[kind]])
-        counts = np.bincount(labels - crops.UNKNOWN, minlength=len(wording.classes) + 1)
-        each = 1 / np.sqrt(counts[labels - crops.UNKNOWN])
+        counts = np.bincount(labels - crops.UNKNOWN, minlength=len(wording.classes) + 1).astype(float)
+        each = counts[labels - crops.UNKNOWN] ** -BALANCES[settings.balance]
         weights.append(share * each / each.sum())
         all_examples += examples[kind]
     sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
@@ -215,20 +242,30 @@ def loss_parts(
     return {"classes": classes, "morphology": morphology, "is_cell": is_cell}
 
 
-def teacher_loss(answers: Answers, told: Answers, are_cells: Tensor) -> Tensor:
-    """What a teacher says of the same crops, softened (Hinton et al., arXiv 1503.02531)."""
+def teacher_losses(answers: Answers, told: Answers, are_cells: Tensor, wording: crops.Wording) -> dict[str, Tensor]:
+    """How far the answers are from a teacher's to the same crops, softened; a mean over the crops that show a cell.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Attributes: a mean over them.
+    """
+    own, other = answers.morphology.split(wording.sizes, 1), told.morphology.split(wording.sizes, 1)
+    described = torch.stack([divergence(*pair) for pair in zip(own, other, strict=True)]).mean(0)
+    count = are_cells.sum().clamp(min=1)
+    return {
+        "teacher": (divergence(answers.classes, told.classes) * are_cells).sum() / count,
+        "teacher_morphology": (described * are_cells).sum() / count,
+    }
+
+
+def divergence(logits: Tensor, told: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each row, (batch,), both softened; times the squared temperature (the paper)."""
     t = TEACHER_TEMPERATURE
-    losses = functional.kl_div(
-        (answers.classes / t).log_softmax(1), (told.classes / t).softmax(1), reduction="none"
-    ).sum(1)
-    return (losses * are_cells).sum() / are_cells.sum().clamp(min=1) * t * t
+    return functional.kl_div((logits / t).log_softmax(1), (told / t).softmax(1), reduction="none").sum(1) * t * t
 
 
 def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: crops.Wording) -> dict[str, crops.View]:
     """PBC `val`, and each source that we named by eye: its `val` where it is learnt from, all of it where it is not."""
-    views = {
-        "pbc": crops.make_view(crops.pbc_examples(data, read_cells(data, "val"), boxes, wording), settings.side_px)
-    }
+    cells = read_cells(data, "val", settings.random_split)
+    views = {"pbc": crops.make_view(crops.pbc_examples(data, cells, boxes, wording), settings.side_px)}
     for source in FOREIGN_SOURCES:
         splits = ("val",) if source in settings.foreign else ("train", "val", "test")
         found = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]

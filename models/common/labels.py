@@ -1,13 +1,13 @@
 """What `../shared/data` holds, as its CSV and label files tell; needs no PyTorch.
 
-The splits are taken as given.
+The splits are taken as given, unless another is asked for.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -52,11 +52,34 @@ class FieldImage:
     is_complete: bool
 
 
-def read_cells(data: Path, split: str) -> list[CellImage]:
-    """The labelled single-cell images of one split, in the order of the CSV file."""
+def read_cells(data: Path, split: str, random_seed: int | None = None) -> list[CellImage]:
+    """The labelled single-cell images of one split, in the order of the CSV file.
+
+    random_seed: None = the splits as given; a number = the study's protocol, 70 / 10 / 20 % of each class drawn at
+    random for train, val and test.
+    """
     with (data / "pbc.csv").open() as lines:
         rows = [CellImage(row["path"], data / row["path"], row["class"], row["split"]) for row in csv.DictReader(lines)]
+    if random_seed is not None:
+        rows = split_at_random(rows, random_seed)
     return [row for row in rows if row.split == split]
+
+
+def split_at_random(cells: Sequence[CellImage], seed: int) -> list[CellImage]:
+    """The same cells in the same order, class by class split anew by RANDOM_SHARES."""
+    rng = np.random.default_rng(seed)
+    drawn = list(cells)
+    for name in sorted({cell.class_name for cell in cells}):
+        places = rng.permutation([k for k, cell in enumerate(cells) if cell.class_name == name])
+        ends = np.rint(np.cumsum(list(RANDOM_SHARES.values())) * len(places)).astype(int)
+        for split, part in zip(RANDOM_SHARES, np.split(places, ends[:-1]), strict=True):
+            for k in part:
+                drawn[k] = replace(cells[k], split=split)
+    return drawn
+
+
+RANDOM_SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
+"""As the study splits (doi 10.1186/s12911-025-03027-2): 70 % to learn from, 20 % to test, 10 % to choose on."""
 
 
 def read_attributes(data: Path) -> dict[str, dict[str, str]]:
@@ -114,10 +137,19 @@ def read_rgb(path: Path) -> Rgb:
 
 def read_boxes(field: FieldImage, width_px: int, height_px: int) -> NDArray[np.float32]:
     """(boxes, 5): class, x_min, y_min, x_max, y_max in pixels of the field."""
-    label = field.path.parent.parent / "labels" / f"{field.path.stem}.txt"
-    rows = np.array([line.split() for line in label.read_text().splitlines() if line.strip()], np.float32).reshape(
-        -1, 5
-    )
+    return read_label_file(field.path.parents[1] / "labels" / f"{field.path.stem}.txt", width_px, height_px)
+
+
+def read_published_boxes(field: FieldImage, width_px: int, height_px: int) -> NDArray[np.float32]:
+    """The same of a BCCD field as its authors published it; about half of the red cells have no box there."""
+    file = field.path.parents[2] / "bccd-original-labels" / f"{field.path.stem}.txt"
+    return read_label_file(file, width_px, height_px)
+
+
+def read_label_file(file: Path, width_px: int, height_px: int) -> NDArray[np.float32]:
+    """YOLO text, (boxes, 5): class, x_min, y_min, x_max, y_max in pixels of a picture of this size."""
+    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    rows = np.array(lines, np.float32).reshape(-1, 5)
     centre, half = rows[:, 1:3], rows[:, 3:5] / 2
     size = np.array([width_px, height_px, width_px, height_px], np.float32)
     return np.concatenate((rows[:, :1], np.concatenate((centre - half, centre + half), 1) * size), 1)

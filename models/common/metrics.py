@@ -76,10 +76,7 @@ def detection_figures(fields: Sequence[FieldBoxes], classes: Sequence[str]) -> d
 
 
 def _class_figures(fields: Sequence[FieldBoxes], index: int, cells: int) -> ClassFigures:
-    _, hit = _ranked(fields, index)
-    right = hit.cumsum(0)
-    recall = right / cells
-    precision = right / np.arange(1, len(hit) + 1)[:, None]
+    precision, recall = precision_and_recall(fields, index, cells)
     averages = [_average_precision(recall[:, k], precision[:, k]) for k in range(len(OVERLAPS))]
     f1 = 2 * precision[:, 0] * recall[:, 0] / (precision[:, 0] + recall[:, 0] + 1e-9)
     best = int(f1.argmax()) if len(f1) else None
@@ -90,6 +87,19 @@ def _class_figures(fields: Sequence[FieldBoxes], index: int, cells: int) -> Clas
         averages[0],
         float(np.mean(averages)),
     )
+
+
+def precision_and_recall(
+    fields: Sequence[FieldBoxes], index: int, cells: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision and recall of one class at every score that occurs, the highest first, (scores, overlaps of OVERLAPS).
+
+    cells: how many there are.
+    """
+    scores, hit = _ranked(fields, index)
+    right, answered = hit.cumsum(0), np.arange(1, len(hit) + 1)
+    is_last = np.append(scores[1:] != scores[:-1], True)[: len(hit)]  # no threshold lies between boxes of one score
+    return right[is_last] / answered[is_last, None], right[is_last] / cells
 
 
 def _matches(overlaps: NDArray[np.float32]) -> NDArray[np.bool_]:

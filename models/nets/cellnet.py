@@ -17,13 +17,23 @@ from models.nets.darknet import Darknet19
 from models.nets.mobilenetv2 import MobileNetV2
 from models.nets.shufflenetv2 import ShuffleNetV2
 
+
+def efficientnet_lite0() -> nn.Module:
+    """Imported when it is asked for: only a run with a teacher needs its packages."""
+    from models.nets.efficientnet_lite import EfficientNetLite0
+
+    return EfficientNetLite0()
+
+
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "shufflenetv2-x1.0": lambda: ShuffleNetV2(1.0),
     "shufflenetv2-x0.5": lambda: ShuffleNetV2(0.5),
     "mobilenetv2": MobileNetV2,
     "darknet-19": Darknet19,
     "darknet-19-x0.5": lambda: Darknet19(0.5),
+    "efficientnet-lite0": efficientnet_lite0,
 }
+"""By the name that goes into the manifest; efficientnet-lite0 only teaches."""
 
 
 class Answers(NamedTuple):

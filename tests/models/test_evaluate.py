@@ -20,9 +20,9 @@ from agent.config import Config, ModelsSection
 from agent.domain import Box
 from agent.inference.models import open_models
 from agent.pipeline import make_bench
-from models.common.labels import read_cells, read_fields, read_foreign_cells
-from models.common.metrics import box_overlaps
-from models.evaluate import named_boxes
+from models.common.labels import FieldImage, read_cells, read_fields, read_foreign_cells
+from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
+from models.evaluate import named_boxes, published_pairs
 from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
 TOP = Path(__file__).parents[2]
@@ -119,6 +119,20 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
         ).max()
         < 0.3
     )
+
+
+def test_published_labels_stand_beside_what_a_perfect_answer_reaches_there(tmp_path: Path) -> None:
+    for name in ("fields/images", "fields/labels", "bccd-original-labels"):
+        (tmp_path / name).mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "fields/images/a.png"), np.full((100, 100, 3), 220, np.uint8))
+    (tmp_path / "bccd-original-labels/a.txt").write_text("1 0.3 0.3 0.2 0.2\n")  # one of the two red cells
+    field = FieldImage(tmp_path / "fields/images/a.png", "bccd", "test", is_complete=True)
+    true = np.array([[1, 20, 20, 40, 40], [1, 60, 60, 80, 80]], np.float32)
+    nothing = FieldBoxes(np.zeros((0, 6), np.float32), true)
+    pairs = published_pairs({field: nothing})
+    figures = {name: detection_figures(found, ("WBC", "RBC", "platelet"))["RBC"] for name, found in pairs.items()}
+    assert [(f.cells, f.recall) for f in figures.values()] == [(1, 0), (1, 1)]
+    assert list(figures.values())[1].precision == 0.5
 
 
 def test_a_picture_as_it_is_without_any_step_has_the_figures_of_the_other_evaluations(data: Path) -> None:

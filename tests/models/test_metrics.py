@@ -59,6 +59,13 @@ def test_a_false_answer_above_the_true_one_halves_precision() -> None:
     assert detection_figures([wrong_first], CLASSES)["WBC"].map50 == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("right_first", [True, False])
+def test_boxes_of_one_score_stand_or_fall_together(right_first: bool) -> None:
+    found = [(0, 0.9, 0, 0, 10, 10), (0, 0.9, 50, 50, 60, 60)]
+    tied = field(found if right_first else found[::-1], [(0, 0, 0, 10, 10)])
+    assert detection_figures([tied], CLASSES)["WBC"].map50 == pytest.approx(0.5)
+
+
 def test_a_loose_box_counts_only_at_low_overlaps() -> None:
     loose = field([(0, 0.9, 0, 0, 10, 10)], [(0, 0, 0, 10, 13)])  # IoU 0.77: right at .50 to .75, six of ten
     assert detection_figures([loose], CLASSES)["WBC"].map50_95 == pytest.approx(0.6)

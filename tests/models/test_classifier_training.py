@@ -1,0 +1,92 @@
+"""What a recipe says is what is done: frozen parts stay, classes are drawn as it asks, unknown words are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.classifier import crops
+from models.classifier.train import RunFile, freeze, read_run, teacher_losses, train_loader, undersampled
+from models.common.labels import CellImage
+from models.nets.cellnet import Answers, CellNet
+
+pytestmark = pytest.mark.train
+
+
+def test_a_frozen_stem_keeps_its_weights_and_its_statistics_while_the_rest_learns() -> None:
+    net = CellNet("shufflenetv2-x0.5", 3, [2])
+    net.train()
+    freeze(net, ["backbone.stem"])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    net(torch.rand(4, 3, 64, 64)).classes.square().sum().backward()
+    optimiser.step()
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("backbone.stem") for name in before)
+    assert not any(name.startswith("backbone.stem") for name in moved)
+    assert "classes.weight" in moved
+    assert any(name.endswith("running_mean") for name in moved)
+
+
+WORDING = crops.Wording(("basophil", "platelet"), {"size": ("big", "small")})
+
+
+def drawn_share_of_the_rare_class(balance: str) -> float:
+    """Of an epoch over 10 basophils and 90 platelets."""
+    pixels = np.full((40, 40, 3), 200, np.uint8)
+    examples = [crops.Example(pixels, (20, 20, 20, 20), label, (-1,)) for label in [0] * 10 + [1] * 90]
+    settings = RunFile(shares={"pbc": 1.0}, balance=balance, epoch_crops=4000, side_px=32)
+    loader = train_loader(settings, {"pbc": examples}, WORDING)
+    drawn = Counter(examples[k].label for k in loader.sampler)
+    return drawn[0] / drawn.total()
+
+
+@pytest.mark.parametrize(("balance", "share"), [("even", 0.5), ("root", 0.25), ("none", 0.1)])
+def test_a_rare_class_is_drawn_as_the_recipe_asks(balance: str, share: float) -> None:
+    assert drawn_share_of_the_rare_class(balance) == pytest.approx(share, abs=0.03)
+
+
+def test_undersampling_leaves_so_many_of_each_class() -> None:
+    cells = [CellImage(f"{k}", Path(), "basophil" if k % 5 else "platelet", "train") for k in range(50)]
+    kept = undersampled(cells, 12, np.random.default_rng(1))
+    assert Counter(cell.class_name for cell in kept) == {"basophil": 12, "platelet": 10}
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [("balance: fair", "fair"), ("weights: {looks: 1}", "looks"), ("backbone: vgg", "vgg"), ("pace: 3", "pace")],
+)
+def test_a_recipe_with_an_unknown_word_is_refused_by_name(line: str, word: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"shares: {{pbc: 1.0}}\n{line}\n")
+    with pytest.raises(SystemExit, match=word):
+        read_run(file)
+
+
+@pytest.mark.parametrize("file", sorted(Path("models/classifier/recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_each_recipe_that_we_keep_can_be_read(file: Path) -> None:
+    assert read_run(file).shares
+
+
+def test_a_teacher_who_agrees_costs_nothing_and_crops_without_a_cell_do_not_count() -> None:
+    torch.manual_seed(1)
+    told = Answers(torch.randn(6, 2), torch.randn(6, 2), torch.zeros(6, 1))
+    are_cells = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    same = teacher_losses(told, told, are_cells, WORDING)
+    assert [float(loss) for loss in same.values()] == pytest.approx([0, 0], abs=1e-6)
+    classes, morphology = told.classes.clone(), told.morphology.clone()
+    classes[3:] += torch.randn(3, 2)
+    morphology[3:] += torch.randn(3, 2)
+    elsewhere = teacher_losses(Answers(classes, morphology, told.is_cell), told, are_cells, WORDING)
+    assert [float(loss) for loss in elsewhere.values()] == pytest.approx([0, 0], abs=1e-6)
+    other = teacher_losses(
+        Answers(told.classes.flip(1), told.morphology.flip(1), told.is_cell), told, are_cells, WORDING
+    )
+    assert all(loss > 0.01 for loss in other.values())
