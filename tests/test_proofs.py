@@ -124,17 +124,21 @@ def test_the_throughput_is_measured_and_what_is_below_a_bound_is_a_fault(tmp_pat
         pytest.skip(str(error))
     assert verdict.field_bytes > 5000
     assert len(verdict.intake) == 3
-    assert min(verdict.intake.values()) > 0
+    assert min(min(intake.per_s, intake.bare_per_s, intake.cpu_ms) for intake in verdict.intake.values()) > 0
     assert len(verdict.costs) == throughput.ROUNDS + 1
     assert verdict.rows >= 2000
     assert verdict.shares
     assert max(verdict.growth_mb.values()) < throughput.MOST_GROWTH_MB, str(verdict)
     below = throughput.Verdict(
-        intake={"fields": 999.0}, intake_cpu={"fields": 1.0}, costs=[1.0, 1.6], shares=[0.7, 0.79, 0.9]
+        intake={throughput.FIELDS: throughput.Intake(999, 2000, 0.5, 0.1)}, costs=[1.0, 1.6], shares=[0.7, 0.79, 0.9]
     )
     below.growth_mb["draining"] = 17.0
     below.judge()
     assert len(below.faults) == 4, str(below)
+    for per_s, faults in ((401, 0), (399, 1)):
+        on_a_slow_disk = throughput.Verdict(intake={throughput.FIELDS: throughput.Intake(per_s, 800, 0.5, 0.1)})
+        on_a_slow_disk.judge()
+        assert len(on_a_slow_disk.faults) == faults, str(on_a_slow_disk)
 
 
 @pytest.mark.soak

@@ -39,6 +39,8 @@ Severity = Literal["info", "warning", "error"]
 LONGEST_TEXT = 2000
 """Characters of an event's message; a longer one (a library's whole complaint) is cut."""
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 _FRESH = b'"historical":false,"ruo":true}'
 _HISTORICAL = b'"historical":true,"ruo":true}'
 
@@ -235,7 +237,7 @@ def stamp(body: Mapping[str, Any], device: str, boot: int, seq: int) -> Body:
 def serialise(message: Mapping[str, Any], topic: str = "") -> bytes:
     """One line of UTF-8 JSON. Raises MessageRejected for what JSON cannot say (not a number, infinity)."""
     try:
-        text = json.dumps(message, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = _ENCODER.encode(message)
     except (TypeError, ValueError) as error:
         raise MessageRejected(topic, f"it cannot be written as JSON: {error}") from error
     # Names of files may hold bytes that are no text (lone surrogates); they become `?`, the message stays valid.

@@ -750,6 +750,9 @@ class Outbox:
         self._monotonic_ns = monotonic_ns
         self._unix_time = unix_time
         self._untold = Untold()
+        self._log = path.with_name(f"{path.name}-wal")
+        with _explained(path):
+            self._page_bytes = _pragma(connection, "page_size")
 
     def __enter__(self) -> Outbox:
         return self
@@ -1200,9 +1203,10 @@ class Outbox:
         SQLite does so by itself only every 1000 pages, and with the intake stopped nobody writes them. Not while rows
         wait: taking them out needs the room that the log keeps.
         """
-        log = self.path.with_name(f"{self.path.name}-wal")
         near_bytes = max(self._min_free_bytes, LEAST_FREE_BYTES) + WAL_LIMIT_BYTES
-        if _disk_free_bytes(self.path) > near_bytes or not log.exists() or log.stat().st_size == 0 or self.depth() > 0:
+        if _disk_free_bytes(self.path) > near_bytes or not self._log.exists():
+            return
+        if self._log.stat().st_size == 0 or self.depth() > 0:
             return
         with contextlib.suppress(sqlite3.OperationalError):  # a reader is busy, the disk is full: the append will tell
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -1217,9 +1221,8 @@ class Outbox:
 
     def _why_full(self, more_bytes: int, *, is_event: bool) -> str | None:
         reserve = EVENT_RESERVE_BYTES if is_event else 0
-        page_bytes = _pragma(self._connection, "page_size")
-        empty_bytes = _pragma(self._connection, "freelist_count") * page_bytes
-        used_bytes = _pragma(self._connection, "page_count") * page_bytes - empty_bytes
+        empty_bytes = _pragma(self._connection, "freelist_count") * self._page_bytes
+        used_bytes = _pragma(self._connection, "page_count") * self._page_bytes - empty_bytes
         if used_bytes + more_bytes > self._max_bytes + reserve:
             return (
                 f"{self.path}: full: {used_bytes / 2**20:.1f} MB are used, outbox.max_mb is "
