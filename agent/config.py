@@ -240,8 +240,11 @@ class SampleSection(Section):
 
     id: Identifier | None = None
     """The sample's id in topics; null = the agent makes one for each slide (date, boot and number)."""
-    start: Literal["auto", "command"] = "auto"
-    """auto = a sample begins when the agent starts and none is open; command = only cmd/start begins one."""
+    start: Literal["auto", "each-slide", "command"] = "auto"
+    """auto = a sample begins when the agent starts and none is open; each-slide = and when another slide is seen, which
+    ends the sample before; command = only cmd/start begins one."""
+    absence_s: Annotated[float, Field(ge=2, le=3600)] = 15.0
+    """s; with each-slide: so long no slide is in view before a field at an unknown place is taken for another slide."""
     accession: Accession | None = None
     """The laboratory's opaque token for the sample (a bar code); never a name, a birth date or a personal fact."""
     age_band: AgeBand | None = None
@@ -504,6 +507,13 @@ def _clashes(config: Config) -> Iterator[Clash]:
     if config.commands.operator == "key" and config.commands.operator_key_file is None:
         message = "found 'key', which needs commands.operator_key_file; put the file with the key there"
         yield Clash(("commands", "operator"), (("commands", "operator_key_file"),), message)
+    if config.sample.start == "each-slide":
+        for name in ("id", "accession"):
+            if getattr(config.sample, name) is not None:
+                message = (
+                    "one for all slides, but sample.start is each-slide; leave it null, or begin samples by cmd/start"
+                )
+                yield Clash(("sample", name), (("sample", "start"),), message)
     if config.differential.dilution != 1 and config.differential.chamber_depth_mm is None:
         message = "a dilution without a chamber; set differential.chamber_depth_mm too"
         yield Clash(("differential", "dilution"), (("differential", "chamber_depth_mm"),), message)

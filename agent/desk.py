@@ -103,6 +103,16 @@ class Deed:
         return self.answer_to is not None or self.entry is not None or bool(self.drafts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NextSlide:
+    """The sample of another slide, running, and what is to be stored with its first field."""
+
+    sample: SampleState
+    drafts: tuple[Draft, ...]
+    documents: tuple[RetainedDocument, ...]
+    notes: Mapping[str, str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """What a command did outside the outbox, in words. facts: for the reply and the audit."""
@@ -230,7 +240,7 @@ class Desk:
     def _start(self, command: Command, request: Start, sample: SampleState, reporter: Reporter) -> Deed:
         section = self._defaults()
         at = self._clock()
-        number = int(self._outbox.note(NUMBER_KEY) or 0) + 1
+        number = self._next_number()
         sid = request.sample or section.id or new_sid(at, self._outbox.boot, number)
         if sid == sample.sid or self._outbox.note(kept_key(sid)) is not None:
             words = f"there is a sample {sid} already; name another, its cells must not get the same ids"
@@ -247,6 +257,32 @@ class Desk:
             {**notes, NUMBER_KEY: str(number)},
             entry=self._entry(command, f"sample {sid} begun", {"sample": sid, "accession": started.accession}),
         )
+
+    def next_slide(self, sample: SampleState, reporter: Reporter) -> NextSlide:
+        """Another slide is seen: the sample ends in order, if it has not yet, and the next one begins."""
+        at = self._clock()
+        drafts: tuple[Draft, ...] = ()
+        documents: tuple[RetainedDocument, ...] = ()
+        notes: Mapping[str, str | None] = {}
+        if sample.phase not in ENDED:
+            ending = reporter.finish(sample, at, "next-slide")
+            sample, drafts, notes = ending.sample, ending.drafts, ending.notes
+            documents = reporter.documents(sample, boot=self._outbox.boot, at=at)
+        section, number = self._defaults(), self._next_number()
+        sid = new_sid(at, self._outbox.boot, number)
+        started = begin(sample, fresh_sample(sid, section), rfc3339_ms(at))
+        event = self._event(reporter, "sample-opened", f"sample {sid}: another slide is seen", detail={"sample": sid})
+        cleared, archived = self._archive(sample, reporter)
+        gone = {document.topic for document in cleared}
+        return NextSlide(
+            started,
+            (*drafts, event),
+            (*(document for document in documents if document.topic not in gone), *cleared),
+            {**archived, **notes, NUMBER_KEY: str(number)},
+        )
+
+    def _next_number(self) -> int:
+        return int(self._outbox.note(NUMBER_KEY) or 0) + 1
 
     def _stop(self, command: Command, request: Stop, sample: SampleState, reporter: Reporter) -> Deed:
         self._must_be(request, sample)

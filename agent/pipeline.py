@@ -33,10 +33,11 @@ from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.analysis.differential import Chamber, Confusion, Rules, kinds_in_order, sum_areas
 from agent.analysis.duplicates import Observation, SlideMap, Trace, map_from_traces, trace_to_text
 from agent.analysis.preprocessing import preprocess
-from agent.analysis.quality import GateMemory, assess_frame
+from agent.analysis.quality import UNCHANGED, GateMemory, assess_frame
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, reached_target
+from agent.analysis.slide_change import Sight, SlideWatch
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
 from agent.config import (
@@ -234,6 +235,7 @@ class Outcome:
     drafts: tuple[Draft, ...] = ()
     field: FieldResult | None = None
     dropped: str | None = None
+    documents: tuple[RetainedDocument, ...] = ()
     notes: Mapping[str, str | None] = with_default(default_factory=lambda: NO_NOTES)
     gate: GateMemory | None = None
     trace: Trace | None = None
@@ -431,7 +433,8 @@ class Pipeline(threading.Thread):
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
     on_counted: called after each stored field. service: None = no commands are heard. crops: where pictures for the
-    review are kept, pictures: where whole fields are; None = they are not. due_self_test: runs a self-test that is due
+    review are kept, pictures: where whole fields are; None = they are not. slide_watch: recognises another slide, which
+    then begins a sample; None = only commands do. due_self_test: runs a self-test that is due
     and returns its outcome. While the newest one has failed, no frame is taken: a folder waits, of a live camera the
     newest frame stays.
     """
@@ -452,6 +455,7 @@ class Pipeline(threading.Thread):
         retry_s: float = RETRY_S,
         crops: CropStore | None = None,
         pictures: PictureStore | None = None,
+        slide_watch: SlideWatch | None = None,
     ) -> None:
         super().__init__(name="pipeline", daemon=True)
         self.failure: Exception | None = None
@@ -472,6 +476,7 @@ class Pipeline(threading.Thread):
         self._retry_s = retry_s
         self._crops = crops
         self._pictures = pictures
+        self._slide_watch = slide_watch
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
@@ -566,7 +571,36 @@ class Pipeline(threading.Thread):
     def _process(self, frame: Frame) -> Outcome:
         if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.fields > 0):
             self._slide = SlideMap(self.sample.sid)
-        return process_frame(frame, self.sample, self._bench, read_clock(), self._gate, self._slide)
+        outcome = process_frame(frame, self.sample, self._bench, read_clock(), self._gate, self._slide)
+        return self._on_another_slide(frame) if self._shows_another_slide(frame, outcome) else outcome
+
+    def _shows_another_slide(self, frame: Frame, outcome: Outcome) -> bool:
+        """Whether the frame shows another slide than the sample's; false where nobody wants to know."""
+        if self._slide_watch is None or self._service is None:
+            return False
+        if self.sample.phase in ("idle", "paused", "finishing"):
+            self._slide_watch.forget()
+            return False
+        reason = outcome.dropped
+        if reason == NO_SAMPLE:  # the sample has ended, and its slide may still lie there
+            quality, gate = assess_frame(frame, self._bench.quality, self._gate)
+            self._gate = replace(self._gate, last=gate.last)  # it learns from what is counted alone
+            reason = FROZEN if frame.repeats_last else next(iter(quality.reasons), None)
+        sight: Sight = "slide" if reason is None else "same" if reason in (FROZEN, UNCHANGED) else "nothing"
+        return self._slide_watch.is_another(frame.captured_monotonic_ns, sight, lambda: self._slide.is_lost(frame))
+
+    def _on_another_slide(self, frame: Frame) -> Outcome:
+        """The frame as the first field of a new sample; the end of the one before is stored along."""
+        service = self._service
+        assert service is not None
+        begun = service.desk.next_slide(self.sample, self._bench.reporter)
+        outcome = process_frame(frame, begun.sample, self._bench, read_clock(), self._gate, SlideMap(begun.sample.sid))
+        return replace(
+            outcome,
+            drafts=(*begun.drafts, *outcome.drafts),
+            documents=begun.documents,
+            notes={**begun.notes, **outcome.notes},
+        )
 
     def _end_of_source(self) -> None:
         if self.sample.phase in ("running", "paused"):
@@ -743,6 +777,8 @@ class Pipeline(threading.Thread):
         self.sample = outcome.sample
         self._gate = outcome.gate or self._gate
         if outcome.trace is not None:
+            if self._slide.sid != outcome.sample.sid:
+                self._slide = SlideMap(outcome.sample.sid)
             self._slide.add(outcome.trace)
         if outcome.field is not None:
             self._health.count_field(outcome.field.timing_ms)
@@ -775,7 +811,7 @@ class Pipeline(threading.Thread):
             crops.make_room(max_bytes, {cell.cell_id: not cell.is_open for cell in listed})
 
     def _append(self, outcome: Outcome) -> None:
-        documents = self._due_documents(outcome.sample)
+        documents = (*outcome.documents, *self._due_documents(outcome.sample))
         if not outcome.drafts and outcome.finished_key is None and not documents:
             return  # a live frame that gave nothing need not wear the disk
         keys = () if outcome.finished_key is None else (outcome.finished_key,)

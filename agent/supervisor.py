@@ -27,6 +27,7 @@ import agent
 from agent import systemd
 from agent.alerts import CAMERA_TROUBLE, Problem, open_problems
 from agent.analysis.sample import begin
+from agent.analysis.slide_change import SlideWatch
 from agent.camera.camera import Camera, open_camera
 from agent.camera.grabber import FrameQueue, Grabber
 from agent.config import (
@@ -154,12 +155,12 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             on_counted=workshop.mark_proven,
             due_self_test=workshop.due_self_test,
             documents_every_s=config.differential.update_s,
+            slide_watch=SlideWatch(config.sample.absence_s) if config.sample.start == "each-slide" else None,
             crops=CropStore(folder / CROPS_FOLDER),
             pictures=open_pictures(config, folder),
         )
-        if config.commands.enabled:
-            desk = make_desk(config, outbox, workshop, publisher.send_again)
-            pipeline.use_service(Service(commands, desk, publisher.publish_reply, publisher.publish_picture))
+        desk = make_desk(config, outbox, workshop, publisher.send_again)
+        pipeline.use_service(Service(commands, desk, publisher.publish_reply, publisher.publish_picture))
 
         def on_change(work: Work) -> None:
             pipeline.use_bench(work.bench)

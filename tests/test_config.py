@@ -439,6 +439,13 @@ def test_a_text_that_is_nested_without_end_is_refused_at_once(text: str):
     assert time.monotonic() - begun_s < 2
 
 
+@pytest.mark.parametrize("key", ["id: s-1", "accession: A-7"])
+def test_what_names_one_sample_does_not_go_with_a_sample_for_each_slide(key: str):
+    with pytest.raises(ConfigError, match="each-slide"):
+        loads(f"sample: {{start: each-slide, {key}}}", "a text")
+    assert loads(f"sample: {{start: auto, {key}}}", "a text").sample.start == "auto"
+
+
 def test_a_dilution_needs_a_chamber():
     with pytest.raises(ConfigError, match="chamber_depth_mm"):
         loads("differential: {dilution: 20}", "a text")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from test_pipeline import WHITE, FullOutbox, make_bench, make_frame, make_models
 
 from agent.analysis.differential import CellKind, Rules
+from agent.analysis.slide_change import SlideWatch
 from agent.camera.grabber import FrameQueue
 from agent.config import SampleSection
 from agent.delivery.audit import verify
@@ -24,7 +26,7 @@ from agent.delivery.messages import load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.desk import NO_SAMPLE_YET, Desk, Done, Instruments, Refused
 from agent.domain import SampleState
-from agent.errors import ModelError
+from agent.errors import ModelError, OutboxError
 from agent.health import Health, SelfTest
 from agent.pipeline import NO_SAMPLE, Bench, Pipeline, Service
 
@@ -58,6 +60,7 @@ class Place:
         sample: SampleState = NO_SAMPLE_YET,
         bench: Bench | None = None,
         section: SampleSection = SampleSection(),  # noqa: B008 - frozen
+        slide_watch: SlideWatch | None = None,
         **instruments: Any,
     ) -> None:
         self.outbox = outbox
@@ -89,6 +92,7 @@ class Place:
             ),
             documents_every_s=0,
             retry_s=0.02,
+            slide_watch=slide_watch,
         )
 
     def send(self, name: str, transaction: str = "t-1", **body: Any) -> None:
@@ -220,6 +224,82 @@ def test_a_sample_stops_by_itself_and_its_report_is_stored_with_the_last_field(o
     assert place.pipeline.sample.end_reason == "target-cells"
     assert [report["leukocytes"] for report in place.messages("differential")] == [3]
     assert len(place.messages("field")) == 3
+
+
+EMPTY = np.full((480, 640, 3), 225, np.uint8)
+
+
+def each_slide(outbox: Outbox) -> Place:
+    return Place(outbox, section=SampleSection(start="each-slide"), slide_watch=SlideWatch(15))
+
+
+def test_another_slide_ends_the_sample_and_begins_the_next_one(outbox: Outbox) -> None:
+    place = each_slide(outbox)
+    place.do("start", sample="s-1")
+    place.give(1, 2)
+    assert place.frames.put_waiting(replace(make_frame(3), pixels_bgr=EMPTY, sha256="e" * 64), 5)
+    place.give(40, 41)
+    place.run_a_while(lambda: place.pipeline.sample.sid != "s-1" and place.pipeline.sample.fields == 2)
+    (report,) = place.messages("differential")
+    assert (report["sample"], report["status"], report["fields"]) == ("s-1", "final", 2)
+    second = place.pipeline.sample.sid
+    assert [field["sample"] for field in place.messages("field")] == ["s-1", "s-1", second, second]
+    assert [e["kind"] for e in place.messages("event")] == ["sample-opened", "sample-finished", "sample-opened"]
+    documents = place.documents()
+    assert documents["differential/s-1"]["status"] == "final"
+    assert documents["sample/s-1"] is None
+    assert documents[f"sample/{second}"]["phase"] == "running"
+    assert place.do("amend", "t-9", sample="s-1", cell_id="s-1-1", by="dr-1", **{"class": "lobed"})["status"] == "ok"
+
+
+def test_a_move_to_an_unknown_place_without_an_absence_is_no_other_slide(outbox: Outbox) -> None:
+    place = each_slide(outbox)
+    place.do("start", sample="s-1")
+    place.give(1, 10, 20, 30)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 4)
+    assert place.pipeline.sample.sid == "s-1"
+
+
+def test_after_a_sample_that_stopped_by_itself_the_next_slide_begins_one(outbox: Outbox) -> None:
+    place = each_slide(outbox)
+    place.do("start", sample="s-1", stop_at_cells=2)
+    place.give(1, 2, 3)  # the third one comes too late, on the slide that still lies there
+    place.give(40)
+    place.run_a_while(lambda: place.pipeline.sample.sid != "s-1")
+    assert place.health.snapshot().dropped[NO_SAMPLE] == 1
+    assert [report["sample"] for report in place.messages("differential")] == ["s-1"]
+    assert place.pipeline.sample.fields == 1
+    assert place.pipeline.sample.target_cells is None
+
+
+def test_where_commands_alone_begin_samples_an_absence_changes_nothing(outbox: Outbox) -> None:
+    place = Place(outbox)
+    place.do("start", sample="s-1")
+    place.give(1, 2, 40)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 3)
+    assert place.pipeline.sample.sid == "s-1"
+
+
+def test_the_other_slides_first_field_waits_with_all_the_rest_while_the_outbox_takes_nothing(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = each_slide(outbox)
+    place.do("start", sample="s-1")
+    place.give(1, 40)
+    append, failed = outbox.append, []
+
+    def fail_twice(drafts: Any = (), **more: Any) -> Any:
+        if more.get("sample") is not None and more["sample"].sid != "s-1" and len(failed) < 2:
+            failed.append(1)
+            raise OutboxError("no space")
+        return append(drafts, **more)
+
+    monkeypatch.setattr(outbox, "append", fail_twice)
+    place.run_a_while(lambda: place.pipeline.sample.sid != "s-1")
+    assert len(failed) == 2
+    kinds = [event["kind"] for event in place.messages("event")]
+    assert (kinds.count("sample-finished"), kinds.count("sample-opened")) == (1, 2)
+    assert place.pipeline.sample.fields == 1
 
 
 def test_a_sample_that_is_thrown_over_has_no_report_and_its_differential_is_cleared(outbox: Outbox) -> None:

@@ -337,6 +337,12 @@ class SlideMap:
 
     # ---- the place
 
+    def is_lost(self, frame: Frame) -> bool:
+        """Whether the frame lies at no place of this slide that is known, and has something to be compared with."""
+        if not self._fields:
+            return False
+        return self._locate(take_view(frame.pixels_bgr), frame)[0].source == "unknown"
+
     def _locate(self, view: View, frame: Frame) -> tuple[Place, list[tuple[Trace, Shift]]]:
         """The field's place, and the fields around it with the shift to each."""
         size_px = (frame.width_px, frame.height_px)

@@ -62,6 +62,8 @@ STREAK_AT_MOST: Final = 0.37
 """0 (detail in all directions alike) to 1 (in one only). Of the real fields 99 % stay below 0.32; of those smeared over
 a fifth of a red cell 99 % have 0.45 and more."""
 
+UNCHANGED: Final = "unchanged"
+
 MOVED_SHARE: Final = 0.0125
 UNCHANGED_SHARE: Final = 0.025
 """Of the frame's longer side: one glance pixel between two frames is movement; two since the last analysed field bring
@@ -156,7 +158,7 @@ def assess_frame(frame: Frame, section: QualitySection, memory: GateMemory) -> t
     before = memory.last if frame.origin_key is None else None
     reasons = _fixed_faults(reading, section)
     if not reasons and section.skip_unchanged and _shows_the_same(glance, memory.analysed):
-        reasons = ("unchanged",)
+        reasons = (UNCHANGED,)
     if not reasons and before is not None and _is_on_its_way(before, glance, section.motion_window_s):
         reasons = ("moving",)
     unusual = () if reasons else _unusual_faults(reading, memory, section)

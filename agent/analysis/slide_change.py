@@ -1,0 +1,41 @@
+"""Whether another slide lies under the microscope, told by what the camera shows and by nothing else.
+
+Someone who changes a slide takes the old one away: for a while there is only light, or a blur. What comes into view
+then lies at no place that is known. Both together make another slide; each for itself does not: a quick move of the
+stage loses the place too, and a break leaves the old slide where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+Sight = Literal["slide", "same", "nothing"]
+"""What a frame shows: a field of a slide, the picture before once more, or nothing that can be counted."""
+
+
+class SlideWatch:
+    """Follows the frames of one camera. absence_s: s without a slide from which another one may have come."""
+
+    def __init__(self, absence_s: float) -> None:
+        self._absence_ns = int(absence_s * 1e9)
+        self._seen_ns: int | None = None
+        self._is_in_view = False
+
+    def is_another(self, at_ns: int, sight: Sight, is_lost: Callable[[], bool]) -> bool:
+        """Whether this frame shows another slide than those before it.
+
+        at_ns: monotonic. is_lost: whether it lies at no place that is known; asked only after an absence.
+        """
+        if sight == "nothing":
+            self._is_in_view = False
+            return False
+        if sight == "same" and not self._is_in_view:
+            return False
+        was_away = self._seen_ns is not None and at_ns - self._seen_ns >= self._absence_ns
+        self._seen_ns, self._is_in_view = at_ns, True
+        return sight == "slide" and was_away and is_lost()
+
+    def forget(self) -> None:
+        """Whatever comes next is the slide: a person has said so."""
+        self._seen_ns, self._is_in_view = None, False
