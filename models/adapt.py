@@ -30,7 +30,7 @@ from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
 from models.common.labels import read_cells
 from models.common.warm_start import FileDoesNotFit
-from models.evaluate import MAX_MEGAPIXELS, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.finetune import PICTURES, CropsUnfit
 from models.nets.cellnet import CellNet
 

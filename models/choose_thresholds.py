@@ -32,7 +32,9 @@ from agent.domain import Classification
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_score
-from models.evaluate import MAX_MEGAPIXELS, boxes_of, classify_box, found_boxes, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
+from models.evaluation.boxes import boxes_of, found_boxes
+from models.evaluation.names import classify_box
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 NOTHING = np.empty((0, 5), np.float32)

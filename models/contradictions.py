@@ -27,7 +27,7 @@ from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import open_models
 from models.common.labels import read_attributes, read_cells
-from models.evaluate import MAX_MEGAPIXELS, add_options, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
 
 BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 

@@ -30,7 +30,9 @@ from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import CellImage, read_fields, read_rgb
 from models.common.metrics import CALIBRATION_BINS, FieldBoxes, class_figures_by_name, precision_and_recall
-from models.evaluate import NamedPictures, add_options, boxes_of, name_pictures, progress
+from models.evaluation.asking import add_options, progress
+from models.evaluation.boxes import boxes_of
+from models.evaluation.names import NamedPictures, name_pictures
 
 STYLE = {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 TILE_PX = 128

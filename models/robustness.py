@@ -34,7 +34,10 @@ from agent.pipeline import Bench, make_bench
 from models.common.augment import restain
 from models.common.labels import CellImage, FieldImage, NamedBox, Rgb, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import detection_figures
-from models.evaluate import MAX_MEGAPIXELS, add_options, classify_place, field_boxes, middle_cell, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
+from models.evaluation.boxes import field_boxes
+from models.evaluation.counts import middle_cell
+from models.evaluation.names import classify_place
 
 STEPS = {
     "none": PreprocessingSection(),

@@ -18,7 +18,7 @@ from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import read_cells
-from models.evaluate import MAX_MEGAPIXELS, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 Boxes = Mapping[str, tuple[float, float, float, float]]
 

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from agent.config import ModelsSection
 from agent.inference.models import open_models
-from models.evaluate import evaluate_classifier, evaluate_detector
+from models.evaluation.boxes import evaluate_detector
+from models.evaluation.names import evaluate_classifier
 
 BOUNDS: Mapping[str, float] = {
     "classifier accuracy": 0.002,

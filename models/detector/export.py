@@ -57,15 +57,21 @@ def main() -> None:
     # A file has one head, the one-to-many one: docs/decisions/0003-boxes-of-one-cell-are-merged.md
     net.one_to_one.load_state_dict(net.one_to_many.state_dict())
     args.command = args.command or checkpoint["command"]
-    float_file, int8_file = args.float_models / FILE, args.models / FILE
     begin_folder(args.models, args.float_models)
-    export_float(RawMaps(net.eval()), SIZE_PX, float_file)
-    _, outputs = describe_tensors(float_file)
-    floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"])["kind"] == "class_scores"}
-    quantize_file(float_file, int8_file, calibration(args.data, args.pictures), floors)
-    save_norms(net, int8_file)
+    write_files(net, args.float_models / FILE, args.models / FILE, args.data, args.pictures)
     for folder in (args.float_models, args.models):
         write_entry(folder, args)
+
+
+def write_files(
+    net: YoloV10n, float_file: Path, int8_file: Path, data: Path, pictures: int, size_px: int = SIZE_PX
+) -> None:
+    """The net's one-to-one head as a float and an int8 file for squares of a size. pictures: to calibrate with."""
+    export_float(RawMaps(net.eval()), size_px, float_file)
+    _, outputs = describe_tensors(float_file)
+    floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"], size_px)["kind"] == "class_scores"}
+    quantize_file(float_file, int8_file, calibration(data, pictures, size_px), floors)
+    save_norms(net, int8_file)
 
 
 def write_entry(folder: Path, args: argparse.Namespace) -> None:
@@ -98,23 +104,23 @@ def write_entry(folder: Path, args: argparse.Namespace) -> None:
     )
 
 
-def role(shape: list[int]) -> dict[str, object]:
+def role(shape: list[int], size_px: int = SIZE_PX) -> dict[str, object]:
     """Which map an output is: known by its shape, since the classes are fewer than the bins."""
-    stride = SIZE_PX // shape[1]
+    stride = size_px // shape[1]
     kind = KINDS[shape[3] == len(DETECTOR_CLASSES)]
     if stride not in STRIDES:
         raise SystemExit(f"output of shape {shape} is none of the detector's maps")
     return {"kind": kind, "stride_px": stride, "meaning": MEANINGS[kind]}
 
 
-def calibration(data: Path, count: int) -> Iterator[NDArray[np.float32]]:
+def calibration(data: Path, count: int, size_px: int = SIZE_PX) -> Iterator[NDArray[np.float32]]:
     """Training fields: half as they are, half as augmentation changes them, so that foreign looks are not clipped."""
     fields = [field for field in read_fields(data, "train") if field.is_complete]
     rng = np.random.default_rng(3)
     chosen = [fields[k] for k in rng.permutation(len(fields))[: count // 2]]
     for field in chosen:
-        yield letterbox(read_rgb(field.path), SIZE_PX, FILL)[0][None].astype(np.float32) / 255
-    augmented = iter(AugmentedFields([(load_fields(chosen), 1.0)], SIZE_PX, seed=3))
+        yield letterbox(read_rgb(field.path), size_px, FILL)[0][None].astype(np.float32) / 255
+    augmented = iter(AugmentedFields([(load_fields(chosen), 1.0)], size_px, seed=3))
     for _ in range(count - count // 2):
         yield next(augmented)[0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 

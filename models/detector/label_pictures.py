@@ -26,7 +26,7 @@ from agent.inference.models import open_models
 from models.common.datasets import LabelledField
 from models.common.labels import DETECTOR_CLASSES, CellImage, cell_classes, read_cells, read_rgb
 from models.common.metrics import box_overlaps
-from models.evaluate import MAX_MEGAPIXELS, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 SURE, UNSURE = 0.3, 0.2
 """A box with a score from UNSURE to SURE may be right or wrong: its picture teaches nothing and is left out."""

@@ -22,7 +22,7 @@ from agent.inference.models import open_models
 from agent.pipeline import make_bench
 from models.common.labels import FieldImage, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
-from models.evaluate import named_boxes, published_pairs
+from models.evaluation.boxes import named_boxes, published_pairs
 from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
 TOP = Path(__file__).parents[2]
@@ -119,6 +119,16 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
         ).max()
         < 0.3
     )
+
+
+def test_a_random_split_takes_its_share_and_goes_with_the_classifier_alone(data: Path) -> None:
+    command = [sys.executable, "-m", "models.evaluate", "classifier", "--split", "train", "--data", str(data), "--json"]
+    done = subprocess.run([*command, "--random-split", "4"], cwd=TOP, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["n"] == len(CLASSES)  # one of two pictures each
+    command[3] = "detector"
+    refused = subprocess.run([*command, "--random-split", "4"], cwd=TOP, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "classifier" in refused.stderr
 
 
 def test_published_labels_stand_beside_what_a_perfect_answer_reaches_there(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""What every program that measures shipped files asks for, and how it shows that it goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+MAX_MEGAPIXELS = 80
+
+
+def progress(sequence: Iterable[Any], what: str) -> Iterable[Any]:
+    """A progress bar on a terminal's standard error."""
+    console = Console(stderr=True)
+    return track(list(sequence), what, console=console, disable=not console.is_terminal)
+
+
+def add_options(parser: argparse.ArgumentParser, split: str = "test") -> None:
+    """What every evaluation of shipped files is asked with. split: the default."""
+    parser.add_argument("--split", choices=("train", "val", "test"), default=split)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

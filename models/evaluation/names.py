@@ -1,0 +1,196 @@
+"""Names that the shipped classifier gives: to PBC pictures, to cells of other microscopes, to what is no cell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.analysis.crops import cut_crop
+from agent.camera.decoding import decode_file
+from agent.domain import Attribute, Box, Classification, Pixels
+from agent.inference.models import Models
+from models.common.labels import (
+    CellImage,
+    FieldImage,
+    NamedBox,
+    read_attributes,
+    read_boxes,
+    read_cells,
+    read_fields,
+    read_foreign_cells,
+)
+from models.common.metrics import (
+    accuracy_at_coverage,
+    area_under_roc,
+    box_overlaps,
+    class_figures_by_name,
+    expected_calibration_error,
+)
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
+
+COVERAGES = (1.0, 0.98, 0.95, 0.9, 0.8)
+RUIN_SHARE = 0.055
+"""Sigma of the blur that takes a cell its name, as a share of the crop's side: 7 px of 128."""
+
+
+def evaluate_classifier(models: Models, data: Path, split: str, random_seed: int | None = None) -> dict[str, Any]:
+    """Names, calibration, the reject option and the attributes on the PBC pictures."""
+    named = name_pictures(models, data, split, random_seed)
+    attributes = read_attributes(data)
+    pairs = zip(named.cells, named.answers, strict=True)
+    told = [(attributes[cell.key], answer.morphology) for cell, answer in pairs if cell.key in attributes]
+    return {
+        **class_figures_by_name(named.pairs, models.manifest.classifier.classes),
+        **confidence_figures(named, models.manifest.classifier.thresholds.temperature),
+        "morphology": morphology_figures(told),
+    }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NamedPictures:
+    """PBC pictures and what `hematovision classify` answers to each."""
+
+    cells: Sequence[CellImage]
+    answers: Sequence[Classification]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """True and given name of each."""
+        return [(cell.class_name, answer.class_name) for cell, answer in zip(self.cells, self.answers, strict=True)]
+
+    @property
+    def is_right(self) -> NDArray[np.bool_]:
+        return np.array([true == given for true, given in self.pairs])
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """Of the given name, (pictures,), 0 to 1."""
+        return np.array([answer.probability for answer in self.answers])
+
+    @property
+    def confidences(self) -> NDArray[np.float64]:
+        """Of the given name and of being a cell at all, (pictures,), 0 to 1: what the reject option goes by."""
+        return self.probabilities * np.array([answer.cell_probability for answer in self.answers])
+
+
+def name_pictures(models: Models, data: Path, split: str, random_seed: int | None = None) -> NamedPictures:
+    """Each PBC picture of a split as `hematovision classify` takes it. random_seed: as in `read_cells`."""
+    cells = read_cells(data, split, random_seed)
+    answers = [models.name_central_cell(decode_file(c.path, MAX_MEGAPIXELS)) for c in progress(cells, "pictures")]
+    return NamedPictures(cells, answers)
+
+
+def confidence_figures(named: NamedPictures, temperature: float) -> dict[str, Any]:
+    """Calibration error before and after the temperature, and accuracy of the more confident part."""
+    raw = np.array([list(answer.probabilities.values()) for answer in named.answers]) ** temperature
+    before = (raw / raw.sum(1, keepdims=True)).max(1)
+    return {
+        "calibration_error": {
+            "before": expected_calibration_error(before, named.is_right),
+            "after": expected_calibration_error(named.probabilities, named.is_right),
+        },
+        "accuracy_at_coverage": accuracy_at_coverage(named.confidences, named.is_right, COVERAGES),
+    }
+
+
+def morphology_figures(told: Sequence[tuple[Mapping[str, str], Mapping[str, Attribute]]]) -> dict[str, Any] | None:
+    """Accuracy and macro-F1 of each attribute, and their means; None where the model does not describe cells."""
+    told = [pair for pair in told if pair[1]]
+    if not told:
+        return None
+    figures = {}
+    for name in told[0][0]:
+        pairs = [(true[name], given[name].value) for true, given in told]
+        by_value = class_figures_by_name(pairs, sorted({true for true, _ in pairs}))
+        figures[name] = {key: by_value[key] for key in ("accuracy", "macro_f1")}
+    means = {f"mean_{key}": float(np.mean([f[key] for f in figures.values()])) for key in ("accuracy", "macro_f1")}
+    return {"n": len(told), **means, "attributes": figures}
+
+
+def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """Names of nucleated cells from other microscopes, which `models/data/README.md` tells of, by source."""
+    cells = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    by_source: dict[str, list[tuple[NamedBox, Classification]]] = {}
+    for cell in progress(cells, "cells"):
+        by_source.setdefault(cell.source, []).append((cell, classify_box(models, cell.path, cell.box)))
+    classes = models.manifest.classifier.classes
+    rules = models.naming_rules()
+    sources = {}
+    for source, pairs in by_source.items():
+        names = [(str(cell.class_name), answer.class_name) for cell, answer in pairs]
+        accepted = np.array([rules.believes(answer) for _, answer in pairs])
+        is_right = np.array([true == given for true, given in names])
+        figures = class_figures_by_name(names, classes)
+        sources[source] = {
+            "n": figures["n"],
+            "accuracy": figures["accuracy"],
+            "accepted": float(accepted.mean()),
+            "accuracy_of_accepted": float(is_right[accepted].mean()) if accepted.any() else None,
+            "classes": {name: f for name, f in figures["classes"].items() if f["n"]},
+        }
+    return {"sources": sources}
+
+
+def classify_box(models: Models, path: Path, box: tuple[float, float, float, float]) -> Classification:
+    """The classifier's answer for a box of a field, cut as the agent cuts it."""
+    return classify_place(models, decode_file(path, MAX_MEGAPIXELS), Box(*box))
+
+
+def classify_place(models: Models, pixels: Pixels, box: Box) -> Classification:
+    """The same for decoded pixels."""
+    return models.classifier.classify(cut_crop(pixels, box, models.manifest.classifier.crop.margin))
+
+
+def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """How many crops of what is no cell get a name all the same, by kind, and how well the two are told apart."""
+    rules = models.naming_rules()
+    scores: dict[str, list[float]] = {"cell": [], "red cell": [], "background": [], "ruined cell": []}
+    accepted: dict[str, list[bool]] = {kind: [] for kind in scores}
+    rng = np.random.default_rng(11)
+    for field in progress([f for f in read_fields(data, split) if f.is_complete], "fields"):
+        pixels = decode_file(field.path, MAX_MEGAPIXELS)
+        for kind, crop in kinds_of_crops(pixels, field, models.manifest.classifier.crop.margin, rng):
+            answer = models.classifier.classify(crop)
+            scores[kind].append(answer.cell_probability)
+            accepted[kind].append(rules.believes(answer))
+    cells = np.array(scores["cell"])
+    return {
+        "kinds": {
+            kind: {
+                "n": len(scores[kind]),
+                "named": float(np.mean(accepted[kind])),
+                "auroc": None if kind == "cell" else area_under_roc(cells, np.array(scores[kind])),
+            }
+            for kind in scores
+        }
+    }
+
+
+def kinds_of_crops(
+    pixels: Pixels, field: FieldImage, margin: float, rng: np.random.Generator
+) -> Iterator[tuple[str, Pixels]]:
+    """Nucleated cells of a field, the same ruined by blur, two of its red cells, one place without any box."""
+    height, width = pixels.shape[:2]
+    boxes = read_boxes(field, width, height)
+    nucleated, red = boxes[boxes[:, 0] == 0, 1:], boxes[boxes[:, 0] == 1, 1:]
+    for corners in nucleated:
+        crop = cut_crop(pixels, Box(*(float(v) for v in corners)), margin)
+        yield "cell", crop
+        yield "ruined cell", np.asarray(cv2.GaussianBlur(crop, (0, 0), crop.shape[0] * RUIN_SHARE), np.uint8)
+    for index in rng.permutation(len(red))[:2]:
+        box = red[index]
+        if not len(nucleated) or box_overlaps(box[None], nucleated).max() < 0.02:
+            yield "red cell", cut_crop(pixels, Box(*(float(v) for v in box)), margin)
+    for _ in range(50):
+        side = rng.uniform(30, 120)
+        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
+        place = np.array([[x, y, x + side, y + side]], np.float32)
+        if box_overlaps(place, boxes[:, 1:]).max(initial=0) < 0.01:
+            yield "background", cut_crop(pixels, Box(x, y, x + side, y + side), margin)
+            return
