@@ -5,6 +5,7 @@
     python -m models.evaluate two-stage --split test
     python -m models.evaluate eight-classes --split test
     python -m models.evaluate microscopes --split test
+    python -m models.evaluate framings --split test
     python -m models.evaluate no-cell --split test
 
 detector: mAP on the `complete` fields of each source and of all; the half-labelled BCCD fields stand apart, and all
@@ -12,8 +13,9 @@ BCCD fields once more with the labels that their authors published. classifier: 
 classify` takes it: names, calibration, what a reject option gains, and the attributes of those that have any.
 two-stage: as the agent counts on a field, with its thresholds and rules; a cell that it does not find or not trust is
 wrong. eight-classes: mAP of both together on the PBC fields, one box and one name a cell, as the study reports it.
-microscopes: cells of other microscopes' fields that we named by eye, in the boxes of the label files. no-cell: crops of
-red cells, background and ruined cells, which should get no name.
+microscopes: cells of other microscopes' fields that we named by eye, in the boxes of the label files. framings: the
+same as pictures cut tightly or widely, as `hematovision classify` takes them. no-cell: crops of red cells, background
+and ruined cells, which should get no name.
 Splits are by image (no patient or slide is known), so that figures inside one source are optimistic.
 """
 
@@ -34,7 +36,12 @@ from agent.inference.models import Models, open_models
 from models.evaluation.asking import add_options
 from models.evaluation.boxes import evaluate_detector, evaluate_eight_classes
 from models.evaluation.counts import evaluate_two_stage
-from models.evaluation.names import evaluate_classifier, evaluate_microscopes, evaluate_no_cell
+from models.evaluation.names import (
+    evaluate_classifier,
+    evaluate_framings,
+    evaluate_microscopes,
+    evaluate_no_cell,
+)
 
 
 def main() -> None:
@@ -83,9 +90,10 @@ def show(figures: dict[str, Any]) -> None:
                 table.add_row(key, str(f["cells"]), *(f"{v:.3f}" for v in values))
             console.print(table)
         return
-    if "sources" in figures:
-        table = Table("microscope", "cells", "accuracy", "accepted", "accuracy of accepted")
-        for key, f in figures["sources"].items():
+    if "sources" in figures or "framings" in figures:
+        first = "microscope" if "sources" in figures else "picture, in boxes of the cell"
+        table = Table(first, "cells", "accuracy", "accepted", "accuracy of accepted")
+        for key, f in (figures.get("sources") or figures["framings"]).items():
             shares = ("-" if f[k] is None else f"{f[k]:.3f}" for k in ("accuracy", "accepted", "accuracy_of_accepted"))
             table.add_row(key, str(f["n"]), *shares)
         console.print(table)
@@ -123,6 +131,7 @@ EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
     "two-stage": evaluate_two_stage,
     "eight-classes": evaluate_eight_classes,
     "microscopes": evaluate_microscopes,
+    "framings": evaluate_framings,
     "no-cell": evaluate_no_cell,
 }
 

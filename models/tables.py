@@ -1,6 +1,6 @@
 """The tables of the model cards, as Markdown, from figures that `models.evaluate --json` has printed.
 
-    for what in detector classifier two-stage microscopes no-cell; do
+    for what in detector classifier two-stage microscopes framings no-cell; do
         python -m models.evaluate $what --json > runs/figures/$what.json
         python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
     done
@@ -134,6 +134,14 @@ def draw_microscopes(figures: Figures, _other: Figures | None) -> None:
     table(("fields of", "cells", "accuracy", "accepted", "accuracy of accepted"), rows)
 
 
+def draw_framings(figures: Figures, _other: Figures | None) -> None:
+    rows = (
+        (width, f["n"], f["accuracy"], f["accepted"], "-" if (r := f["accuracy_of_accepted"]) is None else r)
+        for width, f in figures["framings"].items()
+    )
+    table(("picture, in boxes of the cell", "cells", "accuracy", "accepted", "accuracy of accepted"), rows)
+
+
 def draw_no_cell(figures: Figures, _other: Figures | None) -> None:
     rows = (
         (kind, f["n"], f["named"], "-" if f["auroc"] is None else f"{f['auroc']:.4f}")
@@ -163,6 +171,7 @@ TABLES: dict[str, Callable[[Figures, Figures | None], None]] = {
     "two-stage": draw_names,
     "eight-classes": draw_eight_classes,
     "microscopes": draw_microscopes,
+    "framings": draw_framings,
     "no-cell": draw_no_cell,
     "robustness": draw_robustness,
 }

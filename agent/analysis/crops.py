@@ -35,6 +35,12 @@ def whole_crop(pixels_bgr: Pixels) -> Pixels:
     return cut_crop(pixels_bgr, Box(0, 0, width, height), 0.0)
 
 
+def surrounded(pixels_bgr: Pixels, width_px: int) -> Pixels:
+    """The picture in the middle of one that is so much wider on each side, its edge repeated."""
+    sides = (width_px,) * 4
+    return np.asarray(cv2.copyMakeBorder(pixels_bgr, *sides, cv2.BORDER_REPLICATE), np.uint8)
+
+
 def central_detection(
     detections: Iterable[Detection], classes: Collection[str], width_px: int, height_px: int
 ) -> Detection | None:

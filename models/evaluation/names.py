@@ -137,6 +137,42 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
     return {"sources": sources}
 
 
+def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """The same cells as pictures that people cut, from too tight to three times as wide, as `classify` takes them."""
+    cells = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    rules = models.naming_rules()
+    framings: dict[str, list[tuple[bool, bool]]] = {f"{width:g}": [] for width in FRAMINGS}
+    for cell in progress(cells, "cells"):
+        pixels = decode_file(cell.path, MAX_MEGAPIXELS)
+        for width in FRAMINGS:
+            answer = models.name_central_cell(cut_picture(pixels, cell.box, width))
+            framings[f"{width:g}"].append((answer.class_name == cell.class_name, rules.believes(answer)))
+    return {"framings": {width: framing_figures(np.array(found)) for width, found in framings.items()}}
+
+
+FRAMINGS = (0.9, 1.0, 1.2, 1.6, 2.2, 3.0)
+"""Sides of the pictures, in sides of the cell's box."""
+
+
+def framing_figures(found: NDArray[np.bool_]) -> dict[str, Any]:
+    """found: (cells, 2), whether each is named rightly and whether its name is believed."""
+    right, accepted = found[:, 0], found[:, 1]
+    return {
+        "n": len(found),
+        "accuracy": float(right.mean()),
+        "accepted": float(accepted.mean()),
+        "accuracy_of_accepted": float(right[accepted].mean()) if accepted.any() else None,
+    }
+
+
+def cut_picture(pixels: Pixels, box: tuple[float, float, float, float], width: float) -> Pixels:
+    """The part of a field around a box that is `width` times as wide as its longer side; less at the field's edge."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    reach = max(box[2] - box[0], box[3] - box[1]) * width / 2
+    left, top = max(0, round(x - reach)), max(0, round(y - reach))
+    return np.ascontiguousarray(pixels[top : round(y + reach), left : round(x + reach)])
+
+
 def classify_box(models: Models, path: Path, box: tuple[float, float, float, float]) -> Classification:
     """The classifier's answer for a box of a field, cut as the agent cuts it."""
     return classify_place(models, decode_file(path, MAX_MEGAPIXELS), Box(*box))
