@@ -63,7 +63,8 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """An endless stream of training fields: single or mosaic of four, any scale, turned, mirrored, any laboratory.
 
     Items: uint8 RGB (3, size, size) and boxes (boxes, 5) in its pixels. size_px may be changed between epochs through
-    a new dataset object. pools: fields, and how often one of them is drawn.
+    a new dataset object. pools: fields, and how often one of them is drawn. scales: of a single field, 1 = as large as
+    fits.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         size_px: int,
         seed: int,
         mosaic_share: float = 0.5,
+        scales: tuple[float, float] = (0.5, 1.5),
     ):
         filled = [(fields, share) for fields, share in pools if fields and share > 0]
         self.pools = [fields for fields, _ in filled]
         self.shares = np.array([share for _, share in filled]) / sum(share for _, share in filled)
         self.size_px, self.seed = size_px, seed
-        self.mosaic_share = mosaic_share
+        self.mosaic_share, self.scales = mosaic_share, scales
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
@@ -95,7 +97,7 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         field = self._pick(rng)
         height, width = field.pixels.shape[:2]
         fit = self.size_px / max(height, width)
-        return place(field, self.size_px, fit * float(np.exp(rng.uniform(np.log(0.5), np.log(1.5)))), rng)
+        return place(field, self.size_px, fit * float(np.exp(rng.uniform(*np.log(self.scales)))), rng)
 
     def _mosaic(self, rng: Generator) -> tuple[Rgb, NDArray[np.float32]]:
         """Four fields in the quarters around a random point; each keeps its own scale."""

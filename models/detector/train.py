@@ -48,7 +48,7 @@ class RunFile:
 
     init: `.pt` of ours or a shipped `.tflite`. minutes: of training, over all sessions. small_px, small_share: side of
     the pictures in the first share of the run. steps: of an epoch. mosaic_until: progress of the run at which
-    mosaics end. shares: of the training pictures by kind (`fields`,
+    mosaics end. scales: of a single field, 1 = as large as fits. shares: of the training pictures by kind (`fields`,
     `pictures` from `label_pictures`, `simulated`). sources: whose fields take part.
     """
 
@@ -60,6 +60,7 @@ class RunFile:
     batch: int = 16
     steps: int = 50
     mosaic_until: float = 0.85
+    scales: tuple[float, float] = (0.5, 1.5)
     sources: tuple[str, ...] = ("bccd", "pbc", "raabin")
     pictures: Path | None = None
     pictures_share: float = 0.0
@@ -95,7 +96,8 @@ def main() -> None:
         mosaic_share = 0.5 if run.schedule.progress < settings.mosaic_until else 0.0
         if drawn_so != (size_px, mosaic_share):
             drawn_so = size_px, mosaic_share
-            fields = AugmentedFields(pools, size_px, settings.seed + run.epoch, mosaic_share)
+            seed = settings.seed + run.epoch
+            fields = AugmentedFields(pools, size_px, seed, mosaic_share, settings.scales)
             loader = DataLoader(fields, settings.batch, collate_fn=collate_fields, num_workers=1, prefetch_factor=4)
             batches = iter(loader)
             centres, strides = places(size_px, size_px)

@@ -51,6 +51,14 @@ def test_boxes_that_are_nearly_outside_are_dropped() -> None:
     assert clip_boxes(boxes, 40, 40).tolist() == [[1, 0, 0, 5, 10]]
 
 
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_single_fields_are_drawn_at_the_scales_that_are_asked_for(scale: float) -> None:
+    fields = iter(AugmentedFields([([painted_field(90, 90)], 1.0)], 90, 3, 0.0, (scale, scale)))
+    sides = [box[3:] - box[1:3] for _, found in (next(fields) for _ in range(30)) for box in found.numpy()]
+    widest = max(float(side.max()) for side in sides)
+    assert widest == pytest.approx(40 * scale, rel=0.25)
+
+
 def test_the_stream_of_fields_repeats_with_its_seed() -> None:
     def first(seed: int) -> np.ndarray:
         return next(iter(AugmentedFields([([painted_field()], 1.0)], 96, seed, 0.0)))[0].numpy()
