@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from models.classifier import crops
 from models.classifier.locate import read_boxes
+from models.common.checkpoints import load_fitting
 from models.common.labels import CellImage, attribute_values, cell_classes, read_attributes, read_cells
 from models.common.simulated import simulated_crops
 from models.common.training import Run
@@ -34,14 +35,14 @@ from models.nets.cellnet import BACKBONES, Answers, CellNet
 class RunFile:
     """What a run's YAML says.
 
-    init: `.pt` of ours or a shipped `.tflite` (its backbone is taken). teacher: `.pt` of a run of ours whose answers
-    are learnt too. minutes: of training, over all sessions. rates: share of `rate` for parameters whose names begin so;
-    0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to learn. foreign:
-    sources of which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch,
-    by kind. weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how
-    much more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
-    undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
-    the PBC pictures as the study draws it; None = as given.
+    init: `.pt` of ours or a foreign one, as far as it fits, or a shipped `.tflite`. teacher: `.pt` of a run of ours
+    whose answers are learnt too. minutes: of training, over all sessions. rates: share of `rate` for parameters whose
+    names begin so; 0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to learn.
+    foreign: sources of which the `train` cells that we named by eye take part; the others are never seen. shares: of an
+    epoch, by kind. weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a
+    kind, how much more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their
+    rarity), `none`. undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a
+    random split of the PBC pictures as the study draws it; None = as given.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -176,11 +177,7 @@ def begin_with(net: CellNet, settings: RunFile, examples: Mapping[str, list[crop
         except FileDoesNotFit:  # a file of version 0.1 has one head
             load_shipped(net, settings.init, batch.split(64), is_stored=lambda name: not name.startswith(NEW_HEADS))
         return
-    stored = torch.load(settings.init, weights_only=True)["average"]
-    own = net.state_dict()
-    fitting = {name: value for name, value in stored.items() if name in own and own[name].shape == value.shape}
-    net.load_state_dict(fitting, strict=False)
-    print(f"{settings.init}: {len(fitting)} of {len(own)} tensors fit; missing: {sorted(set(own) - set(fitting))[:8]}")
+    print(f"{settings.init}: {load_fitting(net, settings.init)}")
 
 
 def freeze(net: nn.Module, starts: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from agent.inference.letterbox import letterbox
+from models.common.checkpoints import load_fitting
 from models.common.datasets import AugmentedFields, LabelledField, collate_fields, load_fields
 from models.common.labels import DETECTOR_CLASSES, CellImage, Rgb, read_cells, read_fields, read_foreign_cells, read_rgb
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures, merge_boxes, middle_score
@@ -46,7 +47,8 @@ SAME_BOX = 0.9
 class RunFile:
     """What a run's YAML says.
 
-    init: `.pt` of ours or a shipped `.tflite`. minutes: of training, over all sessions. small_px, small_share: side of
+    init: `.pt` of ours (of a classifier whose backbone is this one's, too) or a foreign one, as far as it fits, or a
+    shipped `.tflite`. minutes: of training, over all sessions. small_px, small_share: side of
     the pictures in the first share of the run. steps: of an epoch. mosaic_until: progress of the run at which
     mosaics end. scales: of a single field, 1 = as large as fits. shares: of the training pictures by kind (`fields`,
     `pictures` from `label_pictures`, `simulated`). sources: whose fields take part.
@@ -155,7 +157,7 @@ def begin_with(net: YoloV10n, settings: RunFile, fields: list[LabelledField]) ->
     if settings.init is None:
         return
     if settings.init.suffix == ".pt":
-        net.load_state_dict(torch.load(settings.init, weights_only=True)["average"])
+        print(f"{settings.init}: {load_fitting(net, settings.init)}")
         return
     squares = [letterbox(field.pixels, SIZE_PX, FILL)[0] for field in fields[:: max(1, len(fields) // 48)]]
     batch = torch.from_numpy(np.stack(squares).transpose(0, 3, 1, 2).copy()).float() / 255

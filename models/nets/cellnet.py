@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.nets.darknet import Darknet19
 from models.nets.mobilenetv2 import MobileNetV2
 from models.nets.shufflenetv2 import ShuffleNetV2
+from models.nets.yolov10 import YoloV10nBackbone
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -32,8 +33,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "darknet-19": Darknet19,
     "darknet-19-x0.5": lambda: Darknet19(0.5),
     "efficientnet-lite0": efficientnet_lite0,
+    "yolov10n-backbone": YoloV10nBackbone,
 }
-"""By the name that goes into the manifest; efficientnet-lite0 only teaches."""
+"""By the name that goes into the manifest; efficientnet-lite0 only teaches, yolov10n-backbone is the detector's."""
 
 
 class Answers(NamedTuple):

@@ -242,6 +242,22 @@ class YoloV10n(nn.Module):
         return self.one_to_many(maps), self.one_to_one([m.detach() for m in maps])
 
 
+class YoloV10nBackbone(nn.Module):
+    """The detector's stem and stages alone, so that they can learn to tell cells apart before they look for them.
+
+    What they see in a picture as 256 numbers, (batch, features). The names are those of the detector.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = YoloV10n(1)
+        self.stem, self.stage_8, self.stage_16, self.stage_32 = net.stem, net.stage_8, net.stage_16, net.stage_32
+        self.features = 256
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage_32(self.stage_16(self.stage_8(self.stem(x)))).mean((2, 3))
+
+
 def places(height_px: int, width_px: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Centres of all map places in input pixels, (places, 2) as x, y, and their strides, (places, 1)."""
     centres, strides = [], []
