@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
 
@@ -23,13 +23,13 @@ class NamingRules:
     """When a name is believed, from the manifest and the configuration.
 
     min_probability, min_cell_probability: 0 to 1. agreeing: by detector class the classes that do not contradict it.
-    smaller_than_red_cells: classes for which, where red cells are in sight, size decides instead: platelets measure
-    2 to 4 um, red cells 7 to 8, nucleated cells more.
+    largest_in_red_cells: for classes for which, where red cells are in sight, size decides instead, the largest one in
+    sides of a typical red cell: platelets measure 2 to 4 um, giant ones up to 10, red cells 7 to 8.
     """
 
     min_probability: float
     agreeing: Mapping[str, tuple[str, ...]]
-    smaller_than_red_cells: tuple[str, ...] = ()
+    largest_in_red_cells: Mapping[str, float] = field(default_factory=dict)
     min_cell_probability: float = 0.0
 
     def believes(self, classification: Classification) -> bool:
@@ -63,8 +63,8 @@ def name_cell(
     else:
         name, probability = classification.class_name, classification.probability
         agrees = name in rules.agreeing.get(detection.class_name, (name,))
-        if name in rules.smaller_than_red_cells and red_cell_px is not None:
-            agrees = _size_px(detection.box) < red_cell_px
+        if name in rules.largest_in_red_cells and red_cell_px is not None:
+            agrees = _size_px(detection.box) < rules.largest_in_red_cells[name] * red_cell_px
         is_trusted = agrees and rules.believes(classification)
     status = CellStatus.UNIDENTIFIED
     if is_trusted:

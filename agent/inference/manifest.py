@@ -120,15 +120,16 @@ class ModelEntry(ManifestPart):
 class DetectorEntry(ModelEntry):
     """Finds cells. `classified`: those of its classes that go on to the classifier; the others it names alone.
 
-    agreeing: for each classified class the classifier's classes that do not contradict it. smaller_than_red_cells:
-    classes of the classifier for which size decides where red cells are in sight.
+    agreeing: for each classified class the classifier's classes that do not contradict it. largest_in_red_cells: for
+    classes of the classifier for which size decides where red cells are in sight, how large they are at most: sides of
+    a typical red cell of the field.
     """
 
     role: Literal["detector"]
     thresholds: DetectorThresholds
     classified: tuple[str, ...]
     agreeing: dict[str, tuple[str, ...]] = {}
-    smaller_than_red_cells: tuple[str, ...] = ()
+    largest_in_red_cells: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}
 
 
 class MeasuredConfusion(ManifestPart):
@@ -187,8 +188,8 @@ class Manifest(ManifestPart):
         _check_classifier(classifier)
         _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
         _require(set(detector.agreeing) <= set(detector.classified), "detector.agreeing: unknown class")
-        named = {name for names in detector.agreeing.values() for name in names} | set(detector.smaller_than_red_cells)
-        _require(named <= set(classifier.classes), "detector.agreeing, smaller_than_red_cells: unknown class")
+        named = {name for names in detector.agreeing.values() for name in names} | set(detector.largest_in_red_cells)
+        _require(named <= set(classifier.classes), "detector.agreeing, largest_in_red_cells: unknown class")
         counted = {*classifier.classes, *(name for name in detector.classes if name not in detector.classified)}
         _require(set(self.cell_kinds) <= counted, "cell_kinds: a class that is never counted")
         measured = set() if classifier.confusion is None else set(classifier.confusion.counts)

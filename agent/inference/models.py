@@ -41,7 +41,7 @@ class Models:
         return NamingRules(
             thresholds.min_probability if min_probability is None else min_probability,
             detector.agreeing,
-            detector.smaller_than_red_cells,
+            detector.largest_in_red_cells,
             thresholds.min_cell_probability,
         )
 

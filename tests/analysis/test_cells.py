@@ -9,7 +9,7 @@ import pytest
 from agent.analysis.cells import NamingRules, cell_number, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.domain import Box, Cell, CellStatus, Classification, Detection
 
-RULES = NamingRules(0.5, {"WBC": ("monocyte", "lymphocyte"), "platelet": ("platelet",)}, ("platelet",))
+RULES = NamingRules(0.5, {"WBC": ("monocyte", "lymphocyte"), "platelet": ("platelet",)}, {"platelet": 1.5})
 
 
 def cell(
@@ -76,8 +76,9 @@ def test_without_scale_or_stage_the_place_is_unknown(
 
 
 def test_where_red_cells_are_in_sight_size_decides_what_may_be_a_platelet() -> None:
-    small, large = Box(10, 10, 30, 30), Box(10, 10, 60, 60)
+    small, giant, large = Box(10, 10, 30, 30), Box(10, 10, 69, 69), Box(10, 10, 71, 71)
     assert cell("WBC", "platelet", box=small, red_cell_px=40).status is CellStatus.ACCEPTED
+    assert cell("WBC", "platelet", box=giant, red_cell_px=40).status is CellStatus.ACCEPTED
     assert cell("WBC", "platelet", box=large, red_cell_px=40).status is CellStatus.UNIDENTIFIED
     assert cell("platelet", "platelet", box=large, red_cell_px=40).status is CellStatus.UNIDENTIFIED
     assert cell("WBC", "platelet", box=small, red_cell_px=None).status is CellStatus.UNIDENTIFIED

@@ -137,7 +137,7 @@ def test_a_runtime_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.
         ("detector", {"classes": ["WBC", "RBC"], "classified": ["WBC"]}, "last size is not the classes"),
         ("detector", {"classified": ["wbc"]}, "detector.classified: unknown class"),
         ("detector", {"agreeing": {"WBC": ["monocite"]}}, "unknown class"),
-        ("detector", {"smaller_than_red_cells": ["thrombocyte"]}, "unknown class"),
+        ("detector", {"largest_in_red_cells": {"thrombocyte": 1.5}}, "unknown class"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(
