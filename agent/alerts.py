@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from agent.analysis.drift import drift_words
 from agent.delivery.messages import Severity
 from agent.health import CameraState, HealthSnapshot
 
@@ -13,6 +14,7 @@ CAMERA_TROUBLE: tuple[CameraState, ...] = ("lost", "frozen")
 ALERT_IDS = (
     *("camera-lost", "camera-frozen", "outbox-stopped", "dead-letters", "disk-low", "self-test-failed"),
     *("certificate-expiring", "models-fell-back", "clock-not-synchronised", "outbox-set-aside", "outbox-dropping"),
+    "drift",
 )
 """Every alert of this version. That the broker refuses us cannot be told through the broker."""
 
@@ -59,6 +61,9 @@ def open_problems(
         found["disk-low"] = Problem("warning", "the disk is nearly full; soon intake stops. Free space")
     if seen.last_self_test is not None and not seen.last_self_test.is_passed:
         found["self-test-failed"] = Problem("error", seen.last_self_test.detail)
+    moved = None if seen.drift is None else drift_words(seen.drift)
+    if moved is not None:
+        found["drift"] = Problem("warning", moved)
     expiring = "; ".join(near_expiries)
     if expiring:
         found["certificate-expiring"] = Problem("warning", expiring)

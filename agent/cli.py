@@ -268,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
         "0: done; 1: refused or failed.",
         "hematovision ask start sample=s-17 stop_at_cells=200 --config config.yaml",
     )
-    ask.add_argument("name", metavar="COMMAND", help="ping, start, stop, pause, resume, snapshot, selftest, amend, ...")
+    ask.add_argument("name", metavar="COMMAND", help="ping, start, stop, pause, resume, selftest, relearn, amend, ...")
     ask.add_argument("words", nargs="*", metavar="KEY=VALUE", help="keys of the command")
     ask.add_argument("--key-file", type=Path, metavar="FILE", help="operators' key: sign the command with it")
     ask.add_argument(

@@ -181,6 +181,11 @@ class CameraSection(Section):
     usb: UsbSection = UsbSection()
     simulated: SimulatedSection = SimulatedSection()
 
+    @property
+    def is_one_device(self) -> bool:
+        """Whether all frames come from one microscope; the pictures of a folder that is read once may not."""
+        return self.kind != "folder" or self.folder.watch
+
 
 class QualitySection(Section):
     """The gate: which frames are good enough to count."""
@@ -285,6 +290,19 @@ class ReviewSection(Section):
     """Pictures of surely named cells that are kept of each class and sample, for the report's gallery."""
     max_mb: Annotated[float, Field(ge=1, le=100_000)] = 64
     """MB; when the pictures have grown to this the oldest go, first those that nobody waits for."""
+
+
+class DriftSection(Section):
+    """Whether colours, focus, sureness and class mix move away from what was usual on this device: alert/drift."""
+
+    enabled: bool = True
+    """Whether it is watched. Never for a folder that is read once: its pictures may come from many devices."""
+    slides: Annotated[int, Field(ge=5, le=10_000)] = 30
+    """Finished samples from which it is learnt what is usual, and how far slides differ. Few of them make wide
+    limits."""
+    limit: Annotated[float, Field(ge=2, le=20)] = 4.0
+    """Standard deviations of the moving average beyond which a figure has moved. A lower limit tells sooner, and more
+    often without a cause."""
 
 
 class PicturesSection(Section):
@@ -423,6 +441,7 @@ class Config(Section):
     sample: SampleSection = SampleSection()
     differential: DifferentialSection = DifferentialSection()
     review: ReviewSection = ReviewSection()
+    drift: DriftSection = DriftSection()
     pictures: PicturesSection = PicturesSection()
     outbox: OutboxSection = OutboxSection()
     delivery: DeliverySection = DeliverySection()

@@ -83,7 +83,7 @@ class Deed:
     """What a command gives, to be stored as a whole. sample: None = unchanged; entry: None = not audited.
 
     answer_to: the transaction that must not be done again. wants_snapshot: the next frame is to be published as a
-    picture. is_done_outside: models or configuration have changed already.
+    picture. is_done_outside: models or configuration have changed already. learns_anew: what is usual is forgotten.
     """
 
     reply: Reply
@@ -97,6 +97,7 @@ class Deed:
     is_repeated: bool = False
     wants_snapshot: bool = False
     is_done_outside: bool = False
+    learns_anew: bool = False
 
     @property
     def must_be_stored(self) -> bool:
@@ -125,12 +126,14 @@ class Done:
 class Instruments:
     """What commands may reach beside the sample; each is called on the pipeline's thread and may take its time.
 
-    self_test raises ModelError. reload raises ConfigError, or Refused where a key needs a restart. stage, activate
-    and roll_back raise ModelError, Refused where there is nothing to switch to.
+    self_test raises ModelError. reload raises ConfigError, or Refused where a key needs a restart. relearn says from
+    what is learnt anew, and raises Refused where nothing is. stage, activate and roll_back raise ModelError, Refused
+    where there is nothing to switch to.
     """
 
     self_test: Callable[[], SelfTest]
     reload: Callable[[], Done]
+    relearn: Callable[[], Done]
     stage: Callable[[str], Done]
     activate: Callable[[], Done]
     roll_back: Callable[[], Done]
@@ -229,6 +232,8 @@ class Desk:
             return self._tell(command, tools.roll_back(), "model-rolled-back", reporter)
         if command.name == "reload":
             return self._tell(command, tools.reload(), "config-reloaded", reporter)
+        if command.name == "relearn":
+            return replace(self._tell(command, tools.relearn(), "drift-relearnt", reporter), learns_anew=True)
         if command.name == "selftest":
             test = tools.self_test()
             return self._tell(command, Done(test.detail, {"at": rfc3339_ms(test.at)}), "self-test", reporter)
@@ -417,7 +422,8 @@ class Desk:
     def _remember(self, command: Command, deed: Deed) -> Deed:
         """Keep the answer, so that the same transaction is not done twice; a refusal is audited as one."""
         reply = deed.reply
-        is_done_outside = command.kind.role == "operator" and reply.status == "ok"
+        is_operators = command.kind.role == "operator" and reply.status == "ok"
+        is_done_outside = is_operators and not deed.learns_anew  # what is learnt stands in the outbox
         kept = {"digest": command.digest, "command": command.name, "status": reply.status, "code": reply.code}
         answer = canonical_json({**kept, "message": reply.message, "data": dict(reply.data)}).decode()
         entry = deed.entry

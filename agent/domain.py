@@ -84,16 +84,30 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameColour:
+    """The colours of a frame, in the order B, G, R.
+
+    ground_bgr: mean grey levels where no cell lies, 1 to 255. stain_od_bgr: mean optical density of what is darker than
+    the ground, 0 = as the ground; None where nothing is.
+    """
+
+    ground_bgr: tuple[float, float, float]
+    stain_od_bgr: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
 class FrameQuality:
     """The gate's verdict on a frame (`agent.analysis.quality`).
 
-    focus: fine detail in thousandths of coarse detail, at the edges of cells. clipped_pct: 0 to 100.
+    focus: fine detail in thousandths of coarse detail, at the edges of cells. clipped_pct: 0 to 100. colour: None
+    where it was not looked at.
     """
 
     is_accepted: bool
     reasons: tuple[str, ...]
     focus: float
     clipped_pct: float
+    colour: FrameColour | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +333,30 @@ class SampleState:
     duplicates: int = 0
     unplaced: int = 0
     refused: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class FigureReading:
+    """One watched figure in its own unit: what is usual, what it is now, and between what it may lie.
+
+    unit: in words. moved: a sentence about the shift while there is one.
+    """
+
+    usual: float
+    now: float
+    low: float
+    high: float
+    unit: str
+    moved: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReading:
+    """From how many slides the usual is learnt, and the figures that are watched, by name (`agent.analysis.drift`)."""
+
+    slides: int
+    of_slides: int
+    figures: Mapping[str, FigureReading]
 
 
 class AgentState(str, enum.Enum):

@@ -17,7 +17,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Literal
 
-from agent.domain import ClockReading
+from agent.domain import ClockReading, DriftReading
 
 Stage = Literal["camera", "pipeline", "publisher"]
 """The working threads. Each beats when it has done a piece of work or has looked in vain for one."""
@@ -109,7 +109,7 @@ class HealthSnapshot:
 
     dropped: frames that gave no field, by reason (`frozen`, `queue-full`, `dark`, `unreadable`, ...), since the start.
     timings: by stage name as in `FieldResult.timing_ms`. beats: by stage, for `Health.progressed_since`.
-    outbox_oldest_age_s: None while nothing waits.
+    outbox_oldest_age_s: None while nothing waits. drift: None where it is not watched.
     """
 
     uptime_s: float
@@ -126,6 +126,7 @@ class HealthSnapshot:
     outbox_depth: int
     outbox_oldest_age_s: float | None
     last_self_test: SelfTest | None = None
+    drift: DriftReading | None = None
     beats: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -147,6 +148,7 @@ class Health:
         self._outbox_depth = 0
         self._outbox_oldest_age_s: float | None = None
         self._self_test: SelfTest | None = None
+        self._drift: DriftReading | None = None
 
     def beat(self, stage: Stage) -> None:
         """The stage has moved: the watchdog is fed only while all of them do."""
@@ -197,6 +199,11 @@ class Health:
         with self._lock:
             self._self_test = result
 
+    def drift(self, reading: DriftReading | None) -> None:
+        """How the watched figures are to what is usual on this device; None = they are not watched."""
+        with self._lock:
+            self._drift = reading
+
     @property
     def is_self_test_failed(self) -> bool:
         """Whether the newest self-test has failed: nothing is counted until one passes."""
@@ -224,6 +231,7 @@ class Health:
                 outbox_depth=self._outbox_depth,
                 outbox_oldest_age_s=self._outbox_oldest_age_s,
                 last_self_test=self._self_test,
+                drift=self._drift,
                 beats=MappingProxyType(dict(self._beats)),
             )
 

@@ -30,13 +30,16 @@ from types import MappingProxyType
 import agent
 from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.analysis.crops import cut_crop, encode_jpeg
-from agent.analysis.differential import Chamber, Confusion, Rules, kinds_in_order, sum_areas
+from agent.analysis.differential import NUCLEATED, Chamber, Confusion, Rules, kinds_in_order, sum_areas
+from agent.analysis.drift import DriftMemory, DriftPlan, drift_plan, follow_end, follow_field, read_drift
+from agent.analysis.drift import from_text as drift_from_text
+from agent.analysis.drift import to_text as drift_to_text
 from agent.analysis.duplicates import Observation, SlideMap, Trace, map_from_traces, trace_to_text
 from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import UNCHANGED, GateMemory, assess_frame
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
-from agent.analysis.sample import COUNTING, reached_target
+from agent.analysis.sample import COUNTING, ENDED, reached_target
 from agent.analysis.slide_change import Sight, SlideWatch
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
@@ -101,6 +104,9 @@ TELL_AGAIN_S = 60.0
 GATE_NOTE = "gate"
 """The outbox's note of what the quality gate has learnt about this device."""
 
+DRIFT_NOTE = "drift"
+"""The outbox's note of what is usual on this device, and how far it has moved."""
+
 SLIDE_NOTES = "slide/"
 """The outbox's notes of the current sample's fields, from which the map of its slide is made again after a restart."""
 
@@ -136,7 +142,10 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """What every frame is worked with: the models, the thresholds, the names that go into its messages."""
+    """What every frame is worked with: the models, the thresholds, the names that go into its messages.
+
+    drift: how this device is watched; None = it is not.
+    """
 
     models: Models
     quality: QualitySection
@@ -150,6 +159,7 @@ class Bench:
     field_area_um2: float | None = None
     review: ReviewSection = NO_REVIEW
     preprocessing: PreprocessingSection = AS_IT_IS
+    drift: DriftPlan | None = None
 
     @property
     def reporter(self) -> Reporter:
@@ -160,28 +170,31 @@ class Bench:
 def make_bench(config: Config, models: Models) -> Bench:
     """The bench that the configuration asks for."""
     rules = models.naming_rules(config.models.min_probability)
+    provenance = Provenance(
+        agent_version=agent.__version__,
+        detector=models.detector.identity,
+        classifier=models.classifier.identity,
+        runtime=models.runtime,
+        delegate=models.delegate,
+        config_sha256=config_sha256(config),
+        software=read_software(),
+        thresholds=_thresholds(config.models.min_score, rules, models.manifest),
+    )
+    counting = counting_rules(config, models.manifest)
     return Bench(
         models=models,
         quality=_quality_section(config),
         min_score=config.models.min_score,
         rules=rules,
-        provenance=Provenance(
-            agent_version=agent.__version__,
-            detector=models.detector.identity,
-            classifier=models.classifier.identity,
-            runtime=models.runtime,
-            delegate=models.delegate,
-            config_sha256=config_sha256(config),
-            software=read_software(),
-            thresholds=_thresholds(config.models.min_score, rules, models.manifest),
-        ),
+        provenance=provenance,
         topics=Topics(config.site, config.device),
         with_cells=config.publish.cells,
         with_images=config.publish.images,
-        counting=counting_rules(config, models.manifest),
+        counting=counting,
         field_area_um2=_um2(config.differential.field_area_mm2),
         review=config.review,
         preprocessing=config.preprocessing,
+        drift=drift_plan(config, provenance, tuple(name for name, kind in counting.kinds.items() if kind in NUCLEATED)),
     )
 
 
@@ -217,9 +230,7 @@ def counting_rules(config: Config, manifest: Manifest) -> Rules:
 
 
 def _quality_section(config: Config) -> QualitySection:
-    camera = config.camera
-    is_one_device = camera.kind != "folder" or camera.folder.watch
-    return config.quality if is_one_device else config.quality.model_copy(update={"learn": False})
+    return config.quality if config.camera.is_one_device else config.quality.model_copy(update={"learn": False})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,6 +239,7 @@ class Outcome:
 
     field: None for a frame that was dropped; `dropped` then says why. finished_key: its `origin_key`.
     gate: what the quality gate remembers now; None = as before. trace: what the map of the slide keeps of the field.
+    drift: what is known of the usual now; None = as before.
     """
 
     sample: SampleState
@@ -239,6 +251,7 @@ class Outcome:
     notes: Mapping[str, str | None] = with_default(default_factory=lambda: NO_NOTES)
     gate: GateMemory | None = None
     trace: Trace | None = None
+    drift: DriftMemory | None = None
 
 
 def process_frame(
@@ -290,6 +303,16 @@ def process_frame(
         trace=None if observed is None else observed.trace,
     )
     return stop_when_enough(outcome, bench, frame.captured_at)
+
+
+def with_drift(outcome: Outcome, memory: DriftMemory, plan: DriftPlan | None) -> Outcome:
+    """The outcome of a frame or of a sample's end, with what it says about the usual of this device."""
+    if plan is None or (outcome.field is None and outcome.sample.phase not in ENDED):
+        return outcome
+    if outcome.field is not None:
+        memory = follow_field(memory, plan, outcome.field, outcome.sample)
+    memory = follow_end(memory, plan, outcome.sample)
+    return replace(outcome, drift=memory, notes={**outcome.notes, DRIFT_NOTE: drift_to_text(memory)})
 
 
 def on_its_slide(field: FieldResult, slide: SlideMap, watch: Stopwatch) -> tuple[FieldResult, Observation]:
@@ -464,10 +487,12 @@ class Pipeline(threading.Thread):
         self._frames = frames
         self._outbox = outbox
         self._gate = gate_from_text(outbox.note(GATE_NOTE))
+        self._drift = drift_from_text(outbox.note(DRIFT_NOTE))
         self._slide = _slide_from_notes(outbox, sample)
         self._hold_answered(outbox.notes(f"{ANSWERS}{sample.sid}/"))
         self._bench = bench
         self._health = health
+        self._tell_drift()
         self._on_stored = on_stored
         self._on_counted = on_counted
         self._service = service
@@ -513,6 +538,7 @@ class Pipeline(threading.Thread):
     def use_bench(self, bench: Bench) -> None:
         """Work with other models or thresholds from the next frame on; on this thread, or before it is started."""
         self._bench = bench
+        self._tell_drift()
 
     def stop(self, timeout_s: float) -> bool:
         """Finish the frame in hand and end; the frames behind it are left. Returns whether it has ended in time."""
@@ -572,7 +598,13 @@ class Pipeline(threading.Thread):
         if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.fields > 0):
             self._slide = SlideMap(self.sample.sid)
         outcome = process_frame(frame, self.sample, self._bench, read_clock(), self._gate, self._slide)
-        return self._on_another_slide(frame) if self._shows_another_slide(frame, outcome) else outcome
+        if self._shows_another_slide(frame, outcome):
+            outcome = self._on_another_slide(frame)
+        return with_drift(outcome, self._drift, self._bench.drift)
+
+    def _tell_drift(self) -> None:
+        plan = self._bench.drift
+        self._health.drift(None if plan is None else read_drift(self._drift, plan))
 
     def _shows_another_slide(self, frame: Frame, outcome: Outcome) -> bool:
         """Whether the frame shows another slide than the sample's; false where nobody wants to know."""
@@ -622,7 +654,8 @@ class Pipeline(threading.Thread):
 
     def _finish(self, reason: str) -> None:
         ending = self._bench.reporter.finish(self.sample, datetime.now(timezone.utc), reason)
-        self._store(Outcome(ending.sample, None, ending.drafts, notes=ending.notes))
+        ended = Outcome(ending.sample, None, ending.drafts, notes=ending.notes)
+        self._store(with_drift(ended, self._drift, self._bench.drift))
 
     def _tell_sample(self) -> None:
         """While no frame comes: the documents that were not due with the last one."""
@@ -711,6 +744,11 @@ class Pipeline(threading.Thread):
         entries = () if deed.entry is None else (deed.entry,)
         audit, head, notes = self._chained(entries)
         sample = self.sample if deed.sample is None else deed.sample
+        gate, drift = (GateMemory(), DriftMemory()) if deed.learns_anew else (self._gate, self._drift)
+        if self._bench.drift is not None:
+            drift = follow_end(drift, self._bench.drift, sample)
+        if drift is not self._drift:
+            notes = {**notes, GATE_NOTE: gate_to_text(gate), DRIFT_NOTE: drift_to_text(drift)}
         documents = () if deed.sample is None else self._due_documents(sample)
         self._outbox.append(
             (*deed.drafts, *audit),
@@ -723,6 +761,9 @@ class Pipeline(threading.Thread):
         if sample.phase == "finishing" and self.sample.phase != "finishing":
             self._stopped_ns = time.monotonic_ns()
         self.sample = sample
+        if drift is not self._drift:
+            self._gate, self._drift = gate, drift
+            self._tell_drift()
         self._hold_answered(deed.notes or {})
         if documents:
             self._note_told(sample)
@@ -776,6 +817,9 @@ class Pipeline(threading.Thread):
             return False
         self.sample = outcome.sample
         self._gate = outcome.gate or self._gate
+        if outcome.drift is not None:
+            self._drift = outcome.drift
+            self._tell_drift()
         if outcome.trace is not None:
             if self._slide.sid != outcome.sample.sid:
                 self._slide = SlideMap(outcome.sample.sid)

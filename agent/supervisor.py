@@ -261,6 +261,7 @@ def make_desk(config: Config, outbox: Outbox, workshop: Workshop, send_again: Ca
         Instruments(
             self_test=workshop.self_test,
             reload=workshop.reload,
+            relearn=workshop.relearn,
             stage=workshop.stage,
             activate=workshop.activate,
             roll_back=workshop.roll_back,

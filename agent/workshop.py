@@ -34,7 +34,7 @@ SELF_TEST_AGAIN_S = 600.0
 """s; a failed test holds the counting up, so it is soon tried again: the cause may have been a passing one."""
 
 LIVE_KEYS = frozenset(
-    {"quality", "sample", "differential", "publish.cells", "publish.images", "models.min_score"}
+    {"quality", "drift", "sample", "differential", "publish.cells", "publish.images", "models.min_score"}
     | {"models.min_probability", "log"}
 )
 """What `reload` can change while the agent runs; anything else is held by a part that was built from it."""
@@ -111,6 +111,14 @@ class Workshop:
         self._use(replace(self.work, config=fresh, bench=make_bench(fresh, self.work.models)))
         logging.getLogger().setLevel(fresh.log.level.upper())
         return Done(f"changed: {', '.join(changed)}", {"changed": changed, "config_sha256": config_sha256(fresh)})
+
+    def relearn(self) -> Done:
+        """From what it is learnt anew what is usual here. Raises Refused where that is not watched."""
+        if self.work.bench.drift is None:
+            why = "drift.enabled is false" if self.work.config.camera.is_one_device else "a folder is read once"
+            raise Refused("not-watched", f"nothing is learnt here: {why}")
+        slides = self.work.config.drift.slides
+        return Done(f"what is usual is learnt anew, from the next {slides} slides", {"slides": slides})
 
     def stage(self, name: str) -> Done:
         """Check models and copy them into the free slot. Raises ModelError."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from agent.alerts import ALERT_IDS, Problem, open_problems
+from agent.domain import DriftReading, FigureReading
 from agent.health import Health, SelfTest
 from agent.supervisor import AlertBoard
 
@@ -19,6 +20,12 @@ def test_nothing_is_open_while_all_is_well() -> None:
     assert open_problems(Health().snapshot()) == {}
 
 
+def test_figures_that_are_watched_and_have_not_moved_are_no_problem() -> None:
+    health = Health()
+    health.drift(DriftReading(30, 30, {"focus": FigureReading(5, 5, 4, 6, "thousandths")}))
+    assert open_problems(health.snapshot()) == {}
+
+
 @pytest.mark.parametrize(
     ("alert_id", "change", "more"),
     [
@@ -26,6 +33,7 @@ def test_nothing_is_open_while_all_is_well() -> None:
         ("camera-frozen", lambda h: h.camera_state("frozen", "the same again"), {}),
         ("outbox-stopped", lambda h: h.outbox_state("stopped", "full"), {}),
         ("self-test-failed", lambda h: h.self_test(SelfTest(AT, is_passed=False, detail="no")), {}),
+        ("drift", lambda h: h.drift(DriftReading(30, 30, {"focus": FigureReading(5, 2, 4, 6, "x", "it moved")})), {}),
         ("dead-letters", None, {"dead_letters": 3}),
         ("disk-low", None, {"is_disk_low": True}),
         ("certificate-expiring", None, {"near_expiries": ["ca.pem: expires in 3 days"]}),

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 from test_pipeline import WHITE, FullOutbox, make_bench, make_frame, make_models
 
+from agent.analysis.control_charts import Plan
 from agent.analysis.differential import CellKind, Rules
+from agent.analysis.drift import DriftMemory, DriftPlan
+from agent.analysis.drift import from_text as drift_from_text
+from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.slide_change import SlideWatch
 from agent.camera.grabber import FrameQueue
 from agent.config import SampleSection
@@ -28,7 +32,7 @@ from agent.desk import NO_SAMPLE_YET, Desk, Done, Instruments, Refused
 from agent.domain import SampleState
 from agent.errors import ModelError, OutboxError
 from agent.health import Health, SelfTest
-from agent.pipeline import NO_SAMPLE, Bench, Pipeline, Service
+from agent.pipeline import DRIFT_NOTE, GATE_NOTE, NO_SAMPLE, Bench, Pipeline, Service
 
 AT = datetime(2026, 11, 25, 8, 0, tzinfo=timezone.utc)
 BASE = "hv/1/site/dev"
@@ -42,6 +46,7 @@ def make_instruments(**changes: Any) -> Instruments:
     named: dict[str, Any] = {
         "self_test": lambda: SelfTest(AT, is_passed=True, detail="both models answer"),
         "reload": lambda: Done("changed: quality", {"changed": ["quality"]}),
+        "relearn": lambda: Done("what is usual is learnt anew, from 30 slides", {"slides": 30}),
         "stage": refuse,
         "activate": refuse,
         "roll_back": refuse,
@@ -152,6 +157,44 @@ def outbox(tmp_path: Path) -> Iterator[Outbox]:
 
 
 # ------------------------------------------------------------------------------------------------ the life of a sample
+
+
+def watched_bench() -> Bench:
+    plan = DriftPlan("basis", Plan(learn=5, weight=0.25, tail=1e-4), ("round", "lobed"))
+    return replace(make_bench(), counting=Rules(KINDS), drift=plan)
+
+
+def test_an_operator_has_it_learnt_anew_what_is_usual(outbox: Outbox) -> None:
+    place = Place(outbox, SampleState("s-1"), watched_bench())
+    place.give(1, 2, 3)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 3)
+    assert drift_from_text(outbox.note(DRIFT_NOTE)).slide.seen == 3
+    place = Place(outbox, place.pipeline.sample, watched_bench())
+    assert place.do("relearn", by="op-1")["data"] == {"slides": 30}
+    assert drift_from_text(outbox.note(DRIFT_NOTE)) == DriftMemory()
+    assert gate_from_text(outbox.note(GATE_NOTE)).usual.frames == 0
+    (entry,) = place.messages("audit")
+    assert (entry["action"], entry["outcome"], entry["by"]) == ("cmd.relearn", "done", "op-1")
+    assert [event["kind"] for event in place.messages("event")] == ["drift-relearnt"]
+
+
+def test_what_is_not_watched_cannot_be_learnt_anew(outbox: Outbox) -> None:
+    def refuse() -> Done:
+        raise Refused("not-watched", "nothing is learnt here: drift.enabled is false")
+
+    place = Place(outbox, SampleState("s-1"), relearn=refuse)
+    assert place.do("relearn")["code"] == "not-watched"
+    assert outbox.note(DRIFT_NOTE) is None
+
+
+def test_a_sample_that_is_thrown_over_is_not_learnt_from(outbox: Outbox) -> None:
+    place = Place(outbox, SampleState("s-1"), watched_bench())
+    place.give(1, 2, 3)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 3)
+    place = Place(outbox, place.pipeline.sample, watched_bench())
+    assert place.do("stop", abort=True)["status"] == "ok"
+    left = drift_from_text(outbox.note(DRIFT_NOTE))
+    assert (left.slide.seen, left.charts) == (0, {})
 
 
 def test_a_sample_is_begun_paused_resumed_stopped_and_reported_by_commands(outbox: Outbox) -> None:

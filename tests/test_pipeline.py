@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from agent.analysis.cells import NamingRules
+from agent.analysis.control_charts import Plan
 from agent.analysis.crops import cut_crop
+from agent.analysis.differential import Rules
+from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import from_text
 from agent.camera.camera import UnreadableFrame
@@ -41,6 +44,7 @@ from agent.errors import OutboxDamaged, OutboxError
 from agent.health import Health, SelfTest
 from agent.inference.models import open_models
 from agent.pipeline import (
+    DRIFT_NOTE,
     GATE_NOTE,
     NOT_STORED,
     STAGES_OF_A_FRAME,
@@ -284,6 +288,59 @@ def test_what_the_gate_has_learnt_is_stored_with_the_frame(outbox: Outbox) -> No
     runner.run_to_end()
     assert runner.pipeline.sample.fields == 7
     assert from_text(outbox.note(GATE_NOTE)).usual.frames == 7
+
+
+def watched_bench() -> Bench:
+    plan = DriftPlan("basis", Plan(learn=5, weight=0.25, tail=1e-4), ("round",))
+    return replace(make_bench(), drift=plan, counting=Rules({"round": "leukocyte"}))
+
+
+def see_slide(outbox: Outbox, number: int, tint: float = 1.0, bench: Bench | None = None) -> Runner:
+    """A run of the agent with one slide of four fields. tint: of the red channel."""
+    runner = Runner(outbox, bench or watched_bench(), SampleState(f"s-{number}"))
+    for turn in range(4):
+        pixels = make_pixels(10 * number + turn, 320, 240) * np.asarray((1.0, 1.0, tint))
+        runner.give(make_frame(10 * number + turn, pixels=np.clip(pixels, 0, 255).astype(np.uint8)))
+    runner.run_to_end()
+    assert runner.pipeline.failure is None
+    assert runner.pipeline.sample.fields == 4
+    return runner
+
+
+def test_what_is_usual_is_learnt_over_restarts_and_what_moves_is_in_health(outbox: Outbox) -> None:
+    for number in range(6):
+        runner = see_slide(outbox, number)
+    drift = runner.health.snapshot().drift
+    assert drift is not None
+    assert drift.slides == 5
+    assert drift.figures["ground-red"].moved is None
+    for number in range(6, 12):
+        runner = see_slide(outbox, number, tint=1.15)
+    drift = runner.health.snapshot().drift
+    assert drift is not None
+    assert "red over green of the ground moved from" in (drift.figures["ground-red"].moved or "")
+    # A new start tells it before its first frame.
+    assert Runner(outbox, watched_bench()).health.snapshot().drift == drift
+
+
+def test_a_device_that_is_not_watched_keeps_nothing_of_it(outbox: Outbox) -> None:
+    runner = see_slide(outbox, 1, bench=make_bench())
+    assert runner.health.snapshot().drift is None
+    assert outbox.note(DRIFT_NOTE) is None
+
+
+def test_a_field_that_cannot_be_stored_is_not_learnt_from(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(outbox, watched_bench())
+
+    def refuse(*_args: object, **_more: object) -> None:
+        raise OutboxError("the disk is full")
+
+    runner.give(make_frame(1, pixels=make_pixels(1, 320, 240)))
+    monkeypatch.setattr(outbox, "append", refuse)
+    runner.pipeline.start()
+    runner.wait_until(lambda: runner.health.snapshot().outbox == "stopped")
+    assert runner.pipeline.stop(5)
+    assert runner.pipeline._drift == DriftMemory()
 
 
 # ---------------------------------------------------------------------------------------------------- the thread

@@ -51,6 +51,17 @@ def test_a_changed_threshold_is_in_force_after_a_reload(place: Place) -> None:
     assert work.models is place.changes[0].models
 
 
+def test_what_is_usual_is_learnt_anew_from_as_many_slides_as_are_configured_or_not_at_all(place: Place) -> None:
+    assert place.workshop.relearn().facts == {"slides": 30}
+    place.text = "models: {threads: 1}\ndrift: {slides: 12}"
+    place.workshop.reload()
+    assert place.workshop.relearn().facts == {"slides": 12}
+    place.text = "models: {threads: 1}\ndrift: {enabled: false}"
+    place.workshop.reload()
+    with pytest.raises(Refused, match=r"drift\.enabled is false"):
+        place.workshop.relearn()
+
+
 def test_a_faulty_configuration_is_refused_and_the_last_good_one_stays(place: Place) -> None:
     before = place.workshop.work
     place.text = "quality: {min_focus: many}\ncolour: red"

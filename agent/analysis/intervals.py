@@ -121,6 +121,16 @@ def trials_for(share: float, half_width: float, level: float = LEVEL, most: int 
     return many
 
 
+def student_quantile(tail: float, degrees: float) -> float:
+    """The t beyond which, on both sides together, Student's distribution has this much of its probability.
+
+    tail: 1e-8 to 0.5. degrees: of freedom, from 4 (of fewer the far quantiles are beyond the bisection).
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.1.
+    """
+    x = beta_quantile(tail, degrees / 2, 0.5)
+    return math.sqrt(degrees * (1 - x) / x)
+
+
 # ---------------------------------------------------------------------------------------------- special functions
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.config import QualitySection
-from agent.domain import Frame, FrameQuality, Pixels
+from agent.domain import Frame, FrameColour, FrameQuality, Pixels
 
 Floats = NDArray[np.float32]
 
@@ -108,18 +108,22 @@ class Glance:
 class FrameReading:
     """What a frame's pixels say, all that the gate decides by.
 
-    brightness: grey levels.  clipped_pct, shaded_pct: 0 to 100 of the frame.  cast: ln(blue/green), ln(red/green) of
-    the ground.  streak: 0 to 1.  focus: fine as a share of coarse detail, in thousandths; None for a frame of less than
-    64 px, which is too small to tell.
+    brightness: grey levels.  clipped_pct, shaded_pct: 0 to 100 of the frame.  streak: 0 to 1.  focus: fine as a share
+    of coarse detail, in thousandths; None for a frame of less than 64 px, which is too small to tell.
     """
 
     brightness: float
     clipped_pct: float
     shaded_pct: float
-    cast: tuple[float, float]
+    colour: FrameColour
     streak: float
     focus: float | None
     glance: Floats
+
+    @property
+    def cast(self) -> tuple[float, float]:
+        """Ln(blue/green), ln(red/green) of the ground."""
+        return cast_of(self.colour)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,7 @@ def assess_quality(pixels_bgr: Pixels, section: QualitySection) -> FrameQuality:
 
 
 def _quality(reading: FrameReading, reasons: tuple[str, ...]) -> FrameQuality:
-    return FrameQuality(not reasons, reasons, focus=reading.focus or 0.0, clipped_pct=reading.clipped_pct)
+    return FrameQuality(not reasons, reasons, reading.focus or 0.0, reading.clipped_pct, reading.colour)
 
 
 def _fixed_faults(reading: FrameReading, section: QualitySection) -> tuple[str, ...]:
@@ -298,8 +302,6 @@ def look(pixels_bgr: Pixels) -> FrameReading:
     grey = np.asarray(cv2.cvtColor(glance, cv2.COLOR_BGR2GRAY), np.float32)
     brightness = float(grey.mean())
     shade = _shade(grey)
-    ground = cv2.mean(glance, (shade > -SHADE / 2).astype(np.uint8))
-    blue, green, red = (max(level, 1.0) for level in ground[:3])
     streak, focus = _detail(small)
     grey /= max(brightness, 1.0)
     grey.flags.writeable = False
@@ -307,11 +309,34 @@ def look(pixels_bgr: Pixels) -> FrameReading:
         brightness=brightness,
         clipped_pct=_clipped_pct(pixels_bgr),
         shaded_pct=100.0 * float(np.count_nonzero(shade < -SHADE)) / shade.size,
-        cast=(math.log(blue / green), math.log(red / green)),
+        colour=_colour(glance, shade),
         streak=streak,
         focus=focus,
         glance=grey,
     )
+
+
+def cast_of(colour: FrameColour) -> tuple[float, float]:
+    """Ln(blue/green), ln(red/green) of the ground: 0 where it is grey."""
+    blue, green, red = colour.ground_bgr
+    return math.log(blue / green), math.log(red / green)
+
+
+def _colour(glance: Pixels, shade: Floats) -> FrameColour:
+    """The colours of ground and stain. What lies in between is the soft edge of something, and is neither."""
+    blue, green, red, _ = cv2.mean(glance, (shade > -SHADE / 2).astype(np.uint8))
+    ground = (max(blue, 1.0), max(green, 1.0), max(red, 1.0))
+    stained = (shade < -SHADE).astype(np.uint8)
+    if not stained.any():
+        return FrameColour(ground, None)
+    blue, green, red, _ = cv2.mean(cv2.LUT(glance, _DENSITIES), stained)
+    densities = (d - math.log10(255 / level) for d, level in zip((blue, green, red), ground, strict=True))
+    blue_od, green_od, red_od = densities
+    return FrameColour(ground, (blue_od, green_od, red_od))
+
+
+_DENSITIES: Final = np.log10(255 / np.maximum(np.arange(256), 1)).astype(np.float32)
+"""Optical density of each grey level against full white."""
 
 
 def _shrink(pixels_bgr: Pixels, side_px: int, least_factor: int) -> Pixels:

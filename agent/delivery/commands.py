@@ -136,6 +136,10 @@ class Reload(Request):
     """Read the configuration again."""
 
 
+class Relearn(Request):
+    """Learn anew what is usual on this device: lamp, stain or objective were changed on purpose."""
+
+
 class Replay(Request):
     """Send these numbers of a stream again."""
 
@@ -181,6 +185,7 @@ COMMANDS: Mapping[str, CommandKind] = MappingProxyType(
         "snapshot": CommandKind(Snapshot),
         "selftest": CommandKind(SelfTest),
         "reload": CommandKind(Reload, "operator"),
+        "relearn": CommandKind(Relearn, "operator"),
         "ping": CommandKind(Ping, is_audited=False),
         "replay": CommandKind(Replay),
         "model.stage": CommandKind(ModelStage, "operator"),

@@ -18,7 +18,18 @@ from importlib import resources
 from typing import Any, Literal
 
 from agent.delivery.topics import CONTRACT_VERSION, Topics
-from agent.domain import AgentState, Attribute, Cell, ClockReading, FieldResult, ModelIdentity, Provenance, SlidePlace
+from agent.domain import (
+    AgentState,
+    Attribute,
+    Cell,
+    ClockReading,
+    DriftReading,
+    FieldResult,
+    FrameColour,
+    ModelIdentity,
+    Provenance,
+    SlidePlace,
+)
 from agent.errors import MessageRejected
 from agent.health import HealthSnapshot, MachineReading
 
@@ -104,6 +115,7 @@ def field_body(result: FieldResult, device: str, site: str, sid: str, accession:
             **({} if frame.stage_um is None else {"stage_um": _pair(frame.stage_um)}),
             "focus": _rounded(result.quality.focus, 2),
             "clipped_pct": _rounded(result.quality.clipped_pct, 3),
+            **({} if result.quality.colour is None else {"colour": _colour_body(result.quality.colour)}),
         },
         "quality": {"accepted": bool(result.quality.is_accepted), "reasons": list(result.quality.reasons)},
         "timing_ms": {stage: _rounded(duration_ms, 2) for stage, duration_ms in result.timing_ms.items()},
@@ -372,6 +384,7 @@ def health_body(
             "passed": self_test.is_passed,
             "detail": self_test.detail[:LONGEST_TEXT],
         },
+        "drift": None if snapshot.drift is None else _drift_body(snapshot.drift),
         "ruo": True,
     }
 
@@ -471,6 +484,34 @@ def _place_body(place: SlidePlace) -> Body:
         "part": int(place.part),
         **({} if place.source == "unknown" else where),
         "confidence": _rounded(min(1.0, max(0.0, place.confidence)), 3),
+    }
+
+
+def _colour_body(colour: FrameColour) -> Body:
+    """In the order R, G, B, as people and browsers say it."""
+    return {
+        "ground_rgb": [_rounded(level, 1) for level in reversed(colour.ground_bgr)],
+        "stain_od_rgb": None
+        if colour.stain_od_bgr is None
+        else [_rounded(density, 4) for density in reversed(colour.stain_od_bgr)],
+    }
+
+
+def _drift_body(reading: DriftReading) -> Body:
+    return {
+        "slides": reading.slides,
+        "of_slides": reading.of_slides,
+        "figures": {
+            name: {
+                "usual": _rounded(figure.usual, 4),
+                "now": _rounded(figure.now, 4),
+                "low": _rounded(figure.low, 4),
+                "high": _rounded(figure.high, 4),
+                "unit": figure.unit,
+                "moved": figure.moved is not None,
+            }
+            for name, figure in reading.figures.items()
+        },
     }
 
 

@@ -16,6 +16,7 @@ from agent.analysis.intervals import (
     median_interval,
     poisson_interval,
     ratio_interval,
+    student_quantile,
     trials_for,
 )
 
@@ -53,6 +54,12 @@ def test_poisson_counts_have_the_interval_that_chi_square_gives(count: int) -> N
     low = stats.chi2.ppf(0.025, 2 * count) / 2 if count else 0.0
     high = stats.chi2.ppf(0.975, 2 * count + 2) / 2
     assert poisson_interval(count) == pytest.approx((low, high), rel=1e-7, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(st.floats(1e-8, 0.5), st.floats(4, 10_000))
+def test_the_quantile_of_students_distribution_is_scipys(tail: float, degrees: float) -> None:
+    assert student_quantile(tail, degrees) == pytest.approx(stats.t.isf(tail / 2, degrees), rel=1e-4, abs=1e-5)
 
 
 def test_rumkes_table_of_the_differential_is_met() -> None:

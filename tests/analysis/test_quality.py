@@ -20,6 +20,7 @@ from agent.analysis.quality import (
     assess_frame,
     assess_quality,
     from_text,
+    look,
     to_text,
 )
 from agent.camera.camera import open_camera
@@ -190,6 +191,23 @@ def test_between_sharp_and_blurred_the_last_verdict_stays() -> None:
     assert assess_frame(between, QualitySection(), memory)[0].is_accepted
     _, blurred = assess_frame(make_frame(soft(make_field(), 6), at_s=90), QualitySection(min_focus=0), memory)
     assert assess_frame(between, QualitySection(), blurred)[0].reasons == ("blurred",)
+
+
+def test_the_colours_of_ground_and_stain_are_measured() -> None:
+    pixels = make_field()
+    stained = pixels[..., 1] < 150
+    pixels[stained] = (pixels[stained] * (1.2, 0.8, 1.0)).astype(np.uint8)
+    colour = look(pixels).colour
+    assert colour.ground_bgr == pytest.approx((200, 200, 200), abs=2)
+    assert colour.stain_od_bgr is not None
+    expected = [np.log10(200 / (100 * factor)) for factor in (1.2, 0.8, 1.0)]
+    # The soft edges of the cells are thinner.
+    assert colour.stain_od_bgr == pytest.approx(expected, rel=0.3)
+    assert colour.stain_od_bgr[1] > colour.stain_od_bgr[2] > colour.stain_od_bgr[0]
+
+
+def test_bare_glass_has_no_stain() -> None:
+    assert look(np.full((480, 640, 3), 200, np.uint8)).colour.stain_od_bgr is None
 
 
 def test_a_changed_colour_of_the_ground_is_told_against_the_devices_usual() -> None:

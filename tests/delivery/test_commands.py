@@ -139,11 +139,11 @@ def test_a_refusal_repeats_the_transaction_where_it_is_one_and_nothing_else() ->
     assert refused(inbound("ping", {"transaction": ["t"]})).transaction is None
 
 
-OPERATORS = ("reload", "model.stage", "model.activate", "model.rollback")
+OPERATORS = ("reload", "relearn", "model.stage", "model.activate", "model.rollback")
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_what_changes_models_or_configuration_needs_the_operators_role(name: str) -> None:
+def test_what_changes_models_configuration_or_what_is_usual_needs_the_operators_role(name: str) -> None:
     judged = refused(inbound(name, MINIMAL.get(name)))
     assert judged.code == "not-allowed"
     assert "commands.operator" in judged.message

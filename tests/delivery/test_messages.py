@@ -42,8 +42,11 @@ from agent.domain import (
     Classification,
     ClockReading,
     Detection,
+    DriftReading,
     FieldResult,
+    FigureReading,
     Frame,
+    FrameColour,
     FrameQuality,
     ModelIdentity,
     Provenance,
@@ -89,7 +92,7 @@ def make_result(*cells: Cell, **changes: Any) -> FieldResult:
     )
     named = {
         "frame": frame,
-        "quality": FrameQuality(is_accepted=True, reasons=(), focus=123.456, clipped_pct=0.5),
+        "quality": FrameQuality(True, (), 123.456, 0.5, FrameColour((201.26, 228.0, 254.0), (0.1, 0.2, 0.15))),
         "cells": cells,
         "counts": {"round": 1},
         "unique_counts": {},
@@ -195,6 +198,7 @@ def test_a_field_message_has_the_shape_of_the_contract() -> None:
         "stage_um": [100.0, 200.0],
         "focus": 123.46,
         "clipped_pct": 0.5,
+        "colour": {"ground_rgb": [254.0, 228.0, 201.3], "stain_od_rgb": [0.15, 0.2, 0.1]},
     }
     assert heard["quality"] == {"accepted": True, "reasons": []}
     assert heard["cells"] == [
@@ -336,12 +340,24 @@ def test_info_tells_the_models_with_their_classes() -> None:
     }
 
 
+def test_the_colours_of_a_field_are_told_as_red_green_blue() -> None:
+    def told(**changes: Any) -> dict[str, Any]:
+        body = field_body(make_result(make_cell(), **changes), "scope-1", "lab-1", "s1")
+        frame: dict[str, Any] = check("field", stamp(body, "scope-1", 1, 1))["frame"]
+        return frame
+
+    assert told()["colour"] == {"ground_rgb": [254.0, 228.0, 201.3], "stain_od_rgb": [0.15, 0.2, 0.1]}
+    bare = FrameQuality(True, (), 1.0, 0.0, FrameColour((200.0, 200.0, 200.0), None))
+    assert told(quality=bare)["colour"]["stain_od_rgb"] is None
+    assert "colour" not in told(quality=FrameQuality(True, (), 1.0, 0.0))
+
+
 def test_health_of_a_machine_that_tells_nothing_is_null_and_not_left_out() -> None:
     reading = MachineReading(None, None, None, None, ClockReading(is_synchronised=False))
     heard = check(
         "health", health_body(make_snapshot(), reading, boot=4, at=AT, state=AgentState.READY, interval_s=30, **WHO)
     )
-    for key in ("temperature_c", "throttling", "rss_bytes", "disk_free_bytes", "last_self_test", "restarts"):
+    for key in ("temperature_c", "throttling", "rss_bytes", "disk_free_bytes", "last_self_test", "drift", "restarts"):
         assert heard[key] is None
     assert heard["clock"] == {"synchronised": False, "offset_ms": None}
     assert heard["outbox"]["oldest_age_s"] is None
@@ -350,7 +366,10 @@ def test_health_of_a_machine_that_tells_nothing_is_null_and_not_left_out() -> No
 def test_health_of_a_talkative_machine_is_told_in_full() -> None:
     reading = MachineReading(61.25, Throttling(0x50001), 123_456, 789, ClockReading(True, 1.5))
     snapshot = make_snapshot(
-        last_self_test=SelfTest(AT, True, "3 cells as expected"), outbox_depth=4, outbox_oldest_age_s=2.345
+        last_self_test=SelfTest(AT, True, "3 cells as expected"),
+        drift=DriftReading(31, 30, {"focus": FigureReading(50.12346, 30.0, 40.0, 60.0, "thousandths", "it moved")}),
+        outbox_depth=4,
+        outbox_oldest_age_s=2.345,
     )
     heard = check(
         "health",
@@ -370,6 +389,13 @@ def test_health_of_a_talkative_machine_is_told_in_full() -> None:
     assert heard["throttling"]["under_voltage"] is True
     assert heard["throttling"]["was_throttled"] is True
     assert heard["outbox"] == {"state": "ok", "detail": "", "depth": 4, "oldest_age_s": 2.3, "dead_letters": 1}
+    assert heard["drift"] == {
+        "slides": 31,
+        "of_slides": 30,
+        "figures": {
+            "focus": {"usual": 50.1235, "now": 30.0, "low": 40.0, "high": 60.0, "unit": "thousandths", "moved": True}
+        },
+    }
     assert heard["timing_ms"] == {"detect": {"p50": 10.0, "p95": 20.0}}
     assert heard["last_self_test"] == {
         "at": "2026-11-23T08:30:15.123Z",
