@@ -238,6 +238,9 @@ class ModelsSection(Section):
     """Detector's threshold, 0 to 1; null = the one in the manifest."""
     min_probability: Annotated[float, Field(ge=0, le=1)] | None = None
     """A cell named with less is `unidentified`, 0 to 1; null = the one in the manifest."""
+    most_tiles: Annotated[int, Field(ge=1, le=64)] = 16
+    """Frames in which red cells are narrower than a tenth of the longer side are looked at in up to so many overlapping
+    tiles, each of which takes the time of a field; 1 = as a whole only."""
 
 
 class SampleSection(Section):

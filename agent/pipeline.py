@@ -45,6 +45,7 @@ from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
 from agent.config import (
     Config,
+    ModelsSection,
     PreprocessingSection,
     QualitySection,
     ReviewSection,
@@ -178,7 +179,7 @@ def make_bench(config: Config, models: Models) -> Bench:
         delegate=models.delegate,
         config_sha256=config_sha256(config),
         software=read_software(),
-        thresholds=_thresholds(config.models.min_score, rules, models.manifest),
+        thresholds=_thresholds(config.models, rules, models.manifest),
     )
     counting = counting_rules(config, models.manifest)
     return Bench(
@@ -202,13 +203,13 @@ _NOT_A_RULE = frozenset({"name", "version", "file", "sha256", "data", "command",
 """Keys of the manifest's entries that say who a model is, not how it is asked."""
 
 
-def _thresholds(min_score: float | None, rules: NamingRules, manifest: Manifest) -> Thresholds:
-    """What is in force; min_score: the configuration's, None = the manifest's."""
-    least = manifest.detector.thresholds.min_score if min_score is None else min_score
+def _thresholds(section: ModelsSection, rules: NamingRules, manifest: Manifest) -> Thresholds:
+    """What is in force: the configuration's numbers where it has any, else the manifest's."""
+    least = manifest.detector.thresholds.min_score if section.min_score is None else section.min_score
     says = {
         "detector": manifest.detector.model_dump(mode="json", exclude=set(_NOT_A_RULE)),
         "classifier": manifest.classifier.model_dump(mode="json", exclude=set(_NOT_A_RULE)),
-        "in_force": [least, rules.min_probability, rules.min_cell_probability],
+        "in_force": [least, rules.min_probability, rules.min_cell_probability, section.most_tiles],
     }
     digest = hashlib.sha256(canonical_json(says)).hexdigest()
     return Thresholds(least, rules.min_probability, rules.min_cell_probability, digest)

@@ -1,6 +1,7 @@
 """Figures of the shipped files, measured through the agent's own inference.
 
     python -m models.evaluate detector --split test
+    python -m models.evaluate large-frames --split test
     python -m models.evaluate classifier --split test --json
     python -m models.evaluate two-stage --split test
     python -m models.evaluate eight-classes --split test
@@ -9,8 +10,10 @@
     python -m models.evaluate no-cell --split test
 
 detector: mAP on the `complete` fields of each source and of all; the half-labelled BCCD fields stand apart, and all
-BCCD fields once more with the labels that their authors published. classifier: each PBC picture as `hematovision
-classify` takes it: names, calibration, what a reject option gains, and the attributes of those that have any.
+BCCD fields once more with the labels that their authors published. large-frames: the same fields, nine and sixteen side
+by side, as a large sensor shows them (`--most-tiles 1` for the detector alone). classifier: each PBC picture as
+`hematovision classify` takes it: names, calibration, what a reject option gains, and the attributes of those that have
+any.
 two-stage: as the agent counts on a field, with its thresholds and rules; a cell that it does not find or not trust is
 wrong. eight-classes: mAP of both together on the PBC fields, one box and one name a cell, as the study reports it.
 microscopes: cells of other microscopes' fields that we named by eye, in the boxes of the label files. framings: the
@@ -34,7 +37,7 @@ from rich.table import Table
 from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.evaluation.asking import add_options
-from models.evaluation.boxes import evaluate_detector, evaluate_eight_classes
+from models.evaluation.boxes import evaluate_detector, evaluate_eight_classes, evaluate_large_frames
 from models.evaluation.counts import evaluate_two_stage
 from models.evaluation.names import (
     evaluate_classifier,
@@ -46,7 +49,7 @@ from models.evaluation.names import (
 
 def main() -> None:
     args = parse()
-    models = open_models(ModelsSection(folder=args.models, threads=args.threads))
+    models = open_models(ModelsSection(folder=args.models, threads=args.threads, most_tiles=args.most_tiles))
     measure = EVALUATIONS[args.what]
     if args.random_split is not None:
         if measure is not evaluate_classifier:
@@ -127,6 +130,7 @@ def show(figures: dict[str, Any]) -> None:
 
 EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
     "detector": evaluate_detector,
+    "large-frames": evaluate_large_frames,
     "classifier": evaluate_classifier,
     "two-stage": evaluate_two_stage,
     "eight-classes": evaluate_eight_classes,

@@ -8,6 +8,8 @@ distributions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +20,25 @@ from agent.inference.interpreter import Interpreter, Runtime
 from agent.inference.letterbox import Placement, letterbox
 from agent.inference.manifest import DetectorEntry, OutputTensor
 from agent.inference.quantization import PixelTable, dequantize, quantize
+from agent.inference.tiling import find_in_parts, shifted
 
 Floats = NDArray[np.float32]
 
+SAME_CELL_OF_TILES = 0.5
+"""IoU of two boxes of one cell from two tiles, where the manifest has no other."""
+
 
 class Detector:
-    """Finds the cells of a frame. Owned by one thread."""
+    """Finds the cells of a frame. Owned by one thread.
 
-    def __init__(self, runtime: Runtime, content: bytes, entry: DetectorEntry, threads: int) -> None:
+    most_tiles: into how many a large frame of small cells may be cut (`agent.inference.tiling`); 1 = it is not.
+    """
+
+    def __init__(
+        self, runtime: Runtime, content: bytes, entry: DetectorEntry, threads: int, most_tiles: int = 1
+    ) -> None:
         self.entry = entry
+        self._most_tiles = most_tiles
         self._interpreter = Interpreter(runtime, content, entry, threads)
         self._to_input = PixelTable(entry.input)
         self._maps = _pair_maps(entry)
@@ -55,6 +67,23 @@ class Detector:
         pixels_bgr: uint8, (height, width, 3), B G R; not modified. min_score: 0 to 1; None = the manifest's.
         """
         least = self.entry.thresholds.min_score if min_score is None else min_score
+        whole = self._detect(pixels_bgr, least)
+        if self._most_tiles == 1:
+            return whole[: self.entry.thresholds.max_cells]
+
+        def detect(part: Box) -> tuple[Detection, ...]:
+            x_min, y_min, x_max, y_max = (int(v) for v in (part.x_min, part.y_min, part.x_max, part.y_max))
+            found = self._detect(pixels_bgr[y_min:y_max, x_min:x_max], least)
+            return tuple(replace(d, box=shifted(d.box, x_min, y_min)) for d in found)
+
+        size_px = (pixels_bgr.shape[1], pixels_bgr.shape[0])
+        side_px = self.entry.input.shape[1]
+        found, has_tiles = find_in_parts(whole, detect, self.entry.classified, size_px, side_px, self._most_tiles)
+        cells = self._merge(found) if has_tiles else whole
+        return cells[: self.entry.thresholds.max_cells]
+
+    def _detect(self, pixels_bgr: Pixels, least: float) -> tuple[Detection, ...]:
+        """The cells of a picture that goes into the square as a whole, best score first."""
         placement = self._invoke(pixels_bgr)
         boxes, scores, classes = self._decode(least)
         height, width = pixels_bgr.shape[:2]
@@ -65,8 +94,15 @@ class Detector:
             order = best_of_each(boxes, order, self.entry.thresholds.same_cell_iou)
         return tuple(
             Detection(Box(*(float(v) for v in boxes[k])), self.entry.classes[classes[k]], float(scores[k]))
-            for k in order[: self.entry.thresholds.max_cells]
+            for k in order
         )
+
+    def _merge(self, found: Sequence[Detection]) -> tuple[Detection, ...]:
+        """Each cell once, best score first: overlapping tiles show cells twice, whatever the net does."""
+        boxes = np.array([(d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max) for d in found], np.float32)
+        order = np.argsort([-d.score for d in found], kind="stable")
+        overlap = self.entry.thresholds.same_cell_iou or SAME_CELL_OF_TILES
+        return tuple(found[k] for k in best_of_each(boxes.reshape(-1, 4), order, overlap))
 
     def _invoke(self, pixels_bgr: Pixels) -> Placement:
         rule = self.entry.input.letterbox

@@ -80,6 +80,7 @@ def open_models(section: ModelsSection) -> Models:
     folder = models_folder(section)
     manifest = load_manifest(folder)
     runtime = load_runtime(section.runtime)
-    detector = Detector(runtime, read_model_file(folder, manifest.detector), manifest.detector, section.threads)
+    content = read_model_file(folder, manifest.detector)
+    detector = Detector(runtime, content, manifest.detector, section.threads, section.most_tiles)
     classifier = Classifier(runtime, read_model_file(folder, manifest.classifier), manifest.classifier, section.threads)
     return Models(manifest, detector, classifier, runtime.name, detector.delegate)

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from agent.config import ModelsSection
+
 MAX_MEGAPIXELS = 80
 
 
@@ -25,4 +27,5 @@ def add_options(parser: argparse.ArgumentParser, split: str = "test") -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--most-tiles", type=int, default=ModelsSection().most_tiles, help="1 = frames as a whole only")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -83,6 +84,45 @@ def found_boxes(models: Models, pixels: Pixels, min_score: float) -> NDArray[np.
         for d in models.detector.detect(pixels, min_score)
     ]
     return np.array(found, np.float32).reshape(-1, 6)
+
+
+def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """Complete fields of one source side by side as one frame: small cells in a picture of several megapixels."""
+    fields = [field for field in read_fields(data, split) if field.is_complete]
+    pairs = {}
+    for source in sorted({field.source for field in fields}):
+        same = [field for field in fields if field.source == source]
+        for across in MOSAICS:
+            sheets = [same[k : k + across**2] for k in range(0, len(same) - across**2 + 1, across**2)]
+            name = f"{source}, {across} x {across}"
+            pairs[name] = [boxes_of_sheet(models, sheet, across) for sheet in progress(sheets, name)]
+    classes = models.manifest.detector.classes
+    return {
+        "fields": {name: len(found) for name, found in pairs.items()},
+        "groups": {
+            name: {key: dataclasses.asdict(value) for key, value in detection_figures(found, classes).items()}
+            for name, found in pairs.items()
+            if found
+        },
+    }
+
+
+MOSAICS = (3, 4)
+
+
+def boxes_of_sheet(models: Models, fields: Sequence[FieldImage], across: int) -> FieldBoxes:
+    """What is found in fields side by side, all at the size of the first, and what the label files say."""
+    pictures = [decode_file(field.path, MAX_MEGAPIXELS) for field in fields]
+    height, width = pictures[0].shape[:2]
+    resized = [cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA) for pixels in pictures]
+    rows = [np.hstack(resized[k : k + across]) for k in range(0, len(resized), across)]
+    true = []
+    for k, field in enumerate(fields):
+        boxes = read_boxes(field, width, height)
+        boxes[:, 1:] += np.array([k % across * width, k // across * height] * 2, np.float32)
+        true.append(boxes)
+    sheet: Pixels = np.vstack(rows)
+    return FieldBoxes(found_boxes(models, sheet, EVALUATION_SCORE), np.concatenate(true))
 
 
 def evaluate_eight_classes(models: Models, data: Path, split: str) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""Large frames of small cells: tiles that lose nothing at their edges, and are not used where nobody needs them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from agent.camera.simulated import render_training_field
+from agent.config import ModelsSection
+from agent.domain import Box, Detection
+from agent.inference.models import open_models
+from agent.inference.tiling import OVERLAP, find_in_parts, is_whole, places, plan_tiles
+
+SIDE_PX = 416
+CLASSIFIED = ("WBC", "platelet")
+
+
+def red(x: float, y: float, size_px: float = 30) -> Detection:
+    return Detection(Box(x, y, x + size_px, y + size_px), "RBC", 0.9)
+
+
+def test_a_frame_that_shows_its_cells_large_is_looked_at_as_a_whole() -> None:
+    assert plan_tiles((640, 480), 90, SIDE_PX, 16) == ()
+    assert plan_tiles((1920, 1440), 250, SIDE_PX, 16) == ()
+
+
+@pytest.mark.parametrize("size_px", [(1920, 1080), (2592, 1944), (1000, 3000)])
+def test_every_cell_is_whole_in_some_tile(size_px: tuple[int, int]) -> None:
+    red_cell_px = 70.0
+    tiles = plan_tiles(size_px, red_cell_px, SIDE_PX, 64)
+    assert len(tiles) > 3
+    widest = int(OVERLAP * red_cell_px) - 1
+    rng = np.random.default_rng(1)
+    for x, y in rng.integers(0, np.array(size_px) - widest, (500, 2)):
+        cell = Box(x, y, x + widest, y + widest)
+        inside = [t for t in tiles if t.x_min <= x and t.y_min <= y and cell.x_max <= t.x_max and cell.y_max <= t.y_max]
+        assert inside, cell
+
+
+@pytest.mark.parametrize("most", [1, 4, 9, 16])
+def test_there_are_never_more_tiles_than_allowed_and_they_reach_every_edge(most: int) -> None:
+    tiles = plan_tiles((4000, 3000), 40, SIDE_PX, most)
+    assert 1 <= len(tiles) <= most
+    assert (min(t.x_min for t in tiles), min(t.y_min for t in tiles)) == (0, 0)
+    assert (max(t.x_max for t in tiles), max(t.y_max for t in tiles)) == (4000, 3000)
+
+
+def test_tiles_are_spread_evenly() -> None:
+    assert places(1000, 400, 100) == [0, 300, 600]
+    assert places(300, 400, 100) == [0]
+
+
+@pytest.mark.parametrize(
+    ("box", "is_kept"),
+    [
+        (Box(101, 120, 150, 150), False),
+        (Box(110, 199, 130, 200), False),
+        (Box(110, 0, 130, 20), True),
+        (Box(110, 120, 130, 150), True),
+    ],
+)
+def test_a_box_at_an_inner_edge_of_its_tile_is_a_part_of_a_cell(box: Box, is_kept: bool) -> None:
+    assert is_whole(box, Box(100, 0, 200, 200), (300, 400), cut_px=2) == is_kept
+
+
+def test_what_is_too_wide_for_the_overlap_is_taken_from_the_whole_frame_and_small_cells_from_tiles() -> None:
+    whole = (*(red(200 * k, 300) for k in range(1, 8)), Detection(Box(500, 500, 620, 620), "WBC", 0.8))
+    asked: list[Box] = []
+
+    def detect(tile: Box) -> tuple[Detection, ...]:
+        asked.append(tile)
+        return (red(tile.x_min + 50, tile.y_min + 50),)
+
+    found, has_tiles = find_in_parts(whole, detect, CLASSIFIED, (1800, 1200), SIDE_PX, 16)
+    assert has_tiles
+    assert 2 <= len(asked) <= 16
+    assert [d.class_name for d in found] == ["WBC", *["RBC"] * len(asked)]
+
+
+def test_cells_too_small_to_be_seen_at_all_are_looked_for_in_the_middle() -> None:
+    asked: list[Box] = []
+
+    def detect(tile: Box) -> tuple[Detection, ...]:
+        asked.append(tile)
+        if tile.width_px > 1000:
+            return ()
+        return tuple(red(tile.x_min + 100 + 60 * k, tile.y_min + 100, 20) for k in range(3))
+
+    found, has_tiles = find_in_parts((), detect, CLASSIFIED, (3000, 2000), SIDE_PX, 16)
+    assert [tile.width_px for tile in asked[:2]] == [1500, 750]
+    assert has_tiles
+    assert found
+
+
+def test_an_empty_small_frame_costs_nothing_more() -> None:
+    def detect(_tile: Box) -> tuple[Detection, ...]:
+        raise AssertionError("looked again")
+
+    assert find_in_parts((), detect, CLASSIFIED, (640, 480), SIDE_PX, 16) == ([], False)
+
+
+def test_a_frame_of_nine_fields_is_found_to_hold_their_cells_each_once() -> None:
+    rng = np.random.default_rng(6)
+    fields = [render_training_field(rng, 480, 360) for _ in range(9)]
+    rows = [np.hstack([pixels for pixels, _ in fields[k : k + 3]]) for k in (0, 3, 6)]
+    frame = np.ascontiguousarray(np.vstack(rows))
+    wanted = sum(len(truth) for _, truth in fields)
+    counts = {}
+    for most in (1, 16):
+        detections = open_models(ModelsSection(most_tiles=most)).detector.detect(frame)
+        counts[most] = len(detections)
+        assert [d.score for d in detections] == sorted((d.score for d in detections), reverse=True)
+        boxes = [d.box for d in detections]
+        assert all(overlap(a, b) <= 0.5 for a, b in itertools.combinations(boxes, 2))
+    assert abs(counts[16] - wanted) < abs(counts[1] - wanted)
+    assert counts[16] == pytest.approx(wanted, rel=0.12)
+
+
+def overlap(first: Box, second: Box) -> float:
+    width = min(first.x_max, second.x_max) - max(first.x_min, second.x_min)
+    height = min(first.y_max, second.y_max) - max(first.y_min, second.y_min)
+    shared = max(width, 0) * max(height, 0)
+    return shared / (first.width_px * first.height_px + second.width_px * second.height_px - shared)
