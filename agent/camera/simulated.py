@@ -185,10 +185,10 @@ class SimulatedSlide:
     neighbours of lower colours, so no order of visits changes the slide.
     """
 
-    TILES_KEPT = 512
-    """Some twenty fields of the usual size; more when one window alone needs more."""
-    SPRITES_KEPT_BYTES = 48 * 1024 * 1024
-    """About ten usual fields of drawn cells; on a stage with overlap most cells are then drawn once."""
+    TILES_KEPT = 128
+    """Some five fields of the usual size; more when one window alone needs more."""
+    SPRITES_KEPT_BYTES = 16 * 1024 * 1024
+    """About three usual fields of drawn cells: a field overlaps with the one before, and a row holds twenty."""
 
     def __init__(
         self,
