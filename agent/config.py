@@ -240,7 +240,7 @@ class ModelsSection(Section):
     """A cell named with less is `unidentified`, 0 to 1; null = the one in the manifest."""
     most_tiles: Annotated[int, Field(ge=1, le=64)] = 16
     """Frames in which red cells are narrower than a tenth of the longer side are looked at in up to so many overlapping
-    tiles, each of which takes the time of a field; 1 = as a whole only."""
+    tiles, each of which takes the time of a field; 1 = every frame is looked at once, as a whole."""
 
 
 class SampleSection(Section):

@@ -2,6 +2,7 @@
 
     python -m models.evaluate detector --split test
     python -m models.evaluate large-frames --split test
+    python -m models.evaluate close-ups --split test
     python -m models.evaluate classifier --split test --json
     python -m models.evaluate two-stage --split test
     python -m models.evaluate eight-classes --split test
@@ -11,7 +12,8 @@
 
 detector: mAP on the `complete` fields of each source and of all; the half-labelled BCCD fields stand apart, and all
 BCCD fields once more with the labels that their authors published. large-frames: the same fields, nine and sixteen side
-by side, as a large sensor shows them (`--most-tiles 1` for the detector alone). classifier: each PBC picture as
+by side, as a large sensor shows them; close-ups: their middles (both with `--most-tiles 1` for the detector alone).
+classifier: each PBC picture as
 `hematovision classify` takes it: names, calibration, what a reject option gains, and the attributes of those that have
 any.
 two-stage: as the agent counts on a field, with its thresholds and rules; a cell that it does not find or not trust is
@@ -37,7 +39,12 @@ from rich.table import Table
 from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.evaluation.asking import add_options
-from models.evaluation.boxes import evaluate_detector, evaluate_eight_classes, evaluate_large_frames
+from models.evaluation.boxes import (
+    evaluate_close_ups,
+    evaluate_detector,
+    evaluate_eight_classes,
+    evaluate_large_frames,
+)
 from models.evaluation.counts import evaluate_two_stage
 from models.evaluation.names import (
     evaluate_classifier,
@@ -131,6 +138,7 @@ def show(figures: dict[str, Any]) -> None:
 EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
     "detector": evaluate_detector,
     "large-frames": evaluate_large_frames,
+    "close-ups": evaluate_close_ups,
     "classifier": evaluate_classifier,
     "two-stage": evaluate_two_stage,
     "eight-classes": evaluate_eight_classes,

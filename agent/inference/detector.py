@@ -14,15 +14,28 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.analysis.crops import surrounded
 from agent.domain import Box, Detection, ModelIdentity, Pixels
 from agent.errors import ModelError
 from agent.inference.interpreter import Interpreter, Runtime
 from agent.inference.letterbox import Placement, letterbox
 from agent.inference.manifest import DetectorEntry, OutputTensor
 from agent.inference.quantization import PixelTable, dequantize, quantize
-from agent.inference.tiling import find_in_parts, shifted
+from agent.inference.second_look import (
+    SURROUNDINGS,
+    cut_at,
+    find_in_tiles,
+    is_close_up,
+    measure_red_cells,
+    plan_tiles,
+    put_large_right,
+    shifted,
+)
 
 Floats = NDArray[np.float32]
+
+HINT = 0.2
+"""Least score of a box that tells how large the cells of a frame are."""
 
 SAME_CELL_OF_TILES = 0.5
 """IoU of two boxes of one cell from two tiles, where the manifest has no other."""
@@ -31,7 +44,8 @@ SAME_CELL_OF_TILES = 0.5
 class Detector:
     """Finds the cells of a frame. Owned by one thread.
 
-    most_tiles: into how many a large frame of small cells may be cut (`agent.inference.tiling`); 1 = it is not.
+    most_tiles: into how many a large frame of small cells may be cut (see `agent.inference.second_look`); 1 = every
+    frame is looked at once, as a whole.
     """
 
     def __init__(
@@ -66,25 +80,54 @@ class Detector:
 
         pixels_bgr: uint8, (height, width, 3), B G R; not modified. min_score: 0 to 1; None = the manifest's.
         """
-        least = self.entry.thresholds.min_score if min_score is None else min_score
-        whole = self._detect(pixels_bgr, least)
-        if self._most_tiles == 1:
-            return whole[: self.entry.thresholds.max_cells]
+        thresholds = self.entry.thresholds
+        least = thresholds.min_score if min_score is None else min_score
+        placement = self._invoke(pixels_bgr)
+        found = self._found(pixels_bgr, placement, least)
+        if self._most_tiles > 1:
+            hints = self._found(pixels_bgr, placement, HINT)
+            found = self._at_its_size(pixels_bgr, hints, found, least)
+        return found[: thresholds.max_cells]
+
+    def _at_its_size(
+        self, pixels_bgr: Pixels, hints: tuple[Detection, ...], whole: tuple[Detection, ...], least: float
+    ) -> tuple[Detection, ...]:
+        """The cells of a frame, looked at once more where they are too small or too large for the square.
+
+        whole: what was found at the first look. hints: the same with scores from HINT: whether there is a second look
+        must not hang on what was asked for.
+        """
+        size_px = (pixels_bgr.shape[1], pixels_bgr.shape[0])
+        classified, sure = self.entry.classified, self.entry.thresholds.min_score
 
         def detect(part: Box) -> tuple[Detection, ...]:
             x_min, y_min, x_max, y_max = (int(v) for v in (part.x_min, part.y_min, part.x_max, part.y_max))
-            found = self._detect(pixels_bgr[y_min:y_max, x_min:x_max], least)
+            found = self._look(pixels_bgr[y_min:y_max, x_min:x_max], least)
             return tuple(replace(d, box=shifted(d.box, x_min, y_min)) for d in found)
 
-        size_px = (pixels_bgr.shape[1], pixels_bgr.shape[0])
-        side_px = self.entry.input.shape[1]
-        found, has_tiles = find_in_parts(whole, detect, self.entry.classified, size_px, side_px, self._most_tiles)
-        cells = self._merge(found) if has_tiles else whole
-        return cells[: self.entry.thresholds.max_cells]
+        def detect_certain(part: Box) -> tuple[Detection, ...]:
+            return tuple(d for d in detect(part) if d.score >= sure)
 
-    def _detect(self, pixels_bgr: Pixels, least: float) -> tuple[Detection, ...]:
+        certain = [d for d in hints if d.score >= sure]
+        side_px = self.entry.input.shape[1]
+        red_cell_px = measure_red_cells(certain, detect_certain, classified, size_px, side_px)
+        if red_cell_px is not None and (tiles := plan_tiles(size_px, red_cell_px, side_px, self._most_tiles)):
+            return self._merge(find_in_tiles(whole, detect, tiles, red_cell_px, size_px, side_px))
+        if not is_close_up(hints, classified, size_px):
+            return whole
+        width_px = round(SURROUNDINGS * max(size_px))
+        around = self._look(surrounded(pixels_bgr, width_px), least)
+        moved = (replace(d, box=cut_at(shifted(d.box, -width_px, -width_px), size_px)) for d in around)
+        return put_large_right(
+            whole, [d for d in moved if min(d.box.width_px, d.box.height_px) > 0], classified, size_px
+        )
+
+    def _look(self, pixels_bgr: Pixels, least: float) -> tuple[Detection, ...]:
         """The cells of a picture that goes into the square as a whole, best score first."""
-        placement = self._invoke(pixels_bgr)
+        return self._found(pixels_bgr, self._invoke(pixels_bgr), least)
+
+    def _found(self, pixels_bgr: Pixels, placement: Placement, least: float) -> tuple[Detection, ...]:
+        """What the last run found in a picture, best score first."""
         boxes, scores, classes = self._decode(least)
         height, width = pixels_bgr.shape[:2]
         boxes = _to_frame(boxes, placement, width, height)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from models.common.augment import vary_look
-from models.common.labels import FieldImage, Rgb, read_boxes, read_rgb
+from models.common.labels import FieldImage, Rgb, clip_boxes, read_boxes, read_rgb
 
 CentredBox = tuple[float, float, float, float]
 """Centre x, centre y, width, height in pixels."""
@@ -162,17 +162,6 @@ def turn(pixels: Rgb, boxes: NDArray[np.float32], quarters: int, mirror: bool) -
         pixels = pixels[:, ::-1]
         boxes[:, [1, 3]] = pixels.shape[1] - boxes[:, [3, 1]]
     return pixels, boxes
-
-
-def clip_boxes(boxes: NDArray[np.float32], width_px: int, height_px: int) -> NDArray[np.float32]:
-    """Boxes cut to the picture; what keeps less than 15 % of its area or less than 3 px a side is dropped."""
-    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
-    clipped = boxes.copy()
-    clipped[:, [1, 3]] = boxes[:, [1, 3]].clip(0, width_px)
-    clipped[:, [2, 4]] = boxes[:, [2, 4]].clip(0, height_px)
-    sides = clipped[:, 3:] - clipped[:, 1:3]
-    keep = (sides.prod(1) >= 0.15 * area) & (sides.min(1, initial=1e9) >= 3)
-    return clipped[keep]
 
 
 def collate_fields(batch: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

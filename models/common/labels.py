@@ -153,3 +153,14 @@ def read_label_file(file: Path, width_px: int, height_px: int) -> NDArray[np.flo
     centre, half = rows[:, 1:3], rows[:, 3:5] / 2
     size = np.array([width_px, height_px, width_px, height_px], np.float32)
     return np.concatenate((rows[:, :1], np.concatenate((centre - half, centre + half), 1) * size), 1)
+
+
+def clip_boxes(boxes: NDArray[np.float32], width_px: int, height_px: int) -> NDArray[np.float32]:
+    """Boxes cut to the picture; what keeps less than 15 % of its area or less than 3 px a side is dropped."""
+    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2])
+    clipped = boxes.copy()
+    clipped[:, [1, 3]] = boxes[:, [1, 3]].clip(0, width_px)
+    clipped[:, [2, 4]] = boxes[:, [2, 4]].clip(0, height_px)
+    sides = clipped[:, 3:] - clipped[:, 1:3]
+    keep = (sides.prod(1) >= 0.15 * area) & (sides.min(1, initial=1e9) >= 3)
+    return clipped[keep]

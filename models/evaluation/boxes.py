@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from agent.camera.decoding import decode_file
 from agent.domain import Pixels
 from agent.inference.models import Models
-from models.common.labels import DETECTOR_CLASSES, FieldImage, read_boxes, read_cells, read_fields, read_published_boxes
+from models.common.labels import (
+    DETECTOR_CLASSES,
+    FieldImage,
+    clip_boxes,
+    read_boxes,
+    read_cells,
+    read_fields,
+    read_published_boxes,
+)
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.names import classify_place
@@ -105,6 +113,38 @@ def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, A
             if found
         },
     }
+
+
+def evaluate_close_ups(models: Models, data: Path, split: str) -> dict[str, Any]:
+    """The middles of complete fields as frames of their own: cells that fill half of a picture and more."""
+    pairs: dict[str, list[FieldBoxes]] = {}
+    for field in progress([f for f in read_fields(data, split) if f.is_complete], "fields"):
+        pixels = decode_file(field.path, MAX_MEGAPIXELS)
+        for share in CLOSE_UPS:
+            name = f"{field.source}, {share:g} of each side"
+            pairs.setdefault(name, []).append(boxes_of_middle(models, pixels, field, share))
+    classes = models.manifest.detector.classes
+    return {
+        "fields": {name: len(found) for name, found in sorted(pairs.items())},
+        "groups": {
+            name: {key: dataclasses.asdict(value) for key, value in detection_figures(found, classes).items()}
+            for name, found in sorted(pairs.items())
+        },
+    }
+
+
+CLOSE_UPS = (0.6, 0.4)
+
+
+def boxes_of_middle(models: Models, pixels: Pixels, field: FieldImage, share: float) -> FieldBoxes:
+    """What is found in the middle of a field, and what the label file says of it."""
+    height, width = pixels.shape[:2]
+    true = read_boxes(field, width, height)
+    wide, high = round(share * width), round(share * height)
+    left, top = (width - wide) // 2, (height - high) // 2
+    true[:, 1:] -= np.array([left, top] * 2, np.float32)
+    middle = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
+    return FieldBoxes(found_boxes(models, middle, EVALUATION_SCORE), clip_boxes(true, wide, high))
 
 
 MOSAICS = (3, 4)

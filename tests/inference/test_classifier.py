@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +10,6 @@ import pytest
 
 from agent.camera.simulated import render_training_crop
 from agent.config import ModelsSection
-from agent.domain import Box, Classification, Detection
 from agent.inference.models import Models, open_models
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -48,36 +46,6 @@ def test_nine_in_ten_cells_that_fill_their_picture_are_named_rightly(models: Mod
     pictures = [cut_picture(cv2.imread(str(cell.path)), cell.box, 1.0) for cell in cells]
     names = [models.name_central_cell(picture).class_name for picture in pictures]
     assert np.mean([name == cell.class_name for name, cell in zip(names, cells, strict=True)]) > 0.9
-
-
-class OneBox:
-    """A detector that boxes a nucleus in a picture of 100 px, and the whole cell where there is more around it."""
-
-    def __init__(self, *, sees_more: bool) -> None:
-        self.sees_more = sees_more
-
-    def detect(self, pixels: np.ndarray, _min_score: float) -> list[Detection]:
-        if pixels.shape[0] == 100:
-            return [Detection(box=Box(20, 20, 80, 80), class_name="WBC", score=0.9)]
-        return [Detection(box=Box(30, 30, 130, 130), class_name="WBC", score=0.9)] if self.sees_more else []
-
-
-class Mirror:
-    """A classifier that notes the size of what it is asked about."""
-
-    def classify(self, crop: np.ndarray) -> Classification:
-        self.side_px = crop.shape[0]
-        return Classification("monocyte", 1.0, {"monocyte": 1.0})
-
-
-@pytest.mark.parametrize(("sees_more", "side_px"), [(True, 120), (False, 72)])
-def test_a_box_that_fills_half_its_picture_is_looked_for_again_with_more_around_it(
-    models: Models, sees_more: bool, side_px: int
-) -> None:
-    mirror = Mirror()
-    close_up = replace(models, detector=OneBox(sees_more=sees_more), classifier=mirror)
-    close_up.name_central_cell(np.full((100, 100, 3), 200, np.uint8))
-    assert mirror.side_px == side_px
 
 
 def test_each_attribute_has_a_value_of_its_own_and_the_cell_is_described(models: Models) -> None:

@@ -10,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
 from models.common import quantize  # noqa: E402
-from models.common.datasets import AugmentedFields, LabelledField, clip_boxes, place, turn  # noqa: E402
+from models.common.datasets import AugmentedFields, LabelledField, place, turn  # noqa: E402
+from models.common.labels import clip_boxes  # noqa: E402
 
 pytestmark = pytest.mark.train
 

@@ -20,9 +20,9 @@ from agent.config import Config, ModelsSection
 from agent.domain import Box
 from agent.inference.models import open_models
 from agent.pipeline import make_bench
-from models.common.labels import FieldImage, read_cells, read_fields, read_foreign_cells
+from models.common.labels import FieldImage, read_boxes, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
-from models.evaluation.boxes import named_boxes, published_pairs
+from models.evaluation.boxes import boxes_of_middle, boxes_of_sheet, named_boxes, published_pairs
 from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
 TOP = Path(__file__).parents[2]
@@ -119,6 +119,28 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
         ).max()
         < 0.3
     )
+
+
+def test_fields_side_by_side_carry_their_boxes_along(data: Path) -> None:
+    models = open_models(ModelsSection())
+    field = read_fields(data, "test")[1]
+    single = read_boxes(field, 480, 360)
+    sheet = boxes_of_sheet(models, [field] * 4, 2)
+    assert len(sheet.true) == 4 * len(single)
+    assert sheet.true[-len(single) :, 1:] - single[:, 1:] == pytest.approx(np.array([480, 360] * 2) + 0 * single[:, 1:])
+    overlaps = box_overlaps(sheet.true[:, 1:], sheet.found[sheet.found[:, 1] > 0.3, 2:])
+    assert (overlaps.max(1) > 0.5).mean() > 0.7
+
+
+def test_the_middle_of_a_field_keeps_the_boxes_that_lie_there(data: Path) -> None:
+    models = open_models(ModelsSection())
+    field = read_fields(data, "test")[1]
+    whole = boxes_of_middle(models, cv2.imread(str(field.path)), field, 1.0)
+    middle = boxes_of_middle(models, cv2.imread(str(field.path)), field, 0.5)
+    assert 0 < len(middle.true) < len(whole.true)
+    assert middle.true[:, 1:].min() >= 0
+    assert (middle.true[:, 3:].max(0) <= (240, 180)).all()
+    assert set(evaluate("close-ups", data)["fields"]) == {"made, 0.4 of each side", "made, 0.6 of each side"}
 
 
 def test_a_random_split_takes_its_share_and_goes_with_the_classifier_alone(data: Path) -> None:

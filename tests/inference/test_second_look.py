@@ -1,4 +1,4 @@
-"""Large frames of small cells: tiles that lose nothing at their edges, and are not used where nobody needs them."""
+"""Frames whose cells are too small or too large: tiles that lose nothing at their edges, close-ups put right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from agent.camera.simulated import render_training_field
 from agent.config import ModelsSection
 from agent.domain import Box, Detection
 from agent.inference.models import open_models
-from agent.inference.tiling import OVERLAP, find_in_parts, is_whole, places, plan_tiles
+from agent.inference.second_look import (
+    OVERLAP,
+    cut_at,
+    find_in_tiles,
+    is_close_up,
+    is_whole,
+    measure_red_cells,
+    places,
+    plan_tiles,
+    put_large_right,
+)
 
 SIDE_PX = 416
 CLASSIFIED = ("WBC", "platelet")
@@ -39,7 +49,11 @@ def test_every_cell_is_whole_in_some_tile(size_px: tuple[int, int]) -> None:
         assert inside, cell
 
 
-@pytest.mark.parametrize("most", [1, 4, 9, 16])
+def test_where_a_single_tile_is_allowed_there_is_none() -> None:
+    assert plan_tiles((4000, 3000), 40, SIDE_PX, 1) == ()
+
+
+@pytest.mark.parametrize("most", [4, 9, 16])
 def test_there_are_never_more_tiles_than_allowed_and_they_reach_every_edge(most: int) -> None:
     tiles = plan_tiles((4000, 3000), 40, SIDE_PX, most)
     assert 1 <= len(tiles) <= most
@@ -67,16 +81,13 @@ def test_a_box_at_an_inner_edge_of_its_tile_is_a_part_of_a_cell(box: Box, is_kep
 
 def test_what_is_too_wide_for_the_overlap_is_taken_from_the_whole_frame_and_small_cells_from_tiles() -> None:
     whole = (*(red(200 * k, 300) for k in range(1, 8)), Detection(Box(500, 500, 620, 620), "WBC", 0.8))
-    asked: list[Box] = []
+    tiles = (Box(0, 0, 600, 600), Box(400, 0, 1000, 600))
 
     def detect(tile: Box) -> tuple[Detection, ...]:
-        asked.append(tile)
-        return (red(tile.x_min + 50, tile.y_min + 50),)
+        return (red(tile.x_min + 50, tile.y_min + 50), red(tile.x_max - 30, tile.y_min + 50))
 
-    found, has_tiles = find_in_parts(whole, detect, CLASSIFIED, (1800, 1200), SIDE_PX, 16)
-    assert has_tiles
-    assert 2 <= len(asked) <= 16
-    assert [d.class_name for d in found] == ["WBC", *["RBC"] * len(asked)]
+    found = find_in_tiles(whole, detect, tiles, 30, (1000, 600), SIDE_PX)
+    assert [(d.class_name, d.box.x_min) for d in found] == [("WBC", 500), ("RBC", 50), ("RBC", 450), ("RBC", 970)]
 
 
 def test_cells_too_small_to_be_seen_at_all_are_looked_for_in_the_middle() -> None:
@@ -88,17 +99,43 @@ def test_cells_too_small_to_be_seen_at_all_are_looked_for_in_the_middle() -> Non
             return ()
         return tuple(red(tile.x_min + 100 + 60 * k, tile.y_min + 100, 20) for k in range(3))
 
-    found, has_tiles = find_in_parts((), detect, CLASSIFIED, (3000, 2000), SIDE_PX, 16)
-    assert [tile.width_px for tile in asked[:2]] == [1500, 750]
-    assert has_tiles
-    assert found
+    assert measure_red_cells((), detect, CLASSIFIED, (3000, 2000), SIDE_PX) == 20
+    assert [tile.width_px for tile in asked] == [1500, 750]
 
 
-def test_an_empty_small_frame_costs_nothing_more() -> None:
+def test_an_empty_small_frame_is_not_looked_at_closer() -> None:
     def detect(_tile: Box) -> tuple[Detection, ...]:
         raise AssertionError("looked again")
 
-    assert find_in_parts((), detect, CLASSIFIED, (640, 480), SIDE_PX, 16) == ([], False)
+    assert measure_red_cells((), detect, CLASSIFIED, (640, 480), SIDE_PX) is None
+
+
+@pytest.mark.parametrize(
+    ("hints", "is_one"),
+    [
+        ((Detection(Box(0, 0, 60, 40), "WBC", 0.3),), True),
+        ((Detection(Box(0, 0, 40, 40), "WBC", 0.9),), False),
+        ((Detection(Box(0, 0, 60, 40), "RBC", 0.9),), False),
+        ((), True),
+    ],
+)
+def test_a_close_up_is_a_frame_that_a_white_cell_fills_or_in_which_nothing_is_seen(
+    hints: tuple[Detection, ...], is_one: bool
+) -> None:
+    assert is_close_up(hints, CLASSIFIED, (100, 80)) == is_one
+
+
+def test_in_a_close_up_the_whole_cell_takes_the_place_of_its_nucleus() -> None:
+    nucleus, far = Detection(Box(30, 30, 70, 70), "WBC", 0.9), red(80, 80, 15)
+    cell, cut_red = Detection(Box(10, 10, 90, 90), "WBC", 0.6), red(60, 0, 40)
+    assert put_large_right((nucleus, far), (cell, cut_red), CLASSIFIED, (100, 100)) == (far, cell)
+
+
+@pytest.mark.parametrize(
+    ("box", "cut"), [(Box(-5, 10, 20, 120), Box(0, 10, 20, 80)), (Box(-9, -9, -1, -1), Box(0, 0, 0, 0))]
+)
+def test_what_reaches_over_the_frame_is_cut_at_its_edge(box: Box, cut: Box) -> None:
+    assert cut_at(box, (100, 80)) == cut
 
 
 def test_a_frame_of_nine_fields_is_found_to_hold_their_cells_each_once() -> None:
