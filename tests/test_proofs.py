@@ -128,6 +128,7 @@ def test_the_throughput_is_measured_and_what_is_below_a_bound_is_a_fault(tmp_pat
     assert len(verdict.costs) == throughput.ROUNDS + 1
     assert verdict.rows >= 2000
     assert verdict.shares
+    assert min(*verdict.drain_cpu_ms, *verdict.paho_cpu_ms) > 0
     assert max(verdict.growth_mb.values()) < throughput.MOST_GROWTH_MB, str(verdict)
     below = throughput.Verdict(
         intake={throughput.FIELDS: throughput.Intake(999, 2000, 0.5, 0.1)}, costs=[1.0, 1.6], shares=[0.7, 0.79, 0.9]

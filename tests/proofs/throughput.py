@@ -127,7 +127,7 @@ class Verdict:
 
     sync_ms: what the disk needed to sync 12 kB, median.
     costs: at each tenth of the rows what an append costs, as a multiple of that in a new outbox. shares: in each round
-    of draining, of what the paho loop reached.
+    of draining, of what the paho loop reached; drain_cpu_ms and paho_cpu_ms: processor time for each message.
     """
 
     field_bytes: int = 0
@@ -139,6 +139,8 @@ class Verdict:
     backlog: int = 0
     drained_per_s: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    drain_cpu_ms: list[float] = field(default_factory=list)
+    paho_cpu_ms: list[float] = field(default_factory=list)
     growth_mb: dict[str, float] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
@@ -165,7 +167,9 @@ class Verdict:
             lines.append(
                 f"drain: {self.backlog} fields, median {statistics.median(self.drained_per_s or [0]):.0f} fields/s, "
                 f"{statistics.median(self.shares):.0%} of a bare paho loop "
-                f"({min(self.shares):.0%} to {max(self.shares):.0%} in {len(self.shares)} rounds)"
+                f"({min(self.shares):.0%} to {max(self.shares):.0%} in {len(self.shares)} rounds); "
+                f"{statistics.median(self.drain_cpu_ms or [0]):.2f} ms of a core each, the paho loop "
+                f"{statistics.median(self.paho_cpu_ms or [0]):.2f} ms"
             )
         lines.append("memory: " + ", ".join(f"{grown:+.1f} MB in {name}" for name, grown in self.growth_mb.items()))
         return "\n".join((*lines, faults_in_words(self.faults)))
@@ -420,13 +424,23 @@ def measure_drain(folder: Path, backlog: int, verdict: Verdict) -> None:
         while outbox.depth() >= count:  # a publisher that is told to end has sent some more by then
             ours = drain(broker, place, outbox, count, memory)
             theirs = send_with_paho(broker, payloads, count)
-            verdict.drained_per_s.append(ours)
-            verdict.shares.append(ours / theirs)
+            verdict.drained_per_s.append(ours.per_s)
+            verdict.shares.append(ours.per_s / theirs.per_s)
+            verdict.drain_cpu_ms.append(ours.cpu_ms)
+            verdict.paho_cpu_ms.append(theirs.cpu_ms)
         verdict.growth_mb["draining"] = memory.growth_mb
 
 
-def drain(broker: Broker, folder: Path, outbox: Outbox, count: int, memory: Memory) -> float:
-    """Fields a second that left, from the start of a publisher until so many have, its connecting included."""
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Messages a second, and processor time of this process for each of them."""
+
+    per_s: float
+    cpu_ms: float
+
+
+def drain(broker: Broker, folder: Path, outbox: Outbox, count: int, memory: Memory) -> Sent:
+    """What left from the start of a publisher until so many have, its connecting included."""
     before = outbox.depth()
     publisher = Publisher(
         topics=TOPICS,
@@ -443,21 +457,21 @@ def drain(broker: Broker, folder: Path, outbox: Outbox, count: int, memory: Memo
         health=Health(),
         delivery=DELIVERY,
     )
-    begun_s = time.monotonic()
+    begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     publisher.start()
     try:
         while (left := before - outbox.depth()) < count:
             assert publisher.is_alive(), publisher.failure
             time.sleep(0.02)
             memory.read()
-        took_s = time.monotonic() - begun_s
+        took_s, took_cpu_s = time.monotonic() - begun_s, time.process_time() - begun_cpu_s
     finally:
         publisher.stop(0)
-    return left / took_s
+    return Sent(left / took_s, 1e3 * took_cpu_s / left)
 
 
-def send_with_paho(broker: Broker, payloads: Sequence[bytes], count: int) -> float:
-    """Messages a second: what the client library reaches by itself, with as many under way as the publisher has."""
+def send_with_paho(broker: Broker, payloads: Sequence[bytes], count: int) -> Sent:
+    """What the client library reaches by itself, with as many under way as the publisher has."""
     client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="bare", protocol=MQTTProtocolVersion.MQTTv5)
     window = BrokerSection().window
     client.max_inflight_messages_set(window)
@@ -467,7 +481,7 @@ def send_with_paho(broker: Broker, payloads: Sequence[bytes], count: int) -> flo
     properties.PayloadFormatIndicator = 1
     properties.ContentType = "application/json"
     topic = TOPICS.field(SAMPLE)
-    begun_s = time.monotonic()
+    begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     client.connect(broker.host, broker.port)
     client.loop_start()
     for payload in itertools.islice(itertools.cycle(payloads), count):
@@ -475,10 +489,10 @@ def send_with_paho(broker: Broker, payloads: Sequence[bytes], count: int) -> flo
         client.publish(topic, payload, qos=1, properties=properties)
     for _ in range(window):
         room.acquire()
-    took_s = time.monotonic() - begun_s
+    took_s, took_cpu_s = time.monotonic() - begun_s, time.process_time() - begun_cpu_s
     client.disconnect()
     client.loop_stop()
-    return count / took_s
+    return Sent(count / took_s, 1e3 * took_cpu_s / count)
 
 
 @contextmanager
