@@ -1,0 +1,60 @@
+"""The three classifiers of the study are exchanged by the name in the manifest: the agent opens any and asks it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
+
+from agent.config import ModelsSection  # noqa: E402
+from agent.inference.models import open_models  # noqa: E402
+from models.classifier import crops  # noqa: E402
+from models.classifier.export import ChannelsLast, write_entry  # noqa: E402
+from models.classifier.tuning import open_base  # noqa: E402
+from models.common.quantize import begin_folder, export_float, quantize_file  # noqa: E402
+from models.common.warm_start import save_norms  # noqa: E402
+from models.nets.cellnet import CellNet  # noqa: E402
+
+pytestmark = pytest.mark.train
+
+SIDE_PX = 64
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv2", "darknet-19-x0.5", "shufflenetv2-x0.5"])
+def test_a_folder_with_another_backbone_answers_as_its_net_and_can_be_learnt_from(
+    backbone: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    begin_folder(Path("models"), folder)
+    entry = json.loads((folder / "manifest.json").read_text())["classifier"]
+    wording = crops.Wording(entry["classes"], entry["morphology"]["attributes"])
+    torch.manual_seed(2)
+    net = CellNet(backbone, len(wording.classes), wording.sizes)
+    pictures = np.random.default_rng(1).integers(0, 256, (12, SIDE_PX, SIDE_PX, 3), np.uint8)
+    inputs = [picture[None].astype(np.float32) / 255 for picture in pictures]
+    batch = torch.from_numpy(np.concatenate(inputs)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        for _ in range(30):
+            net(batch)  # the norms learn what comes: else all that a deep net says is nearly nothing
+        net.eval().classes.weight.mul_(5)
+    file = f"classifier/{backbone.split('-')[0]}.tflite"
+    export_float(ChannelsLast(net), SIDE_PX, tmp_path / "float.tflite")
+    quantize_file(tmp_path / "float.tflite", folder / file, inputs)
+    save_norms(net, folder / file)
+    args = argparse.Namespace(version="9.9.9")
+    write_entry(folder, file, backbone, wording, args, "a test", {})
+
+    models = open_models(ModelsSection(folder=folder))
+    assert models.classifier.identity.name == backbone
+    with torch.inference_mode():
+        told = net(batch).classes.softmax(1).numpy()
+    for picture, shares in zip(pictures, told, strict=True):
+        answer = models.classifier.classify(np.ascontiguousarray(picture[..., ::-1]))
+        assert list(answer.probabilities.values()) == pytest.approx(shares, abs=0.1)
+    examples = [crops.Example(picture, (32, 32, 40, 40), 0, wording.no_attributes) for picture in pictures]
+    assert open_base(folder, examples).entry.name == backbone
