@@ -20,6 +20,7 @@ from agent.errors import ModelError
 from agent.inference.interpreter import Interpreter, Runtime
 from agent.inference.letterbox import Placement, letterbox
 from agent.inference.manifest import DetectorEntry, OutputTensor
+from agent.inference.merging import best_of_each, vote
 from agent.inference.quantization import PixelTable, dequantize, quantize
 from agent.inference.second_look import (
     SURROUNDINGS,
@@ -35,7 +36,7 @@ from agent.inference.second_look import (
 Floats = NDArray[np.float32]
 
 HINT = 0.2
-"""Least score of a box that tells how large the cells of a frame are."""
+"""Least score of a box that has a say in where a cell's sides are, and in how large the cells of a frame are."""
 
 SAME_CELL_OF_TILES = 0.5
 """IoU of two boxes of one cell from two tiles, where the manifest has no other."""
@@ -129,15 +130,15 @@ class Detector:
     def _found(self, pixels_bgr: Pixels, placement: Placement, least: float) -> tuple[Detection, ...]:
         """What the last run found in a picture, best score first."""
         boxes, scores, classes = self._decode(least)
-        height, width = pixels_bgr.shape[:2]
-        boxes = _to_frame(boxes, placement, width, height)
         order = np.argsort(-scores, kind="stable")
-        order = order[(boxes[order, 2:] - boxes[order, :2] > 0).all(1)]
         if self.entry.thresholds.same_cell_iou is not None:
             order = best_of_each(boxes, order, self.entry.thresholds.same_cell_iou)
+            boxes[order] = vote(boxes[order], classes[order], self._decode(HINT))
+        boxes = _to_frame(boxes, placement, pixels_bgr.shape[1], pixels_bgr.shape[0])
         return tuple(
             Detection(Box(*(float(v) for v in boxes[k])), self.entry.classes[classes[k]], float(scores[k]))
             for k in order
+            if (boxes[k, 2:] > boxes[k, :2]).all()
         )
 
     def _merge(self, found: Sequence[Detection]) -> tuple[Detection, ...]:
@@ -218,16 +219,3 @@ def _to_frame(boxes: Floats, placement: Placement, width_px: int, height_px: int
 def _sigmoid(values: Floats) -> Floats:
     shares: Floats = (1 / (1 + np.exp(-values))).astype(np.float32)
     return shares
-
-
-def best_of_each(boxes: Floats, order: NDArray[np.intp], most_overlap: float) -> NDArray[np.intp]:
-    """Of boxes that overlap more than `most_overlap` (IoU) the first in `order` stands."""
-    kept: list[int] = []
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    for index in order:
-        others = boxes[kept]
-        low, high = np.maximum(others[:, :2], boxes[index, :2]), np.minimum(others[:, 2:], boxes[index, 2:])
-        shared = np.clip(high - low, 0, None).prod(1)
-        if not (shared > most_overlap * (areas[kept] + areas[index] - shared)).any():
-            kept.append(int(index))
-    return np.array(kept, np.intp)

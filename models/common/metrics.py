@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.inference.detector import best_of_each
+from agent.inference.merging import best_of_each, box_overlaps
 
 OVERLAPS = np.arange(0.5, 0.96, 0.05)
 RECALLS = np.linspace(0, 1, 101)
@@ -32,16 +32,6 @@ class ClassFigures:
     recall: float
     map50: float
     map50_95: float
-
-
-def box_overlaps(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
-    """IoU of all pairs, (len(first), len(second))."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(2)
-    area_1 = (first[:, 2:] - first[:, :2]).prod(1)
-    area_2 = (second[:, 2:] - second[:, :2]).prod(1)
-    return shared / (area_1[:, None] + area_2[None] - shared + 1e-9)
 
 
 def merge_boxes(found: NDArray[np.float32], overlap: float) -> NDArray[np.float32]:

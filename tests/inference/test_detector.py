@@ -8,7 +8,7 @@ import pytest
 from agent.camera.simulated import render_training_field
 from agent.config import ModelsSection
 from agent.domain import Box, Detection
-from agent.inference.detector import _boxes, best_of_each
+from agent.inference.detector import _boxes
 from agent.inference.models import Models, open_models
 
 
@@ -76,8 +76,3 @@ def test_sharp_distributions_decode_to_their_bins() -> None:
     for side, distance in enumerate((1, 2, 3, 4)):
         bins[0, side, distance] = 50
     assert _boxes(bins.reshape(1, 64), np.array([[10.5, 20.5]], np.float32)).tolist() == [[9.5, 18.5, 13.5, 24.5]]
-
-
-def test_of_two_boxes_of_one_cell_the_better_stands() -> None:
-    boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [8, 0, 18, 10]], np.float32)
-    assert best_of_each(boxes, np.array([1, 0, 2]), 0.7).tolist() == [1, 2]
