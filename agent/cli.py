@@ -286,8 +286,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "what",
         metavar="SAMPLE",
-        help="the sample's id; list: names those that are here; cohort: compares samples by age band (--database); "
-        "key: the public key that signs here; verify FILE",
+        help="the sample's id; list: names those that are here; with --database cohort: compares samples by age band, "
+        "fleet: microscopes; key: the public key that signs here; verify FILE",
     )
     report.add_argument("file", nargs="?", type=Path, metavar="FILE", help="verify: a report; FILE.sig lies beside it")
     report.add_argument("--sign", action="store_true", help="write the signature beside --output (extra `report`)")

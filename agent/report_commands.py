@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from agent import RESEARCH_USE_ONLY
 from agent.analysis.cohort import compare
+from agent.analysis.fleet import compare_fleet
 from agent.collected import open_collected
 from agent.config import load_config, state_folder
 from agent.delivery.commands import TOKEN
@@ -24,6 +25,7 @@ from agent.files import whole_file
 from agent.report.cohort import compose_cohort, render_cohort
 from agent.report.device import read_device, reported_samples
 from agent.report.document import Document, compose
+from agent.report.fleet import compose_fleet, render_fleet
 from agent.report.render import render
 from agent.report.signature import ENDING, KEY_NAME, SignatureWrong, open_key, public_hex, sign, verify
 from agent.review import CROPS_FOLDER, CropStore, KeptCell
@@ -36,7 +38,7 @@ OK, SOME_FAILED = 0, 1
 
 def report(arguments: argparse.Namespace) -> int:
     """A sample on paper, the list of those that can be, the key that signs, or whether a signature holds."""
-    actions = {"list": _list, "key": _key, "verify": _verify, "cohort": _cohort}
+    actions = {"list": _list, "key": _key, "verify": _verify, "cohort": _cohort, "fleet": _fleet}
     if arguments.what in actions:
         return actions[arguments.what](arguments)
     _check_signing(arguments)
@@ -62,6 +64,27 @@ def _cohort(arguments: argparse.Namespace) -> int:
     document = compose_cohort(comparison, collected.left_out, asked, datetime.now(timezone.utc))
     words = f"{document['samples']} samples in {len(document['groups'])} age bands"
     return _hand_out(arguments, render_cohort(document, arguments.format), "cohort", words)
+
+
+def _fleet(arguments: argparse.Namespace) -> int:
+    """Each microscope beside the others, as they are now."""
+    faults = []
+    if arguments.database is None:
+        faults.append("--database: missing; it compares what was collected there")
+    for name in ("device", "since", "until"):
+        if getattr(arguments, name) is not None:
+            faults.append(f"--{name}: leave it out; all devices are compared, as they are now")
+    if faults:
+        raise ConfigError("hematovision report fleet", tuple(faults))
+    _check_signing(arguments)
+    now = datetime.now(timezone.utc)
+    with _collection(arguments) as collection:
+        fleet = collection.fleet(now, arguments.site)
+    standings = compare_fleet(fleet.devices)
+    document = compose_fleet(fleet.devices, standings, fleet.left_out, arguments.site, now)
+    out = sum(any(one.stands_out for one in listed) for listed in standings.values())
+    words = f"{len(fleet.devices)} devices, {out} stand out"
+    return _hand_out(arguments, render_fleet(document, arguments.format), "fleet", words)
 
 
 def _check_signing(arguments: argparse.Namespace) -> None:
@@ -139,7 +162,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _compose(arguments: argparse.Namespace) -> tuple[Document, Mapping[str, KeptCell]]:
     if not is_part(arguments.what):
-        fault = f"found {arguments.what!r}; allowed: a sample's id (a-z, 0-9 and hyphen), list, cohort, key or verify"
+        words = "a sample's id (a-z, 0-9 and hyphen), list, cohort, fleet, key or verify"
+        fault = f"found {arguments.what!r}; allowed: {words}"
         raise ConfigError("hematovision report", (fault,))
     if arguments.database is not None:
         with _collection(arguments) as collection:

@@ -97,9 +97,17 @@ def share_figure(class_name: str) -> Figure:
     )
 
 
+SHARE: Final = "share-"
+
+
 def share_name(class_name: str) -> str:
     """The name of its chart."""
-    return f"share-{class_name}"
+    return f"{SHARE}{class_name}"
+
+
+def figure_of(name: str) -> Figure:
+    """The figure of a chart. Raises KeyError for one of another version."""
+    return share_figure(name.removeprefix(SHARE)) if name.startswith(SHARE) else FIGURES[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,24 +296,33 @@ def _angle(count: int, of: int) -> tuple[float, float]:
 
 def _reading(figure: Figure, chart: Chart) -> FigureReading:
     usual, now, low, high = (
-        _shown(figure, value)
+        shown(figure, value)
         for value in (chart.mean, chart.average, chart.mean - chart.limit, chart.mean + chart.limit)
     )
     moved = None if chart.shift is None else _sentence(figure, chart.shift)
     return FigureReading(usual, now, low, high, figure.unit, moved)
 
 
-def _shown(figure: Figure, value: float) -> float:
+def shown(figure: Figure, value: float) -> float:
     """A value of the chart in the unit of the figure."""
     if figure.scale == "log":
         return math.exp(value)
     if figure.scale == "share":
         return 100 * math.sin(min(max(value, 0.0), math.pi / 2)) ** 2
-    return 100 * value
+    return 100 * min(max(value, 0.0), 1.0)
+
+
+def charted(figure: Figure, value: float) -> float:
+    """A value in the unit of the figure as it is charted."""
+    if figure.scale == "log":
+        return math.log(max(value, 1e-9))
+    if figure.scale == "share":
+        return math.asin(math.sqrt(min(max(value / 100, 0.0), 1.0)))
+    return value / 100
 
 
 def _sentence(figure: Figure, shift: Shift) -> str:
-    usual, now = (f"{_shown(figure, value):.3g}" for value in (shift.usual, shift.now))
+    usual, now = (f"{shown(figure, value):.3g}" for value in (shift.usual, shift.now))
     unit = {"ratio": "", "%": " %"}.get(figure.unit, f" ({figure.unit})")
     return f"{figure.words} moved from {usual} to {now}{unit} since {shift.since}: {figure.look_at}"
 

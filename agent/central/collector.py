@@ -4,6 +4,7 @@
        ^                                        |
        +--- PUBACK, ack/{receiver} <--- after --+
        +--- cmd/replay <----- holes in the numbers
+       +--- fleet/{receiver} <--- devices beside each other, every few minutes
 
 Rules
   * Nothing is acknowledged before it is committed: neither to the broker (PUBACK) nor to the device (`ack`). Killed at
@@ -28,6 +29,7 @@ from sqlalchemy import Engine
 
 from agent import systemd
 from agent.central.database import describe, migrate
+from agent.central.fleet import FLEET, FleetNews, look_at_fleet, standing_out
 from agent.central.ledger import Ack, Question
 from agent.central.settings import CollectorConfig
 from agent.central.store import Arrival, Outcome, Store
@@ -80,6 +82,16 @@ class Stop(Protocol):
     def wait(self, timeout_s: float) -> bool:
         """Sleep; True as soon as the end is asked for."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What is to be said at the broker."""
+
+    topic: str
+    payload: bytes
+    expiry_s: int | None = None
+    is_retained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +167,12 @@ class Collector:
         self._database_backoff.reset()
         self._tell("collecting")
         return outcome
+
+    def fleet_news(self, *, all_that_stands: bool = False) -> list[FleetNews]:
+        """What stands out among the devices and was not told yet, or all of it. Raises StoreUnavailable."""
+        if all_that_stands:
+            return standing_out(self._engine, self._settings.site)
+        return look_at_fleet(self._engine, self._settings.receiver, self._settings.site, self._now())
 
     def database_pause_s(self) -> float:
         return self._database_backoff.next_s()
@@ -248,10 +266,11 @@ class _Service:
         self._collector = collector
         self._link = link
         self._held: list[_Held] = []
-        self._outgoing: dict[tuple[str, ...], tuple[str, bytes, int | None]] = {}
+        self._outgoing: dict[tuple[str, ...], _Word] = {}
         self._under_way: set[int] = set()
         self._try_again_at_s = 0.0
         self._ask_at_s = 0.0
+        self._compare_at_s = 0.0
         self._has_greeted = False
         self._complaints: set[str] = set()
 
@@ -268,6 +287,7 @@ class _Service:
             if self._held and time.monotonic() >= self._try_again_at_s:
                 self._commit()
             self._look_after_gaps()
+            self._compare_devices()
         if link.is_closed:
             reason = "another collector has the same client_id" if link.is_taken_over else link.closed_reason
             self._collector.tell(f"connection to the broker lost: {reason}", logging.WARNING)
@@ -281,7 +301,8 @@ class _Service:
         for published in self._link.turn(timeout_s):
             self._under_way.discard(published.mid)
             if not published.is_taken:
-                ours = f"+/+/ack/{self._collector.settings.receiver} and +/+/cmd/replay"
+                name = self._collector.settings.receiver
+                ours = f"+/+/ack/{name}, +/+/cmd/replay and +/+/fleet/{name}"
                 self._complain(f"the broker refuses what we publish ({published.reason}): let us write to {ours}")
         for answer in self._link.take_subscribed():
             if not answer.is_granted:
@@ -324,8 +345,10 @@ class _Service:
 
     def _greet(self) -> None:
         """Tell all devices what is here: an acknowledgement may have been lost with the last connection."""
+        compares = self._collector.settings.fleet_every_s > 0
         try:
             acks = self._collector.store.acks()
+            standing = self._collector.fleet_news(all_that_stands=True) if compares else []
         except StoreUnavailable as error:
             self._collector.tell_database(error)
             return
@@ -333,6 +356,26 @@ class _Service:
         self._collector.tell("collecting")
         for ack in acks:
             self._put_ack(ack)
+        for news in standing:
+            self._put_news(news)
+
+    def _compare_devices(self) -> None:
+        every_s = self._collector.settings.fleet_every_s
+        if every_s == 0 or not self._has_greeted or self._held or time.monotonic() < self._compare_at_s:
+            return
+        self._compare_at_s = time.monotonic() + every_s
+        try:
+            for news in self._collector.fleet_news():
+                words = "stands out no more" if news.body is None else f"stands out: {news.body['message']}"
+                logger.info("%s %s", news.place, words)
+                self._put_news(news)
+        except StoreUnavailable as error:
+            self._collector.tell_database(error)
+
+    def _put_news(self, news: FleetNews) -> None:
+        topic = f"{news.place.base}/{FLEET}/{self._collector.settings.receiver}"
+        payload = b"" if news.body is None else serialise(news.body)
+        self._outgoing[topic,] = _Word(topic, payload, is_retained=True)
 
     def _look_after_gaps(self) -> None:
         if time.monotonic() < self._ask_at_s or self._held:
@@ -348,7 +391,7 @@ class _Service:
                 "%s: asked for %s %d to %d", question.place, question.stream, question.span.first, question.span.last
             )
             topic, body = replay_command(question)
-            self._outgoing[topic, question.transaction] = (topic, serialise(body), COMMAND_EXPIRY_S)
+            self._outgoing[topic, question.transaction] = _Word(topic, serialise(body), COMMAND_EXPIRY_S)
 
     def _put_ack(self, ack: Ack) -> None:
         """Only the newest word for each numbering of a stream is worth sending."""
@@ -356,14 +399,15 @@ class _Service:
         topic, body = ack_message(ack, receiver, self._collector.now())
         key = (topic, ack.stream, str(ack.boot))
         self._outgoing.pop(key, None)
-        self._outgoing[key] = (topic, serialise(body), None)
+        self._outgoing[key] = _Word(topic, serialise(body))
 
     def _send(self) -> None:
         """No more under way than the broker takes."""
         while self._outgoing and len(self._under_way) < self._link.window and not self._link.is_closed:
             key = next(iter(self._outgoing))
-            topic, payload, expiry_s = self._outgoing.pop(key)
-            self._under_way.add(self._link.publish(topic, payload, expiry_s=expiry_s))
+            word = self._outgoing.pop(key)
+            mid = self._link.publish(word.topic, word.payload, retain=word.is_retained, expiry_s=word.expiry_s)
+            self._under_way.add(mid)
 
 
 # ------------------------------------------------------------------------------------------------------- the words

@@ -20,6 +20,7 @@ from agent.central import tables
 from agent.central.cohort import Collected, read_cohort
 from agent.central.database import check_schema, describe, explained, open_database
 from agent.central.export import PORTION_ROWS, Selection
+from agent.central.fleet import Fleet, read_fleet
 from agent.central.intake import Place
 from agent.central.ledger import is_of
 from agent.errors import ConfigError
@@ -92,6 +93,10 @@ class Collection:
     ) -> Collected:
         """The ended samples, to be compared by age band. since, until: of their newest reports."""
         return read_cohort(self.engine, Selection(site, device, since=since, until=until))
+
+    def fleet(self, now: datetime, site: str | None = None) -> Fleet:
+        """What each device said last of the figures that it watches, to be compared."""
+        return read_fleet(self.engine, site, now)
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class CollectorConfig(Section):
     """h; how long the broker keeps our session while we are away (MQTT 5; with 3.1.1 the broker decides)."""
     window: Annotated[int, Field(ge=1, le=10000)] = 1000
     """Messages that the broker may send before we have acknowledged them, and that one commit may hold (MQTT 5)."""
+    fleet_every_s: Annotated[float, Field(ge=0, le=86400)] = 300
+    """s; how often the devices are compared, and what stands out is told on fleet/{receiver}; 0 = never."""
     database: DatabaseSection = DatabaseSection()
     broker: BrokerSection = BrokerSection()
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -42,8 +42,8 @@ KINDS = (
 )
 """The kinds of message that a device sends."""
 
-SCHEMAS = (*KINDS, "ack")
-"""The kinds that have a schema in `schemas/`: what receivers send to a device too."""
+SCHEMAS = (*KINDS, "ack", "fleet")
+"""The kinds that have a schema in `schemas/`: what receivers say to and of a device too."""
 
 Severity = Literal["info", "warning", "error"]
 

@@ -508,7 +508,10 @@ def acl(site: str, clients: Sequence[Client]) -> str:
             *(f"write {base}/{name}/{topic}" for topic in DEVICE_WRITES),
             *(f"read {base}/{name}/{topic}" for topic in DEVICE_READS),
         ),
-        "receiver": lambda name: (f"read {base}/#", f"write {base}/+/ack/{name}", f"write {base}/+/cmd/replay"),
+        "receiver": lambda name: (
+            f"read {base}/#",
+            *(f"write {base}/+/{words}" for words in (f"ack/{name}", "cmd/replay", f"fleet/{name}")),
+        ),
         "operator": lambda _name: (f"read {base}/#", f"write {base}/+/cmd/+"),
     }
     lines = ["# Written by make-site.sh from the folders devices, receivers, operators: the next run overwrites it."]

@@ -106,12 +106,13 @@ def test_only_operators_send_commands_and_the_collector_may_ask_for_what_it_miss
     collector, anna = person("receiver", "collector"), person("operator", "anna")
     names = ("start", "reload", "model.activate", "replay")
     topics = [*(f"{ONE}/cmd/{name}" for name in names), f"{ONE}/ack/collector", f"{ONE}/ack/anna", f"{ONE}/field/s1"]
+    topics += [f"{ONE}/fleet/collector", f"{ONE}/fleet/anna", f"{ONE}/alert/drift"]
 
     def may(somebody: Person) -> set[str]:
         return {topic for topic, code in somebody.codes(*topics).items() if code in SUCCESS}
 
     assert may(anna) == {f"{ONE}/cmd/{name}" for name in names}
-    assert may(collector) == {f"{ONE}/cmd/replay", f"{ONE}/ack/collector"}
+    assert may(collector) == {f"{ONE}/cmd/replay", f"{ONE}/ack/collector", f"{ONE}/fleet/collector"}
 
 
 def test_the_collector_and_operators_read_everything_of_the_site(person: Meet) -> None:

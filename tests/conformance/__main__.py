@@ -12,7 +12,7 @@ from .asking import Desk, ask_harmless, ask_retained, ask_samples
 from .clauses import Findings, read_clauses
 from .ears import Access, Ears, Unreachable
 from .listening import judge_all
-from .receiving import judge_receiver
+from .receiving import judge_fleet, judge_receiver
 
 NEEDS_SAMPLES = ("6.1", "6.2", "6.3", "6.5", "6.6", "6.7")
 NEEDS_DISTURBING = ("2.2", "2.3", "7.3")
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.receiver is not None:
             judge_receiver(ears, base, options.receiver, findings)
+            judge_fleet(ears.heard, base, options.receiver, findings)
             chosen = [clause for clause in clauses.values() if clause.is_for_receivers]
         else:
             if not judge_device(access, ears, base, findings, options):

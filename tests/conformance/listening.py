@@ -19,6 +19,9 @@ from .clauses import Findings
 from .ears import Heard
 
 RETAINED = frozenset({"state", "info", "health", "sample", "differential", "alert"})
+RECEIVERS = ("cmd", "ack", "fleet")
+"""Said to or of a device, by others."""
+
 NUMBERED = ("field", "cell", "event", "differential", "audit")
 PICTURES = "image"
 
@@ -29,7 +32,7 @@ _TIME_KEYS = frozenset({"at", "captured_at", "started_at", "since", "opened_at",
 
 def judge_all(heard: Sequence[Heard], findings: Findings, base: str, *, is_v5: bool) -> None:
     """All that listening shows. The kit's own commands are not the device's and are passed over."""
-    own = [one for one in heard if one.kind and one.kind not in ("cmd", "ack")]
+    own = [one for one in heard if one.kind and one.kind not in RECEIVERS]
     judge_form(own, findings, base, is_v5=is_v5)
     bodies = [(one, one.body) for one in own if one.body is not None]
     judge_numbers(bodies, findings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
@@ -19,6 +20,7 @@ RECEIVER_S = 30.0
 QUIET_S = 5.0
 
 ACK = jsonschema.Draft202012Validator(load_schema("ack"))
+FLEET = jsonschema.Draft202012Validator(load_schema("fleet"))
 
 
 def judge_receiver(ears: Ears, base: str, receiver: str, findings: Findings) -> None:
@@ -54,6 +56,18 @@ def judge_receiver(ears: Ears, base: str, receiver: str, findings: Findings) -> 
     findings.look(
         "9.2", _wait(ears, topic, boot, 5, RECEIVER_S, since) is not None, "the gap is filled, 5 is not acknowledged"
     )
+
+
+def judge_fleet(heard: Sequence[Heard], base: str, receiver: str, findings: Findings) -> None:
+    """Clause 9.5: each word about the device. Whether it is retained shows in what lay there before we came."""
+    for one in heard:
+        if one.topic != f"{base}/fleet/{receiver}" or one.payload == b"":
+            continue
+        body = one.body or {}
+        faults = [error.message for error in FLEET.iter_errors(body)]
+        findings.look("9.5", not faults, f"{one.topic}: {'; '.join(faults)}")
+        is_own = (f"hv/1/{body.get('site')}/{body.get('device')}", body.get("receiver")) == (base, receiver)
+        findings.look("9.5", is_own, f"{one.topic}: speaks for {body.get('receiver')} of {body.get('device')}")
 
 
 def _send_event(ears: Ears, base: str, boot: int, seq: int, *, historical: bool = False) -> None:

@@ -23,7 +23,7 @@ from agent.delivery.topics import Topics
 from .clauses import Findings, read_clauses
 from .ears import Access, Ears, Heard
 from .listening import judge_all
-from .receiving import judge_receiver
+from .receiving import judge_fleet, judge_receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "hv/1/lab/scope"
@@ -118,6 +118,35 @@ def test_a_receiver_that_acknowledges_nothing_fails(mosquitto: Any, monkeypatch:
     finally:
         ears.close()
     assert [findings.result(number) for number in ("9.1", "9.2", "9.3")] == ["FAIL", "not tested", "not tested"]
+
+
+def fleet_heard(**changes: Any) -> Heard:
+    figure = {"name": "ground-red", "unit": "ratio", "here": 2.0, "others": 1.1, "low": 0.9, "high": 1.3, "devices": 4}
+    body = {
+        "schema": "hv/1/fleet",
+        "receiver": "central",
+        "site": "lab",
+        "device": "kit",
+        "severity": "warning",
+        "at": "2026-11-27T08:00:00.000Z",
+        "since": "2026-11-27T08:00:00.000Z",
+        "message": "words",
+        "ruo": True,
+        "figures": [figure],
+        **changes,
+    }
+    payload = json.dumps(body).encode()
+    return Heard("hv/1/lab/kit/fleet/central", "fleet", payload, 1, True, None, None, 0.0, body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "result"),
+    [({}, "pass"), ({"figures": []}, "FAIL"), ({"device": "other"}, "FAIL"), ({"receiver": "other"}, "FAIL")],
+)
+def test_a_receivers_word_about_the_fleet_is_held_to_its_clause(changes: dict[str, Any], result: str) -> None:
+    findings = Findings()
+    judge_fleet([fleet_heard(**changes)], "hv/1/lab/kit", "central", findings)
+    assert findings.result("9.5") == result
 
 
 def test_a_device_that_is_not_there_is_told(mosquitto: Any) -> None:

@@ -1,8 +1,9 @@
 """How often the drift monitor cries without a cause, and how soon with one: `python -m tests.proofs.drift`.
 
 First numbers alone: a laboratory whose slides differ as slides do, in focus, colours and patients, undisturbed and then
-with one thing changed. Then the whole way: simulated slides through gate, detector and classifier as they ship. Fails
-(exit 1) when undisturbed fields raise more alarms than the bound, or a disturbance is not told.
+with one thing changed; and fleets of devices. Then the whole way: simulated slides through gate, detector and
+classifier as they ship. Fails (exit 1) when undisturbed fields or fleets raise more alarms than the bound, or a
+disturbance is not told.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from agent.analysis.drift import DriftMemory, DriftPlan, drift_plan, follow_end, follow_field, read_drift
+from agent.analysis.drift import (
+    FIGURES,
+    DriftMemory,
+    DriftPlan,
+    charted,
+    drift_plan,
+    follow_end,
+    follow_field,
+    read_drift,
+    share_figure,
+    share_name,
+    shown,
+)
+from agent.analysis.fleet import NOT_COMPARED, FleetDevice, WatchedFigure, compare_fleet
 from agent.camera.hashing import hash_pixels
 from agent.camera.simulated import DEFAULT_SHARES, CellDensity, SimulatedSlide
 from agent.camera.smear import SmearStyle
@@ -49,6 +63,8 @@ PROVENANCE = Provenance(
 CLASSES = tuple(DEFAULT_SHARES)
 ALARMS_AT_MOST = 1
 """In each laboratory, of the fields that are asked for with --fields."""
+CRYING_FLEETS_AT_MOST = 0.02
+"""Share of fleets in which an undisturbed device stands out, where devices differ by one least shift or less."""
 
 
 # ------------------------------------------------------------------------------------------------------- numbers alone
@@ -212,6 +228,44 @@ def prove_numbers(fields: int, laboratories: int, repeats: int, cells: int) -> l
     return faults
 
 
+# ------------------------------------------------------------------------------------------------------- the fleet
+
+
+def fleet_of(count: int, spread: float, rng: Generator, off: float = 0.0) -> list[FleetDevice]:
+    """Devices that differ by so many least shifts of each figure (standard deviation); the first is off in one."""
+    figures = {name: figure for name, figure in FIGURES.items() if name not in NOT_COMPARED}
+    figures |= {share_name(name): share_figure(name) for name in CLASSES}
+    devices = []
+    for number in range(count):
+        watched = {}
+        for name, figure in figures.items():
+            usual = charted(figure, {"log": 1.0, "share": 15.0, "plain": 92.0}[figure.scale])
+            shift = spread * rng.normal() + (off if number == 0 and name == "stain-density" else 0.0)
+            value = usual + figure.least * shift
+            ends = (value, value - figure.least, value + figure.least)
+            watched[name] = WatchedFigure(*(shown(figure, end) for end in ends))
+        devices.append(FleetDevice(("lab", f"scope-{number}"), "m", watched))
+    return devices
+
+
+def prove_fleet(fleets: int) -> list[str]:
+    faults = []
+    for count in (4, 6, 10, 20):
+        for spread in (0.5, 1.0, 2.0):
+            rng = np.random.default_rng(count)
+            cried = told = 0
+            for _ in range(fleets):
+                standing = compare_fleet(fleet_of(count, spread, rng))
+                cried += any(one.stands_out for listed in standing.values() for one in listed)
+                first = compare_fleet(fleet_of(count, spread, rng, off=15.0))["lab", "scope-0"]
+                told += any(one.stands_out and one.name == "stain-density" for one in first)
+            words = f"{count} devices that differ by {spread:g} least shifts"
+            print(f"{words}: one cries in {cried / fleets:.1%} of the fleets; off by 15 is told in {told / fleets:.0%}")
+            if spread <= 1 and cried / fleets > CRYING_FLEETS_AT_MOST:
+                faults.append(f"{words}: {cried / fleets:.1%} cry without a cause")
+    return faults
+
+
 # --------------------------------------------------------------------------------------------------- the whole way
 
 SIZE_PX = (1280, 960)
@@ -304,12 +358,15 @@ def main() -> int:
     parser.add_argument("--laboratories", type=int, default=5, help="numbers alone: how many; 0 = not at all")
     parser.add_argument("--repeats", type=int, default=25, help="of each disturbance")
     parser.add_argument("--cells", type=int, default=100, help="nucleated cells of a slide")
+    parser.add_argument("--fleets", type=int, default=300, help="of each kind; 0 = not at all")
     parser.add_argument("--slides", type=int, default=6, help="the whole way: slides at most; 0 = not at all")
     asked = parser.parse_args()
     begun_s = time.monotonic()
     faults = []
     if asked.laboratories:
         faults += prove_numbers(asked.fields, asked.laboratories, asked.repeats, asked.cells)
+    if asked.fleets:
+        faults += prove_fleet(asked.fleets)
     if asked.slides:
         faults += prove_the_whole_way(asked.slides)
     print(f"{len(faults)} faults ({time.monotonic() - begun_s:.0f} s)", *faults, sep="\n  ")
