@@ -14,6 +14,9 @@ from agent.inference.interpreter import Interpreter, Runtime
 from agent.inference.manifest import ClassifierEntry, OutputTensor
 from agent.inference.quantization import PixelTable, dequantize
 
+Logits = Mapping[str, NDArray[np.float64]]
+"""By kind of output."""
+
 
 class Classifier:
     """Names cells one by one (a batch is no faster on these runtimes). Owned by one thread."""
@@ -42,34 +45,46 @@ class Classifier:
         """What one square crop shows.
 
         crop_bgr: uint8, (side, side, 3), B G R, any side; resized to the input. Probabilities: softmax of the logits
-        over the manifest's temperature, in the manifest's class order; attributes: softmax over their values.
+        over the manifest's temperature, in the manifest's class order; attributes: softmax over their values. A cell
+        that is named with less than the manifest's `sure_probability` is asked about mirrored and upside down too, and
+        the mean of the logits answers: a cell has no up and no left.
         """
         side_px = self.entry.input.shape[1]
         how = cv2.INTER_AREA if crop_bgr.shape[0] > side_px else cv2.INTER_LINEAR
         crop: Pixels = np.asarray(cv2.resize(crop_bgr, (side_px, side_px), interpolation=how), np.uint8)
         if self.entry.input.colour_order == "RGB":
             crop = crop[..., ::-1]
-        self._interpreter.run(self._to_input(crop)[None])
-        shares = _softmax(self._logits("class_logits") / self.entry.thresholds.temperature)
+        logits = self._ask(crop)
+        shares = self._shares(logits)
+        if shares.max() < self.entry.thresholds.sure_probability:
+            views = [logits, *(self._ask(view) for view in (crop[:, ::-1], crop[::-1], crop[::-1, ::-1]))]
+            logits = {kind: np.mean([view[kind] for view in views], axis=0) for kind in logits}
+            shares = self._shares(logits)
         best = int(shares.argmax())
         probabilities = dict(zip(self.entry.classes, shares.tolist(), strict=True))
         return Classification(
             self.entry.classes[best],
             float(shares[best]),
             MappingProxyType(probabilities),
-            self._cell_probability(),
-            self._morphology(),
+            _cell_probability(logits),
+            self._morphology(logits),
         )
 
-    def _cell_probability(self) -> float:
-        if "cell_logit" not in self._outputs:
-            return 1.0
-        return float(1 / (1 + np.exp(-self._logits("cell_logit")[0])))
+    def _ask(self, crop: Pixels) -> Logits:
+        """The logits of each output for a crop of the input's size and colour order."""
+        self._interpreter.run(self._to_input(crop)[None])
+        return {
+            kind: dequantize(self._interpreter.output(output.name)[0], output).astype(np.float64)
+            for kind, output in self._outputs.items()
+        }
 
-    def _morphology(self) -> Mapping[str, Attribute]:
+    def _shares(self, logits: Logits) -> NDArray[np.float64]:
+        return _softmax(logits["class_logits"] / self.entry.thresholds.temperature)
+
+    def _morphology(self, said: Logits) -> Mapping[str, Attribute]:
         if self.entry.morphology is None:
             return NO_MORPHOLOGY
-        logits, found, start = self._logits("attribute_logits"), {}, 0
+        logits, found, start = said["attribute_logits"], {}, 0
         for name, values in self.entry.morphology.attributes.items():
             shares = _softmax(logits[start : start + len(values)])
             best = int(shares.argmax())
@@ -77,9 +92,11 @@ class Classifier:
             start += len(values)
         return MappingProxyType(found)
 
-    def _logits(self, kind: str) -> NDArray[np.float64]:
-        output = self._outputs[kind]
-        return dequantize(self._interpreter.output(output.name)[0], output).astype(np.float64)
+
+def _cell_probability(logits: Logits) -> float:
+    if "cell_logit" not in logits:
+        return 1.0
+    return float(1 / (1 + np.exp(-logits["cell_logit"][0])))
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -79,6 +79,8 @@ class ClassifierThresholds(ManifestPart):
     """Logits are divided by this before the softmax (Guo et al. 2017, arXiv 1706.04599)."""
     min_cell_probability: Share = 0.0
     """Below it the crop is taken for something that has no name: debris, a smudge, a red cell."""
+    sure_probability: Share = 0.0
+    """A cell named with less is looked at from four sides; 0 = none is."""
 
 
 class Crop(ManifestPart):

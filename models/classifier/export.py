@@ -29,6 +29,9 @@ KINDS = {
     "attribute_logits": "logit of each value of each attribute, attribute by attribute",
     "cell_logit": "logit of: this is a cell that has a name",
 }
+SURE_PROBABILITY = 0.99
+"""One PBC `val` cell in eight is named with less. A look from four sides at these makes of the 95 % surest names 0.9975
+right where it was 0.9956, as much as a look at all cells does; from eight sides brings no more."""
 WORDING = Path(__file__).with_name("wording.yaml")
 
 
@@ -93,7 +96,12 @@ def write_entry(
         outputs=described,
         classes=wording.classes,
         crop={"margin": crops.MARGIN},
-        thresholds={"min_probability": 0.5, "temperature": 1.0, "min_cell_probability": 0.5},
+        thresholds={
+            "min_probability": 0.5,
+            "temperature": 1.0,
+            "min_cell_probability": 0.5,
+            "sure_probability": SURE_PROBABILITY,
+        },
         morphology={"attributes": wording.values, **yaml.safe_load(WORDING.read_text())},
         data=f"{sources}; attributes: WBCAtt; the simulated slide",
         command=command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,7 @@ import pytest
 
 from agent.camera.simulated import render_training_crop
 from agent.config import ModelsSection
+from agent.inference.classifier import Classifier
 from agent.inference.models import Models, open_models
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -64,3 +66,34 @@ def test_an_empty_field_of_glass_is_no_cell(models: Models) -> None:
     cell = render_training_crop(np.random.default_rng(2), "neutrophil", 128)[..., ::-1]
     assert models.classifier.classify(glass).cell_probability < 0.5
     assert models.classifier.classify(np.ascontiguousarray(cell)).cell_probability > 0.5
+
+
+def asked_from_four_sides(models: Models, sure_probability: float) -> Classifier:
+    entry = models.classifier.entry
+    thresholds = entry.thresholds.model_copy(update={"sure_probability": sure_probability})
+    classifier = copy.copy(models.classifier)
+    classifier.entry = entry.model_copy(update={"thresholds": thresholds})
+    return classifier
+
+
+def test_a_doubtful_cell_is_looked_at_from_four_sides_and_their_mean_answers(models: Models) -> None:
+    crop = np.random.default_rng(3).integers(0, 256, (90, 90, 3), np.uint8)
+    once, always = asked_from_four_sides(models, 0.0), asked_from_four_sides(models, 1.0)
+    sides = [np.ascontiguousarray(view) for view in (crop, crop[:, ::-1], crop[::-1], crop[::-1, ::-1])]
+    logs = np.mean([np.log(list(once.classify(side).probabilities.values())) for side in sides], axis=0)
+    shares = np.exp(logs) / np.exp(logs).sum()
+    assert list(always.classify(crop).probabilities.values()) == pytest.approx(shares, abs=1e-6)
+    assert list(once.classify(crop).probabilities.values()) != pytest.approx(shares, abs=1e-3)
+    for side in sides:
+        assert always.classify(side).probabilities == pytest.approx(always.classify(crop).probabilities, abs=1e-6)
+
+
+def test_a_sure_cell_is_looked_at_once(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    crop = np.random.default_rng(3).integers(0, 256, (90, 90, 3), np.uint8)
+    probability = asked_from_four_sides(models, 0.0).classify(crop).probability
+    for sure, looks in ((probability - 0.01, 1), (probability + 0.01, 4)):
+        classifier, runs = asked_from_four_sides(models, sure), []
+        ask = classifier._ask
+        monkeypatch.setattr(classifier, "_ask", lambda view, ask=ask, runs=runs: runs.append(1) or ask(view))
+        classifier.classify(crop)
+        assert len(runs) == looks
