@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -22,12 +23,13 @@ import jsonschema
 import paho.mqtt.client as mqtt
 import pytest
 
-from agent.config import BrokerSection
-from agent.delivery.link import BrokerLink, Will, open_link
+from agent.config import BrokerSection, DeliverySection
+from agent.delivery.link import Acknowledged, BrokerLink, Waker, Will, open_link
 from agent.delivery.messages import Draft, event_draft, health_body, info_body, load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import Backoff, Publisher
 from agent.delivery.topics import Topics
+from agent.delivery.window import Documents, Window
 from agent.domain import AgentState, ClockReading
 from agent.errors import BrokerRefused, BrokerUnavailable, OutboxError
 from agent.health import Health, MachineReading
@@ -224,6 +226,70 @@ def test_documents_come_first_and_rows_in_order_and_all_are_valid(
     assert bench.health.snapshot().outbox_depth == 0
     properties = heard[3].properties
     assert (properties.ContentType, properties.PayloadFormatIndicator) == ("application/json", 1)
+
+
+class Wire:
+    """A link whose broker answers the messages one by one, as often as it is looked at, and then falls silent."""
+
+    window = 20
+    is_closed = False
+    max_packet_bytes = None
+
+    def __init__(self, most_answers: int) -> None:
+        self.sent: list[bytes] = []
+        self._answered = 0
+        self._most_answers = most_answers
+
+    def packet_bytes(self, _topic: str, payload: bytes) -> int:
+        return len(payload)
+
+    def publish(self, _topic: str, payload: bytes) -> int:
+        self.sent.append(payload)
+        return len(self.sent)
+
+    def turn(self, _longest_s: float, _wake_fd: int) -> list[Acknowledged]:
+        if self._answered == min(self._most_answers, len(self.sent)):
+            return []
+        self._answered += 1
+        return [Acknowledged(self._answered, 0, "Success")]
+
+
+def make_window(bench: Bench) -> Window:
+    return Window(
+        bench.outbox,
+        Documents(),
+        TOPICS,
+        delivery=DeliverySection(),
+        limit=20,
+        monotonic_ns=time.monotonic_ns,
+        now=lambda: AT,
+    )
+
+
+def test_acknowledged_rows_leave_together_and_at_the_latest_when_the_broker_falls_silent(bench: Bench) -> None:
+    bench.append(40)
+    window = make_window(bench)
+    wire: Any = Wire(most_answers=25)
+    window.begin(wire)
+    depths = []
+    with contextlib.closing(Waker()) as waker:
+        for _ in range(26):
+            window.fill(wire)
+            window.turn(wire, waker)
+            depths.append(bench.outbox.depth())
+    assert depths == [40] * 9 + [30] * 10 + [20] * 6 + [15]
+
+
+def test_the_last_acknowledged_rows_leave_at_once(bench: Bench) -> None:
+    bench.append(3)
+    window = make_window(bench)
+    wire: Any = Wire(most_answers=3)
+    window.begin(wire)
+    window.fill(wire)
+    with contextlib.closing(Waker()) as waker:
+        for _ in range(3):
+            window.turn(wire, waker)
+    assert bench.outbox.depth() == 0
 
 
 def test_a_late_subscriber_finds_state_info_and_health_retained(bench: Bench, mosquitto: Any, subscriber: Any) -> None:
