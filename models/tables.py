@@ -1,6 +1,6 @@
 """The tables of the model cards, as Markdown, from figures that `models.evaluate --json` has printed.
 
-    for what in detector classifier two-stage microscopes framings no-cell; do
+    for what in detector large-frames close-ups classifier two-stage eight-classes microscopes framings no-cell; do
         python -m models.evaluate $what --json > runs/figures/$what.json
         python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
     done
@@ -85,7 +85,12 @@ def draw_detector(figures: Figures, other: Figures | None) -> None:
             for name, f in group.items()
         ),
     )
-    classes = [name for name in group if name != "all"]
+    draw_groups(figures, other)
+
+
+def draw_groups(figures: Figures, _other: Figures | None) -> None:
+    """mAP50 of each class, and the means, a row for each group of fields."""
+    classes = list(dict.fromkeys(name for found in figures["groups"].values() for name in found if name != "all"))
     rows = []
     for name, found in figures["groups"].items():
         by_class = [found[c]["map50"] if c in found else "-" for c in classes]
@@ -167,6 +172,8 @@ def draw_robustness(figures: Figures, _other: Figures | None) -> None:
 
 TABLES: dict[str, Callable[[Figures, Figures | None], None]] = {
     "detector": draw_detector,
+    "large-frames": draw_groups,
+    "close-ups": draw_groups,
     "classifier": draw_names,
     "two-stage": draw_names,
     "eight-classes": draw_eight_classes,
