@@ -15,6 +15,7 @@ import cv2
 from agent.analysis.annotation import annotate
 from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import assess_quality
+from agent.bench import Bench, make_bench
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
 from agent.camera.decoding import MIN_CROP_SIDE_PX, decode_file
 from agent.camera.replay import PICTURE_SUFFIXES, list_pictures, printable
@@ -24,7 +25,7 @@ from agent.domain import Classification, FieldResult, SampleState
 from agent.errors import CameraError, FrameUnreadable, HematoVisionError
 from agent.inference.models import Models
 from agent.machine import read_clock
-from agent.pipeline import Bench, Stopwatch, add_field, analyse_frame, make_bench
+from agent.pipeline import Stopwatch, add_field, analyse_frame
 
 SAMPLE_ID = "infer"
 """The sample of cell ids where the configuration names none."""

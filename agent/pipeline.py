@@ -13,7 +13,6 @@ waits (or its newest frame wins): nothing that was counted is lost.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import queue
@@ -27,11 +26,10 @@ from dataclasses import field as with_default
 from datetime import datetime, timezone
 from types import MappingProxyType
 
-import agent
-from agent.analysis.cells import NamingRules, count_cells, name_cell, place_on_slide, typical_red_cell_px
+from agent.analysis.cells import count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.analysis.crops import cut_crop, encode_jpeg
-from agent.analysis.differential import NUCLEATED, Chamber, Confusion, Rules, kinds_in_order, sum_areas
-from agent.analysis.drift import DriftMemory, DriftPlan, drift_plan, follow_end, follow_field, read_drift
+from agent.analysis.differential import sum_areas
+from agent.analysis.drift import DriftMemory, DriftPlan, follow_end, follow_field, read_drift
 from agent.analysis.drift import from_text as drift_from_text
 from agent.analysis.drift import to_text as drift_to_text
 from agent.analysis.duplicates import Observation, SlideMap, Trace, map_from_traces, trace_to_text
@@ -41,19 +39,11 @@ from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, ENDED, reached_target
 from agent.analysis.slide_change import Sight, SlideWatch
+from agent.bench import Bench
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
-from agent.config import (
-    Config,
-    ModelsSection,
-    PreprocessingSection,
-    QualitySection,
-    ReviewSection,
-    config_sha256,
-    load_reference_intervals,
-)
 from agent.delivery.audit import ChainHead, Entry, chain
-from agent.delivery.commands import Command, InboundCommand, Refusal, canonical_json, reply_topic
+from agent.delivery.commands import Command, InboundCommand, Refusal, reply_topic
 from agent.delivery.messages import Body, Draft, RetainedDocument, Severity, event_draft, field_drafts
 from agent.delivery.outbox import NO_NOTES, Outbox
 from agent.delivery.reports import Reply, reply_body
@@ -65,18 +55,14 @@ from agent.domain import (
     FieldResult,
     Frame,
     FrameQuality,
-    Provenance,
     SampleState,
     SlidePlace,
-    Thresholds,
 )
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
 from agent.health import Health, SelfTest
-from agent.inference.manifest import Manifest
-from agent.inference.models import Models
-from agent.machine import read_clock, read_software
+from agent.machine import read_clock
 from agent.pictures import PictureStore
-from agent.reporting import ANSWERS, REVIEW, Reporter, cell_key, kept_key, note_cells, tally_of
+from agent.reporting import ANSWERS, REVIEW, cell_key, kept_key, note_cells, tally_of
 from agent.review import CropStore, read_kept_cells, review_key, review_notes
 
 logger = logging.getLogger(__name__)
@@ -115,14 +101,6 @@ STAGES_OF_A_FRAME = ("capture", "quality", "preprocess", "detect", "crop", "clas
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
 
 
-NO_REVIEW = ReviewSection(enabled=False)
-
-AS_IT_IS = PreprocessingSection()
-
-NO_KINDS = Rules({})
-"""Where the manifest does not say what each class is, a differential has no shares."""
-
-
 class Stopwatch:
     """Milliseconds by stage; a stage that is entered again adds up."""
 
@@ -139,99 +117,6 @@ class Stopwatch:
     def add(self, name: str, begun_ns: int) -> None:
         """The stage has lasted from `begun_ns` until now."""
         self.timing_ms[name] = self.timing_ms.get(name, 0.0) + max(0, self._now_ns() - begun_ns) / 1e6
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Bench:
-    """What every frame is worked with: the models, the thresholds, the names that go into its messages.
-
-    drift: how this device is watched; None = it is not.
-    """
-
-    models: Models
-    quality: QualitySection
-    min_score: float | None
-    rules: NamingRules
-    provenance: Provenance
-    topics: Topics
-    with_cells: bool
-    with_images: bool = False
-    counting: Rules = NO_KINDS
-    field_area_um2: float | None = None
-    review: ReviewSection = NO_REVIEW
-    preprocessing: PreprocessingSection = AS_IT_IS
-    drift: DriftPlan | None = None
-
-    @property
-    def reporter(self) -> Reporter:
-        """How samples are reported that are counted here."""
-        return Reporter(self.topics, self.counting, self.provenance)
-
-
-def make_bench(config: Config, models: Models) -> Bench:
-    """The bench that the configuration asks for."""
-    rules = models.naming_rules(config.models.min_probability)
-    provenance = Provenance(
-        agent_version=agent.__version__,
-        detector=models.detector.identity,
-        classifier=models.classifier.identity,
-        runtime=models.runtime,
-        delegate=models.delegate,
-        config_sha256=config_sha256(config),
-        software=read_software(),
-        thresholds=_thresholds(config.models, rules, models.manifest),
-    )
-    counting = counting_rules(config, models.manifest)
-    return Bench(
-        models=models,
-        quality=_quality_section(config),
-        min_score=config.models.min_score,
-        rules=rules,
-        provenance=provenance,
-        topics=Topics(config.site, config.device),
-        with_cells=config.publish.cells,
-        with_images=config.publish.images,
-        counting=counting,
-        field_area_um2=_um2(config.differential.field_area_mm2),
-        review=config.review,
-        preprocessing=config.preprocessing,
-        drift=drift_plan(config, provenance, tuple(name for name, kind in counting.kinds.items() if kind in NUCLEATED)),
-    )
-
-
-_NOT_A_RULE = frozenset({"name", "version", "file", "sha256", "data", "command", "confusion"})
-"""Keys of the manifest's entries that say who a model is, not how it is asked."""
-
-
-def _thresholds(section: ModelsSection, rules: NamingRules, manifest: Manifest) -> Thresholds:
-    """What is in force: the configuration's numbers where it has any, else the manifest's."""
-    least = manifest.detector.thresholds.min_score if section.min_score is None else section.min_score
-    says = {
-        "detector": manifest.detector.model_dump(mode="json", exclude=set(_NOT_A_RULE)),
-        "classifier": manifest.classifier.model_dump(mode="json", exclude=set(_NOT_A_RULE)),
-        "in_force": [least, rules.min_probability, rules.min_cell_probability, section.most_tiles],
-    }
-    digest = hashlib.sha256(canonical_json(says)).hexdigest()
-    return Thresholds(least, rules.min_probability, rules.min_cell_probability, digest)
-
-
-def counting_rules(config: Config, manifest: Manifest) -> Rules:
-    """How the differential is made: the manifest tells what each class is, the configuration what is asked."""
-    section, confusion = config.differential, manifest.classifier.own_confusion
-    has_column = section.correct_confusions and confusion is not None
-    return Rules(
-        kinds=kinds_in_order([*manifest.classifier.classes, *manifest.detector.classes], manifest.cell_kinds),
-        method=section.interval,
-        confusion=Confusion(confusion.counts) if has_column and confusion is not None else None,
-        reference=load_reference_intervals(section.reference_file),
-        chamber=None
-        if section.chamber_depth_mm is None
-        else Chamber(depth_mm=section.chamber_depth_mm, dilution=section.dilution),
-    )
-
-
-def _quality_section(config: Config) -> QualitySection:
-    return config.quality if config.camera.is_one_device else config.quality.model_copy(update={"learn": False})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -430,10 +315,6 @@ def refuse_frame(sample: SampleState, reason: str) -> SampleState:
     if sample.phase not in COUNTING:
         return sample
     return replace(sample, refused=_sum_counts(sample.refused, {reason: 1}))
-
-
-def _um2(area_mm2: float | None) -> float | None:
-    return None if area_mm2 is None else area_mm2 * 1e6
 
 
 def _sum_counts(first: Mapping[str, int], second: Mapping[str, int]) -> Mapping[str, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import RESEARCH_USE_ONLY
+from agent.bench import make_bench
 from agent.collected import open_collected
 from agent.config import Config, load_config, state_folder
 from agent.delivery.outbox import open_outbox
@@ -18,7 +19,6 @@ from agent.delivery.topics import Topics, is_part
 from agent.errors import ConfigError, HematoVisionError
 from agent.inference.models import open_models
 from agent.pictures import PICTURES_FOLDER, PictureStore
-from agent.pipeline import make_bench
 from agent.replaying import Difference, PictureMissing, Pictures, Verdict
 from agent.replaying import replay as analyse_fields
 from agent.report.device import read_messages

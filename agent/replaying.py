@@ -18,6 +18,7 @@ from typing import Any
 from agent.analysis.cells import UNIDENTIFIED, cell_number
 from agent.analysis.duplicates import SlideMap
 from agent.analysis.quality import assess_quality
+from agent.bench import Bench
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
 from agent.camera.decoding import decode_file
 from agent.camera.replay import list_pictures
@@ -26,7 +27,7 @@ from agent.domain import CellStatus, Frame, Pixels, SampleState
 from agent.errors import CameraError, FrameUnreadable, HematoVisionError
 from agent.machine import read_clock
 from agent.pictures import PictureStore
-from agent.pipeline import Bench, Stopwatch, analyse_frame, on_its_slide
+from agent.pipeline import Stopwatch, analyse_frame, on_its_slide
 
 OF_THE_SLIDE = ("duplicate_of", "counted", "supersedes")
 """Keys of a cell that tell what it is to the slide."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import agent
+from agent.bench import Bench, make_bench
 from agent.config import Config, SampleSection, config_sha256
 from agent.delivery.messages import model_words
 from agent.desk import Done, Refused
@@ -22,7 +23,6 @@ from agent.health import Health, SelfTest
 from agent.inference.models import Models, open_models
 from agent.inference.selftest import GoldenTest
 from agent.inference.slots import ModelSlots, NothingToSwitchTo
-from agent.pipeline import Bench, make_bench
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.analysis.preprocessing import ground_colour, look_lab, preprocess
+from agent.bench import Bench, make_bench
 from agent.camera.decoding import decode_file
 from agent.config import Config, ModelsSection, PreprocessingSection
 from agent.domain import Box, CellStatus, Pixels
 from agent.inference.models import open_models
-from agent.pipeline import Bench, make_bench
 from models.common.augment import restain
 from models.common.labels import CellImage, FieldImage, NamedBox, Rgb, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import detection_figures

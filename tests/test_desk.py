@@ -22,6 +22,7 @@ from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.drift import from_text as drift_from_text
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.slide_change import SlideWatch
+from agent.bench import Bench
 from agent.camera.grabber import FrameQueue
 from agent.config import SampleSection
 from agent.delivery.audit import verify
@@ -32,7 +33,7 @@ from agent.desk import NO_SAMPLE_YET, Desk, Done, Instruments, Refused
 from agent.domain import SampleState
 from agent.errors import ModelError, OutboxError
 from agent.health import Health, SelfTest
-from agent.pipeline import DRIFT_NOTE, GATE_NOTE, NO_SAMPLE, Bench, Pipeline, Service
+from agent.pipeline import DRIFT_NOTE, GATE_NOTE, NO_SAMPLE, Pipeline, Service
 
 AT = datetime(2026, 11, 25, 8, 0, tzinfo=timezone.utc)
 BASE = "hv/1/site/dev"

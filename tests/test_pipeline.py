@@ -22,6 +22,8 @@ from agent.analysis.differential import Rules
 from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import from_text
+from agent.bench import Bench
+from agent.bench import make_bench as bench_from_config
 from agent.camera.camera import UnreadableFrame
 from agent.camera.grabber import FrameQueue
 from agent.camera.hashing import hash_pixels
@@ -49,12 +51,10 @@ from agent.pipeline import (
     NOT_STORED,
     STAGES_OF_A_FRAME,
     UNSAYABLE,
-    Bench,
     Outcome,
     Pipeline,
     process_frame,
 )
-from agent.pipeline import make_bench as bench_from_config
 from tests.proofs.scanning import Window, World, simulated_world, take
 
 jsonschema = pytest.importorskip("jsonschema")

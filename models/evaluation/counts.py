@@ -8,12 +8,13 @@ from typing import Any
 
 from agent.analysis.cells import UNIDENTIFIED
 from agent.analysis.crops import central_detection
+from agent.bench import Bench, make_bench
 from agent.camera.camera import SYSTEM_CLOCKS, make_frame
 from agent.camera.decoding import decode_file
 from agent.config import Config
 from agent.domain import Cell, CellStatus, ClockReading, FrameQuality, Pixels, SampleState
 from agent.inference.models import Models
-from agent.pipeline import Bench, Stopwatch, analyse_frame, make_bench
+from agent.pipeline import Stopwatch, analyse_frame
 from models.common.labels import read_cells, read_fields
 from models.common.metrics import class_figures_by_name
 from models.evaluation.asking import MAX_MEGAPIXELS, progress

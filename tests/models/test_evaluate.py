@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from agent.analysis.crops import cut_crop
+from agent.bench import make_bench
 from agent.camera.simulated import render_training_crop
 from agent.config import Config, ModelsSection
 from agent.domain import Box
 from agent.inference.models import open_models
-from agent.pipeline import make_bench
 from models.common.labels import FieldImage, read_boxes, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
 from models.evaluation.boxes import boxes_of_middle, boxes_of_sheet, named_boxes, published_pairs

@@ -23,10 +23,11 @@ from statistics import median
 import numpy as np
 
 from agent.analysis.duplicates import SlideMap
+from agent.bench import Bench, make_bench
 from agent.config import Config
 from agent.domain import ClockReading, FrameQuality, SampleState
 from agent.inference.models import open_models
-from agent.pipeline import Bench, Stopwatch, analyse_frame, make_bench
+from agent.pipeline import Stopwatch, analyse_frame
 from tests.proofs.degrading import real_fields
 from tests.proofs.scanning import (
     PLATELET,

@@ -34,6 +34,7 @@ from agent.analysis.drift import (
     shown,
 )
 from agent.analysis.fleet import NOT_COMPARED, FleetDevice, WatchedFigure, compare_fleet
+from agent.bench import Bench, make_bench
 from agent.camera.hashing import hash_pixels
 from agent.camera.simulated import DEFAULT_SHARES, CellDensity, SimulatedSlide
 from agent.camera.smear import SmearStyle
@@ -54,7 +55,7 @@ from agent.domain import (
     SampleState,
 )
 from agent.inference.models import open_models
-from agent.pipeline import Bench, Outcome, make_bench, process_frame, with_drift
+from agent.pipeline import Outcome, process_frame, with_drift
 
 BEGIN = datetime(2026, 11, 27, tzinfo=timezone.utc)
 PROVENANCE = Provenance(

@@ -23,11 +23,12 @@ import numpy as np
 from numpy.random import Generator
 
 from agent.analysis.quality import GateMemory, assess_frame
+from agent.bench import make_bench
 from agent.camera.hashing import hash_pixels
 from agent.config import Config, QualitySection
 from agent.domain import ClockReading, Frame, Pixels, SampleState
 from agent.inference.models import open_models
-from agent.pipeline import Stopwatch, analyse_frame, make_bench
+from agent.pipeline import Stopwatch, analyse_frame
 from tests.proofs.degrading import BAD, GOOD, RealField, has_whole_cell, real_fields, with_gain, with_noise
 
 DEVICES = ("bccd", "pbc", "raabin")
