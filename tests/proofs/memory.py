@@ -4,7 +4,7 @@
 
 A real agent on the simulated slide, as fast as it can, with frames that are missing and frames that stand still; a real
 mosquitto that is killed, frozen and cut off again and again. As in a laboratory a sample ends and the next one begins,
-every two minutes: what is known of a slide (some 12 kB a field) goes with it. The resident memory is read every second.
+every 200 fields: what is known of a slide (some 12 kB a field) goes with it. The resident memory is read every second.
 The slope is that between the median of the first and of the last quarter, after a warm-up in which caches and pools
 fill: at most five minutes. Exits with 1 when it is 1 MB/h or more, or for runs of less than half an hour, where a slope
 says little, when more than 8 MB were added.
@@ -34,6 +34,7 @@ from agent.delivery.outbox import STREAMS, open_outbox
 from agent.delivery.topics import Topics
 from agent.errors import OutboxError
 from tests.brokers import Broker, NotInstalled, make_mosquitto
+from tests.proofs.throughput import FIELDS_A_SAMPLE, subscriber
 from tests.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,8 +49,6 @@ LONGEST_WARM_UP_S = 300.0
 FAULT_EVERY_S = (5.0, 25.0)
 """Between two faults, drawn evenly."""
 
-SAMPLE_S = 120.0
-"""About as many fields as a smear is seen for, on two busy cores; a free machine counts more in that time."""
 NEXT_SAMPLE_AFTER_S = 10.0
 """From the command to stop to that to begin: frames from before are on their way, or the broker is being killed."""
 
@@ -100,6 +99,7 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
         broker = make_mosquitto(folder / "broker")
         cleanup.callback(broker.close)
         broker.start()
+        cleanup.enter_context(subscriber(broker))  # else the broker takes nothing with MQTT 5, and everything waits
         relay = Relay(broker.port)
         cleanup.callback(relay.close)
         agent = start_agent(folder, relay.port, seed)
@@ -119,7 +119,7 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
             if now_s >= fault_at_s:
                 faults[cause_fault(chance, broker, relay)] += 1
                 fault_at_s = time.monotonic() - begun_s + chance.uniform(*FAULT_EVERY_S)
-            operator.turn(now_s)
+            operator.turn(now_s, counted_fields(folder / "outbox"))
             if rss_mb and now_s - told_at_s >= 60:
                 told_at_s = now_s
                 tell(f"{now_s / 60:5.1f} min  {rss_mb[-1]:.1f} MB, {sum(faults.values())} faults")
@@ -131,32 +131,32 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
 
 
 class Operator:
-    """Ends each sample after SAMPLE_S and begins the next, by commands at the broker, which runs between two faults."""
+    """Ends each sample after FIELDS_A_SAMPLE and begins the next, by commands, between two faults."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._due: list[tuple[float, str]] = []
         self._number = 1
-        self._plan(SAMPLE_S)
+        self._ends_at_fields = FIELDS_A_SAMPLE
+        self._start_at_s: float | None = None
 
-    def _plan(self, end_s: float) -> None:
-        self._due = [(end_s, "stop"), (end_s + NEXT_SAMPLE_AFTER_S, "start")]
+    def turn(self, now_s: float, fields: int) -> None:
+        """What is due; a command that the broker does not take now is sent a second later. fields: counted so far."""
+        if self._start_at_s is None:
+            if fields >= self._ends_at_fields and self._send("stop"):
+                self._start_at_s = now_s + NEXT_SAMPLE_AFTER_S
+        elif now_s >= self._start_at_s and self._send("start"):
+            self._number += 1
+            self._ends_at_fields = fields + FIELDS_A_SAMPLE
+            self._start_at_s = None
 
-    def turn(self, now_s: float) -> None:
-        """What is due; a command that the broker does not take now is sent a second later."""
-        at_s, name = self._due[0]
-        if now_s < at_s:
-            return
+    def _send(self, name: str) -> bool:
         body = {"transaction": f"{name}-{self._number}"}
         topic = f"{Topics('lab', 'scope').base}/cmd/{name}"
         try:
             publish.single(topic, json.dumps(body), qos=1, port=self._port, hostname="127.0.0.1")
         except (OSError, ValueError):
-            return
-        del self._due[0]
-        if not self._due:
-            self._number += 1
-            self._plan(now_s + SAMPLE_S)
+            return False
+        return True
 
 
 def start_agent(folder: Path, port: int, seed: int) -> subprocess.Popen[bytes]:
@@ -207,6 +207,15 @@ def cause_fault(chance: random.Random, broker: Broker, relay: Relay) -> str:
         time.sleep(pause_s)
         broker.thaw()
     return fault
+
+
+def counted_fields(folder: Path) -> int:
+    """So far; 0 while there is no outbox yet."""
+    try:
+        with open_outbox(folder, verify=False, create=False) as outbox:
+            return int(outbox._value("SELECT last_seq FROM streams WHERE stream = 'field'") or 0)
+    except OutboxError:
+        return 0
 
 
 def count(folder: Path) -> tuple[int, int, int]:
