@@ -8,7 +8,7 @@
   two boxes of one cell should be merged, where that finds more.
 - classifier: the temperature with the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599) on the PBC
   crops that the agent cuts; the cell probability that one real cell in 200 falls below; then the least probability
-  at which 99 % of the accepted names are right in PBC and 95 % on the other microscopes.
+  at which 99 % of the accepted names are right in PBC and 95 % of those of fields, platelets among them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import Models, open_models
-from models.common.labels import read_cells, read_fields, read_foreign_cells
+from models.common.labels import read_cells, read_fields
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.boxes import boxes_of, found_boxes
-from models.evaluation.names import classify_box
+from models.evaluation.names import cells_of_fields, classify_box
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 NOTHING = np.empty((0, 5), np.float32)
@@ -134,7 +134,7 @@ def choose_classifier(models: Models, data: Path) -> dict[str, float]:
     """temperature, min_cell_probability and min_probability; the folder's own temperature must be 1."""
     classes = models.manifest.classifier.classes
     pbc = Judged.of(pbc_answers(models, data), classes)
-    named = [cell for cell in read_foreign_cells(data, ("val",)) if cell.class_name is not None]
+    named = cells_of_fields(data, "val")
     others = Judged.of([(str(c.class_name), classify_box(models, c.path, c.box)) for c in named], classes)
     losses = [negative_log_likelihood(pbc.logs / t, pbc.truth) for t in TEMPERATURES]
     temperature = float(TEMPERATURES[int(np.argmin(losses))])

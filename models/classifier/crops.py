@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from models.common.augment import vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
 from models.common.labels import (
+    DETECTOR_CLASSES,
     CellImage,
     NamedBox,
     Rgb,
@@ -104,8 +105,28 @@ def foreign_examples(data: Path, sources: Sequence[str], splits: Sequence[str], 
     return examples
 
 
+def field_platelets(data: Path, sources: Sequence[str], splits: Sequence[str], wording: Wording) -> list[Example]:
+    """The platelets of fields, which their label files name: the single-cell images show those of one microscope."""
+    label = wording.classes.index(PLATELET)
+    fields = [field for split in splits for field in read_fields(data, split) if field.source in sources]
+    return [
+        Example(field.pixels, middle_of(box[1:]), label, wording.no_attributes)
+        for field in load_fields(fields)
+        for box in field.boxes
+        if DETECTOR_CLASSES[int(box[0])] == PLATELET
+    ]
+
+
+PLATELET = "platelet"
+
+
 def centred(cell: NamedBox) -> CentredBox:
-    x_min, y_min, x_max, y_max = cell.box
+    return middle_of(cell.box)
+
+
+def middle_of(corners: Sequence[float] | np.ndarray) -> CentredBox:
+    """x_min, y_min, x_max, y_max as centre x, centre y, width and height."""
+    x_min, y_min, x_max, y_max = (float(v) for v in corners)
     return (x_min + x_max) / 2, (y_min + y_max) / 2, x_max - x_min, y_max - y_min
 
 
@@ -135,9 +156,7 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
         chosen.append(np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2]))
         for box in chosen:
             if covered(field, box) <= MOST_OVERLAP:
-                x_min, y_min, x_max, y_max = (float(v) for v in box)
-                middle = ((x_min + x_max) / 2, (y_min + y_max) / 2, x_max - x_min, y_max - y_min)
-                examples.append(Example(field.pixels, middle, UNKNOWN, wording.no_attributes, is_cell=False))
+                examples.append(Example(field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False))
     return examples
 
 

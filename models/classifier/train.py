@@ -106,7 +106,7 @@ def main() -> None:
             if teacher is not None:
                 with torch.inference_mode():
                     told = teacher(x)
-                parts |= teacher_losses(answers, told, are_cells, wording)
+                parts |= teacher_losses(answers, told, labels, are_cells, wording)
             run.step(sum(weights[name] * part for name, part in parts.items()))
             losses.append({name: part.item() for name, part in parts.items()})
             if run.is_finished:
@@ -149,6 +149,7 @@ def training_examples(
         "pbc": pbc,
         "foreign": foreign,
         "simulated": crops.simulated_examples(simulated, wording),
+        "platelets": crops.field_platelets(args.data, ("pbc", *settings.foreign), ("train",), wording),
         "no_cell": crops.without_cells(args.data, ("pbc", *settings.foreign), rng, wording),
         "ruined": crops.ruined(pbc + [e for e in foreign if e.is_cell], rng, 2000),
     }
@@ -239,11 +240,16 @@ def loss_parts(
     return {"classes": classes, "morphology": morphology, "is_cell": is_cell}
 
 
-def teacher_losses(answers: Answers, told: Answers, are_cells: Tensor, wording: crops.Wording) -> dict[str, Tensor]:
+def teacher_losses(
+    answers: Answers, told: Answers, labels: Tensor, are_cells: Tensor, wording: crops.Wording
+) -> dict[str, Tensor]:
     """How far the answers are from a teacher's to the same crops, softened; a mean over the crops that show a cell.
 
-    Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Attributes: a mean over them.
+    Where the teacher names a cell wrongly nobody listens. Attributes: a mean over them. Source: Hinton et al.,
+    "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
     """
+    is_wrong = (labels != crops.UNKNOWN) & (told.classes.argmax(1) != labels)
+    are_cells = are_cells * ~is_wrong
     own, other = answers.morphology.split(wording.sizes, 1), told.morphology.split(wording.sizes, 1)
     described = torch.stack([divergence(*pair) for pair in zip(own, other, strict=True)]).mean(0)
     count = are_cells.sum().clamp(min=1)
@@ -267,6 +273,8 @@ def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: 
         splits = ("val",) if source in settings.foreign else ("train", "val", "test")
         found = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
         views[source] = crops.make_view(found, settings.side_px)
+    platelets = crops.field_platelets(data, FOREIGN_SOURCES, ("val",), wording)
+    views["platelets"] = crops.make_view(platelets, settings.side_px)
     return views
 
 
@@ -275,12 +283,13 @@ FOREIGN_SOURCES = ("bccd", "raabin")
 
 @torch.inference_mode()
 def judge(net: nn.Module, views: Mapping[str, crops.View], wording: crops.Wording) -> dict[str, float]:
-    """Accuracy of the class in each view, and of the attributes where there are any."""
+    """Accuracy of the class in each view, the share taken for cells, and the attributes where there are any."""
     figures = {}
     for name, view in views.items():
         parts = [net(part.float() / 255) for part in view.crops.split(128)]
         classes = torch.cat([answers.classes for answers in parts]).argmax(1)
         figures[f"{name}_accuracy"] = float((classes == view.labels).float().mean())
+        figures[f"{name}_is_cell"] = float((torch.cat([answers.is_cell for answers in parts]) > 0).float().mean())
         known = view.attributes != crops.UNKNOWN
         if known.any():
             groups = torch.cat([answers.morphology for answers in parts]).split(wording.sizes, 1)

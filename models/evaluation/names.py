@@ -16,6 +16,7 @@ from agent.camera.decoding import decode_file
 from agent.domain import Attribute, Box, Classification, Pixels
 from agent.inference.models import Models
 from models.common.labels import (
+    DETECTOR_CLASSES,
     CellImage,
     FieldImage,
     NamedBox,
@@ -114,8 +115,10 @@ def morphology_figures(told: Sequence[tuple[Mapping[str, str], Mapping[str, Attr
 
 
 def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, Any]:
-    """Names of nucleated cells from other microscopes, which `models/data/README.md` tells of, by source."""
-    cells = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    """Names of nucleated cells from other microscopes, which `models/data/README.md` tells of, and of the platelets of
+    all fields, by source.
+    """
+    cells = cells_of_fields(data, split)
     by_source: dict[str, list[tuple[NamedBox, Classification]]] = {}
     for cell in progress(cells, "cells"):
         by_source.setdefault(cell.source, []).append((cell, classify_box(models, cell.path, cell.box)))
@@ -135,6 +138,21 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
             "classes": {name: f for name, f in figures["classes"].items() if f["n"]},
         }
     return {"sources": sources}
+
+
+def cells_of_fields(data: Path, split: str) -> list[NamedBox]:
+    """Nucleated cells that we named by eye, and the platelets of the label files under a source of their own."""
+    named = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    for field in read_fields(data, split):
+        height, width = decode_file(field.path, MAX_MEGAPIXELS).shape[:2]
+        for index, x_min, y_min, x_max, y_max in read_boxes(field, width, height).tolist():
+            if DETECTOR_CLASSES[int(index)] == PLATELET:
+                source, box = f"{field.source}, platelets", (x_min, y_min, x_max, y_max)
+                named.append(NamedBox(field.path, source, split, box, PLATELET))
+    return named
+
+
+PLATELET = "platelet"
 
 
 def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:

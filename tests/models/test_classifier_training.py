@@ -79,14 +79,26 @@ def test_a_teacher_who_agrees_costs_nothing_and_crops_without_a_cell_do_not_coun
     torch.manual_seed(1)
     told = Answers(torch.randn(6, 2), torch.randn(6, 2), torch.zeros(6, 1))
     are_cells = torch.tensor([1.0, 1, 1, 0, 0, 0])
-    same = teacher_losses(told, told, are_cells, WORDING)
+    same = teacher_losses(told, told, NO_LABELS, are_cells, WORDING)
     assert [float(loss) for loss in same.values()] == pytest.approx([0, 0], abs=1e-6)
     classes, morphology = told.classes.clone(), told.morphology.clone()
     classes[3:] += torch.randn(3, 2)
     morphology[3:] += torch.randn(3, 2)
-    elsewhere = teacher_losses(Answers(classes, morphology, told.is_cell), told, are_cells, WORDING)
+    elsewhere = teacher_losses(Answers(classes, morphology, told.is_cell), told, NO_LABELS, are_cells, WORDING)
     assert [float(loss) for loss in elsewhere.values()] == pytest.approx([0, 0], abs=1e-6)
-    other = teacher_losses(
-        Answers(told.classes.flip(1), told.morphology.flip(1), told.is_cell), told, are_cells, WORDING
-    )
-    assert all(loss > 0.01 for loss in other.values())
+    flipped = Answers(told.classes.flip(1), told.morphology.flip(1), told.is_cell)
+    assert all(loss > 0.01 for loss in teacher_losses(flipped, told, NO_LABELS, are_cells, WORDING).values())
+
+
+def test_nobody_listens_to_a_teacher_who_names_a_cell_wrongly() -> None:
+    told = Answers(torch.tensor([[3.0, 0], [0, 3.0]]), torch.zeros(2, 2), torch.zeros(2, 1))
+    answers = Answers(told.classes.flip(1), told.morphology, told.is_cell)
+    losses = {
+        labels: float(teacher_losses(answers, told, torch.tensor(labels), torch.ones(2), WORDING)["teacher"])
+        for labels in ((0, 1), (0, 0), (1, 0))
+    }
+    assert losses[0, 1] == pytest.approx(losses[0, 0])
+    assert losses[1, 0] == 0
+
+
+NO_LABELS = torch.full((6,), crops.UNKNOWN)

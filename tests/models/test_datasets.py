@@ -9,9 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
+from models.classifier import crops  # noqa: E402
 from models.common import quantize  # noqa: E402
-from models.common.datasets import AugmentedFields, LabelledField, place, turn  # noqa: E402
-from models.common.labels import clip_boxes  # noqa: E402
+from models.common.datasets import AugmentedFields, LabelledField, load_fields, place, turn  # noqa: E402
+from models.common.labels import cell_classes, clip_boxes, read_fields  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -86,3 +87,16 @@ def test_one_extreme_picture_widens_the_range_as_minimum_and_maximum_do(tmp_path
     assert (entry["scale"], entry["zero_point"]) == (pytest.approx(1 / 255), -128)
     # Three channels of weight 10 give 30 for the bright picture alone; a moving average would have forgotten it.
     assert output["scale"] * 255 == pytest.approx(30.0, rel=0.05)
+
+
+def test_the_platelets_of_fields_are_cells_with_a_name(data: Path) -> None:
+    wording = crops.Wording(cell_classes(data), {})
+    found = crops.field_platelets(data, ("made",), ("test",), wording)
+    fields = read_fields(data, "test")
+    wanted = [box for field in load_fields(fields) for box in field.boxes if box[0] == 2]
+    assert len(found) == len(wanted) > 0
+    assert {example.label for example in found} == {wording.classes.index("platelet")}
+    x, y, width, height = found[0].box
+    assert (x - width / 2, y - height / 2, x + width / 2, y + height / 2) == pytest.approx(
+        tuple(wanted[0][1:]), abs=0.1
+    )

@@ -22,6 +22,7 @@ from agent.domain import Box
 from agent.inference.models import open_models
 from models.common.labels import FieldImage, read_boxes, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
+from models.evaluation import names
 from models.evaluation.boxes import boxes_of_middle, boxes_of_sheet, named_boxes, published_pairs
 from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
@@ -119,6 +120,18 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
         ).max()
         < 0.3
     )
+
+
+def test_the_platelets_of_fields_are_judged_under_a_source_of_their_own(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "read_foreign_cells", lambda *_: [])
+    cells = names.cells_of_fields(data, "test")
+    labelled = sum((read_boxes(field, 480, 360)[:, 0] == 2).sum() for field in read_fields(data, "test"))
+    assert len(cells) == labelled > 0
+    assert {(cell.source, cell.class_name) for cell in cells} == {("made, platelets", "platelet")}
+    figures = names.evaluate_microscopes(open_models(ModelsSection()), data, "test")["sources"]
+    assert figures["made, platelets"]["n"] == labelled
 
 
 def test_fields_side_by_side_carry_their_boxes_along(data: Path) -> None:
