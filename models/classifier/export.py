@@ -134,7 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
     parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
     parser.add_argument("--file", default=None, help="name of the file without its ending; default: the net's")
-    parser.add_argument("--version", default="0.2.0")
+    parser.add_argument("--version", default="0.3.0")
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
     return parser.parse_args()
 
