@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COMMAND = " ".join(["python", *sys.orig_argv[1:]])
+PLACES = frozenset({"--data", "--runs", "--boxes"})
+"""Options that say where things lie on this machine, and nothing of what is done."""
+
+
+def told_command(arguments: Sequence[str]) -> str:
+    """A command line as it is told to others: without the places of this machine. arguments: as in `sys.orig_argv`."""
+    kept = [
+        word
+        for before, word in zip(("", *arguments[1:]), arguments[1:], strict=False)
+        if before not in PLACES and word.partition("=")[0] not in PLACES
+    ]
+    return " ".join(("python", *kept))
+
+
+COMMAND = told_command(sys.orig_argv)
 """How this process was started; goes with the weights into the manifest."""
 
 

@@ -42,6 +42,14 @@ def test_shipped_files_match_their_manifest_and_run() -> None:
     assert len(models.manifest.classifier.classes) == 8
 
 
+def test_how_the_shipped_files_were_made_names_no_place_of_one_machine() -> None:
+    manifest = load_manifest(SHIPPED)
+    for entry in (manifest.detector, manifest.classifier):
+        assert entry.command.startswith("python -m models.")
+        assert " /" not in entry.command
+        assert "=/" not in entry.command
+
+
 def test_shipped_detector_is_int8_throughout_with_a_scale_for_each_map() -> None:
     detector = load_manifest(SHIPPED).detector
     assert {output.dtype for output in detector.outputs} == {"int8"}

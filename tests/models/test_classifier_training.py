@@ -15,6 +15,7 @@ import torch
 from models.classifier import crops
 from models.classifier.train import RunFile, freeze, read_run, teacher_losses, train_loader, undersampled
 from models.common.labels import CellImage
+from models.common.training import told_command
 from models.nets.cellnet import Answers, CellNet
 
 pytestmark = pytest.mark.train
@@ -102,3 +103,11 @@ def test_nobody_listens_to_a_teacher_who_names_a_cell_wrongly() -> None:
 
 
 NO_LABELS = torch.full((6,), crops.UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    "places", [[], ["--data", "/home/a/data"], ["--data=/home/a/data", "--runs", "r"], ["--boxes", "b.json"]]
+)
+def test_a_command_is_told_without_the_places_of_this_machine(places: list[str]) -> None:
+    told = told_command(["/usr/bin/python3.11", "-m", "models.classifier.train", *places, "recipe.yaml"])
+    assert told == "python -m models.classifier.train recipe.yaml"
