@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from agent.inference.manifest import DetectorEntry, OutputTensor
 from agent.inference.merging import best_of_each, vote
 from agent.inference.quantization import PixelTable, dequantize, quantize
 from agent.inference.second_look import (
+    CLOSE_UP,
     SURROUNDINGS,
     cut_at,
     find_in_tiles,
@@ -40,6 +42,23 @@ HINT = 0.2
 
 SAME_CELL_OF_TILES = 0.5
 """IoU of two boxes of one cell from two tiles, where the manifest has no other."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What one run of the net shows of a picture, before boxes of one cell are merged.
+
+    size_px: width and height of the picture. boxes: (boxes, 4) x_min..y_max in pixels of the square; scores, classes:
+    (boxes,). stored: the number in the score map that says how sure it is, (boxes,); maps: which map, (boxes,).
+    """
+
+    size_px: tuple[int, int]
+    placement: Placement
+    boxes: Floats
+    scores: Floats
+    classes: NDArray[np.intp]
+    stored: NDArray[np.integer[Any]]
+    maps: NDArray[np.intp]
 
 
 class Detector:
@@ -83,63 +102,77 @@ class Detector:
         """
         thresholds = self.entry.thresholds
         least = thresholds.min_score if min_score is None else min_score
-        placement = self._invoke(pixels_bgr)
-        found = self._found(pixels_bgr, placement, least)
+        first = self._look(pixels_bgr, least)
+        found = self._found(first, least)
         if self._most_tiles > 1:
-            hints = self._found(pixels_bgr, placement, HINT)
-            found = self._at_its_size(pixels_bgr, hints, found, least)
+            found = self._at_its_size(pixels_bgr, first, found, least)
         return found[: thresholds.max_cells]
 
     def _at_its_size(
-        self, pixels_bgr: Pixels, hints: tuple[Detection, ...], whole: tuple[Detection, ...], least: float
+        self, pixels_bgr: Pixels, first: Look, whole: tuple[Detection, ...], least: float
     ) -> tuple[Detection, ...]:
         """The cells of a frame, looked at once more where they are too small or too large for the square.
 
-        whole: what was found at the first look. hints: the same with scores from HINT: whether there is a second look
-        must not hang on what was asked for.
+        first: the look at the frame as a whole; whole: what was found in it. Whether there is a second look must not
+        hang on the score that was asked for.
         """
-        size_px = (pixels_bgr.shape[1], pixels_bgr.shape[0])
+        size_px, side_px = first.size_px, self.entry.input.shape[1]
         classified, sure = self.entry.classified, self.entry.thresholds.min_score
 
-        def detect(part: Box) -> tuple[Detection, ...]:
+        def detect(part: Box, least: float = least) -> tuple[Detection, ...]:
             x_min, y_min, x_max, y_max = (int(v) for v in (part.x_min, part.y_min, part.x_max, part.y_max))
-            found = self._look(pixels_bgr[y_min:y_max, x_min:x_max], least)
+            found = self._found(self._look(pixels_bgr[y_min:y_max, x_min:x_max], least), least)
             return tuple(replace(d, box=shifted(d.box, x_min, y_min)) for d in found)
 
-        def detect_certain(part: Box) -> tuple[Detection, ...]:
-            return tuple(d for d in detect(part) if d.score >= sure)
-
-        certain = [d for d in hints if d.score >= sure]
-        side_px = self.entry.input.shape[1]
-        red_cell_px = measure_red_cells(certain, detect_certain, classified, size_px, side_px)
+        certain = whole if least == sure else self._found(first, sure)
+        red_cell_px = measure_red_cells(certain, lambda part: detect(part, sure), classified, size_px, side_px)
         if red_cell_px is not None and (tiles := plan_tiles(size_px, red_cell_px, side_px, self._most_tiles)):
             return self._merge(find_in_tiles(whole, detect, tiles, red_cell_px, size_px, side_px))
-        if not is_close_up(hints, classified, size_px):
+        if not self._may_be_close_up(first) or not is_close_up(self._found(first, HINT), classified, size_px):
             return whole
         width_px = round(SURROUNDINGS * max(size_px))
-        around = self._look(surrounded(pixels_bgr, width_px), least)
+        around = self._found(self._look(surrounded(pixels_bgr, width_px), least), least)
         moved = (replace(d, box=cut_at(shifted(d.box, -width_px, -width_px), size_px)) for d in around)
         return put_large_right(
             whole, [d for d in moved if min(d.box.width_px, d.box.height_px) > 0], classified, size_px
         )
 
-    def _look(self, pixels_bgr: Pixels, least: float) -> tuple[Detection, ...]:
-        """The cells of a picture that goes into the square as a whole, best score first."""
-        return self._found(pixels_bgr, self._invoke(pixels_bgr), least)
+    def _may_be_close_up(self, look: Look) -> bool:
+        """False for nearly every frame, and soon said: merged boxes are no wider than those that they are made of."""
+        is_hint = self._is_above(look, HINT)
+        wanted = is_hint & np.isin(look.classes, [self.entry.classes.index(name) for name in self.entry.classified])
+        scale = (look.placement.scale_x, look.placement.scale_y)
+        sides_px = (look.boxes[wanted, 2:] - look.boxes[wanted, :2]) / np.array(scale, np.float32)
+        return not is_hint.any() or bool((sides_px > CLOSE_UP * max(look.size_px)).any())
 
-    def _found(self, pixels_bgr: Pixels, placement: Placement, least: float) -> tuple[Detection, ...]:
-        """What the last run found in a picture, best score first."""
-        boxes, scores, classes = self._decode(least)
+    def _look(self, pixels_bgr: Pixels, least: float) -> Look:
+        """Run the net on a picture, which goes into the square as a whole. least: score from which boxes are wanted."""
+        placement = self._invoke(pixels_bgr)
+        return Look((pixels_bgr.shape[1], pixels_bgr.shape[0]), placement, *self._decode(min(least, HINT)))
+
+    def _found(self, look: Look, least: float) -> tuple[Detection, ...]:
+        """The cells of a look, best score first."""
+        chosen = np.flatnonzero(self._is_above(look, least))
+        boxes, scores, classes = look.boxes[chosen], look.scores[chosen], look.classes[chosen]
         order = np.argsort(-scores, kind="stable")
         if self.entry.thresholds.same_cell_iou is not None:
             order = best_of_each(boxes, order, self.entry.thresholds.same_cell_iou)
-            boxes[order] = vote(boxes[order], classes[order], self._decode(HINT))
-        boxes = _to_frame(boxes, placement, pixels_bgr.shape[1], pixels_bgr.shape[0])
+            voters = self._is_above(look, HINT)
+            voices = look.boxes[voters], look.scores[voters], look.classes[voters]
+            boxes[order] = vote(boxes[order], classes[order], voices)
+        boxes = _to_frame(boxes, look.placement, *look.size_px)
         return tuple(
             Detection(Box(*(float(v) for v in boxes[k])), self.entry.classes[classes[k]], float(scores[k]))
             for k in order
             if (boxes[k, 2:] > boxes[k, :2]).all()
         )
+
+    def _is_above(self, look: Look, least: float) -> NDArray[np.bool_]:
+        """Which boxes of a look have at least this score, as the stored numbers say it, (boxes,)."""
+        logit = _logit(least)
+        limits = np.array([quantize(logit, score_map) for _, score_map in self._maps])
+        above: NDArray[np.bool_] = look.stored >= limits[look.maps]
+        return above
 
     def _merge(self, found: Sequence[Detection]) -> tuple[Detection, ...]:
         """Each cell once, best score first: overlapping tiles show cells twice, whatever the net does."""
@@ -157,24 +190,24 @@ class Detector:
         self._interpreter.run(self._to_input(square)[None])
         return placement
 
-    def _decode(self, min_score: float) -> tuple[Floats, Floats, NDArray[np.intp]]:
-        """Boxes in input pixels (cells, 4), scores (cells,) and class indices (cells,) above min_score."""
-        logit = math.log(max(min_score, 1e-9) / max(1 - min_score, 1e-9))
+    def _decode(
+        self, least: float
+    ) -> tuple[Floats, Floats, NDArray[np.intp], NDArray[np.integer[Any]], NDArray[np.intp]]:
+        """What a `Look` holds of the last run, from this score on."""
+        logit = _logit(least)
         found = []
-        for box_map, score_map in self._maps:
+        for index, (box_map, score_map) in enumerate(self._maps):
             stored = self._interpreter.output(score_map.name)[0]  # (rows, columns, classes)
             best = stored.max(-1)
             rows, columns = np.nonzero(best >= quantize(logit, score_map))
-            if len(rows):
-                distances = self._interpreter.output(box_map.name)[0][rows, columns]  # (cells, 4 * bins)
-                centres = np.stack((columns, rows), 1) + np.float32(0.5)
-                boxes = _boxes(dequantize(distances, box_map), centres) * np.float32(score_map.stride_px or 0)
-                scores = _sigmoid(dequantize(best[rows, columns], score_map))
-                found.append((boxes, scores, stored[rows, columns].argmax(-1)))
-        if not found:
-            return np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.intp)
-        boxes, scores, classes = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return boxes, scores, classes
+            distances = self._interpreter.output(box_map.name)[0][rows, columns]  # (cells, 4 * bins)
+            centres = np.stack((columns, rows), 1) + np.float32(0.5)
+            boxes = _boxes(dequantize(distances, box_map), centres) * np.float32(score_map.stride_px or 0)
+            chosen = best[rows, columns]
+            scores, classes = _sigmoid(dequantize(chosen, score_map)), stored[rows, columns].argmax(-1)
+            found.append((boxes, scores, classes, chosen, np.full(len(rows), index)))
+        boxes, scores, classes, chosen, maps = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return boxes, scores, classes, chosen, maps
 
 
 def _pair_maps(entry: DetectorEntry) -> tuple[tuple[OutputTensor, OutputTensor], ...]:
@@ -201,7 +234,7 @@ def _pair_maps(entry: DetectorEntry) -> tuple[tuple[OutputTensor, OutputTensor],
 
 def _boxes(distances: Floats, centres: NDArray[np.float32]) -> Floats:
     """Boxes in strides, (cells, 4): each side's distance is the mean of its distribution over the bins."""
-    bins = distances.reshape(len(distances), 4, -1)
+    bins = distances.reshape(len(distances), 4, distances.shape[-1] // 4)
     weights = np.exp(bins - bins.max(-1, keepdims=True))
     sides = (weights @ np.arange(bins.shape[-1], dtype=np.float32)) / weights.sum(-1)  # left, top, right, bottom
     boxes: Floats = np.concatenate((centres - sides[:, :2], centres + sides[:, 2:]), 1, dtype=np.float32)
@@ -214,6 +247,10 @@ def _to_frame(boxes: Floats, placement: Placement, width_px: int, height_px: int
     limit = np.array([width_px, height_px] * 2, np.float32)
     inside: Floats = np.clip((boxes - offset) / scale, 0, limit).astype(np.float32)
     return inside
+
+
+def _logit(score: float) -> float:
+    return math.log(max(score, 1e-9) / max(1 - score, 1e-9))
 
 
 def _sigmoid(values: Floats) -> Floats:
