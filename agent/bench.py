@@ -38,7 +38,8 @@ NO_KINDS = Rules({})
 class Bench:
     """What every frame is worked with: the models, the thresholds, the names that go into its messages.
 
-    drift: how this device is watched; None = it is not.
+    drift: how this device is watched; None = it is not. absence_s: so long no slide is in view before another one is
+    recognised, which begins a sample; None = only commands do.
     """
 
     models: Models
@@ -54,6 +55,7 @@ class Bench:
     review: ReviewSection = NO_REVIEW
     preprocessing: PreprocessingSection = AS_IT_IS
     drift: DriftPlan | None = None
+    absence_s: float | None = None
 
     @property
     def reporter(self) -> Reporter:
@@ -89,6 +91,7 @@ def make_bench(config: Config, models: Models) -> Bench:
         review=config.review,
         preprocessing=config.preprocessing,
         drift=drift_plan(config, provenance, tuple(name for name, kind in counting.kinds.items() if kind in NUCLEATED)),
+        absence_s=config.sample.absence_s if config.sample.start == "each-slide" else None,
     )
 
 

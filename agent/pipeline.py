@@ -124,8 +124,9 @@ class Outcome:
     """What one frame gave, to be stored as a whole.
 
     field: None for a frame that was dropped; `dropped` then says why. finished_key: its `origin_key`.
-    gate: what the quality gate remembers now; None = as before. trace: what the map of the slide keeps of the field.
-    drift: what is known of the usual now; None = as before.
+    documents: of the sample before, where this is the first frame of another slide. gate: what the quality gate
+    remembers now; drift: what is known of the usual now; None = as before. trace: what the map of the slide keeps of
+    the field.
     """
 
     sample: SampleState
@@ -338,8 +339,7 @@ class Pipeline(threading.Thread):
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
     on_counted: called after each stored field. service: None = no commands are heard. crops: where pictures for the
-    review are kept, pictures: where whole fields are; None = they are not. slide_watch: recognises another slide, which
-    then begins a sample; None = only commands do. due_self_test: runs a self-test that is due
+    review are kept, pictures: where whole fields are; None = they are not. due_self_test: runs a self-test that is due
     and returns its outcome. While the newest one has failed, no frame is taken: a folder waits, of a live camera the
     newest frame stays.
     """
@@ -360,7 +360,6 @@ class Pipeline(threading.Thread):
         retry_s: float = RETRY_S,
         crops: CropStore | None = None,
         pictures: PictureStore | None = None,
-        slide_watch: SlideWatch | None = None,
     ) -> None:
         super().__init__(name="pipeline", daemon=True)
         self.failure: Exception | None = None
@@ -383,7 +382,7 @@ class Pipeline(threading.Thread):
         self._retry_s = retry_s
         self._crops = crops
         self._pictures = pictures
-        self._slide_watch = slide_watch
+        self._slide_watch = watch_slides(bench)
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
@@ -419,6 +418,8 @@ class Pipeline(threading.Thread):
 
     def use_bench(self, bench: Bench) -> None:
         """Work with other models or thresholds from the next frame on; on this thread, or before it is started."""
+        if bench.absence_s != self._bench.absence_s:
+            self._slide_watch = watch_slides(bench)
         self._bench = bench
         self._tell_drift()
 
@@ -800,6 +801,11 @@ class Pipeline(threading.Thread):
                 logger.debug("note waits: %s", error)
                 return
             self._memos.popleft()
+
+
+def watch_slides(bench: Bench) -> SlideWatch | None:
+    """What recognises another slide; None where only commands begin samples."""
+    return None if bench.absence_s is None else SlideWatch(bench.absence_s)
 
 
 def _slide_from_notes(outbox: Outbox, sample: SampleState) -> SlideMap:

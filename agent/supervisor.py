@@ -27,7 +27,6 @@ import agent
 from agent import systemd
 from agent.alerts import CAMERA_TROUBLE, Problem, open_problems
 from agent.analysis.sample import begin
-from agent.analysis.slide_change import SlideWatch
 from agent.camera.camera import Camera, open_camera
 from agent.camera.grabber import FrameQueue, Grabber
 from agent.config import (
@@ -155,7 +154,6 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             on_counted=workshop.mark_proven,
             due_self_test=workshop.due_self_test,
             documents_every_s=config.differential.update_s,
-            slide_watch=SlideWatch(config.sample.absence_s) if config.sample.start == "each-slide" else None,
             crops=CropStore(folder / CROPS_FOLDER),
             pictures=open_pictures(config, folder),
         )

@@ -21,7 +21,6 @@ from agent.analysis.differential import CellKind, Rules
 from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.drift import from_text as drift_from_text
 from agent.analysis.quality import from_text as gate_from_text
-from agent.analysis.slide_change import SlideWatch
 from agent.bench import Bench
 from agent.camera.grabber import FrameQueue
 from agent.config import SampleSection
@@ -66,7 +65,6 @@ class Place:
         sample: SampleState = NO_SAMPLE_YET,
         bench: Bench | None = None,
         section: SampleSection = SampleSection(),  # noqa: B008 - frozen
-        slide_watch: SlideWatch | None = None,
         **instruments: Any,
     ) -> None:
         self.outbox = outbox
@@ -98,7 +96,6 @@ class Place:
             ),
             documents_every_s=0,
             retry_s=0.02,
-            slide_watch=slide_watch,
         )
 
     def send(self, name: str, transaction: str = "t-1", **body: Any) -> None:
@@ -274,7 +271,8 @@ EMPTY = np.full((480, 640, 3), 225, np.uint8)
 
 
 def each_slide(outbox: Outbox) -> Place:
-    return Place(outbox, section=SampleSection(start="each-slide"), slide_watch=SlideWatch(15))
+    bench = replace(make_bench(), counting=Rules(KINDS), absence_s=15.0)
+    return Place(outbox, section=SampleSection(start="each-slide"), bench=bench)
 
 
 def test_another_slide_ends_the_sample_and_begins_the_next_one(outbox: Outbox) -> None:
@@ -314,6 +312,14 @@ def test_after_a_sample_that_stopped_by_itself_the_next_slide_begins_one(outbox:
     assert [report["sample"] for report in place.messages("differential")] == ["s-1"]
     assert place.pipeline.sample.fields == 1
     assert place.pipeline.sample.target_cells is None
+
+
+def test_that_each_slide_begins_a_sample_can_be_switched_on_while_the_agent_runs(outbox: Outbox) -> None:
+    place = Place(outbox)
+    place.do("start", sample="s-1")
+    place.pipeline.use_bench(replace(place.pipeline._bench, absence_s=15.0))
+    place.give(1, 40)
+    place.run_a_while(lambda: place.pipeline.sample.sid != "s-1")
 
 
 def test_where_commands_alone_begin_samples_an_absence_changes_nothing(outbox: Outbox) -> None:
