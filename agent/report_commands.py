@@ -24,8 +24,9 @@ from agent.errors import ConfigError, HematoVisionError
 from agent.files import whole_file
 from agent.report.cohort import compose_cohort, render_cohort
 from agent.report.device import read_device, reported_samples
-from agent.report.document import Document, compose
+from agent.report.document import compose
 from agent.report.fleet import compose_fleet, render_fleet
+from agent.report.formats import Document
 from agent.report.render import render
 from agent.report.signature import ENDING, KEY_NAME, SignatureWrong, open_key, public_hex, sign, verify
 from agent.review import CROPS_FOLDER, CropStore, KeptCell

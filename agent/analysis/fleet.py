@@ -108,6 +108,16 @@ def standing_words(standings: Sequence[Standing]) -> str | None:
     return "; ".join(said)[:2000] or None
 
 
+def standing_facts(one: Standing) -> dict[str, object]:
+    """A figure of a device beside the others, as it stands in JSON: all but its name and whether it stands out."""
+    values = {"here": one.here, "others": one.others, "low": one.low, "high": one.high}
+    return {
+        "unit": figure_of(one.name).unit,
+        **{key: None if value is None else round(value, 4) for key, value in values.items()},
+        "devices": one.devices,
+    }
+
+
 def _group(device: FleetDevice, name: str) -> tuple[str, str]:
     return name, "" if name in OF_THE_OPTICS else device.models
 

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, and_, select, update
 
 from agent.analysis.drift import figure_of
-from agent.analysis.fleet import FleetDevice, Standing, WatchedFigure, compare_fleet, standing_words
+from agent.analysis.fleet import FleetDevice, Standing, WatchedFigure, compare_fleet, standing_facts, standing_words
 from agent.central import tables
 from agent.central.database import explained
 from agent.central.intake import Place
@@ -162,23 +162,6 @@ def _body(place: Place, receiver: str, out: Sequence[Standing], *, since: str, a
         "since": since,
         "severity": "warning",
         "message": standing_words(out),
-        "figures": [standing_body(one) for one in out],
+        "figures": [{"name": one.name, **standing_facts(one)} for one in out],
         "ruo": True,
-    }
-
-
-def standing_body(one: Standing) -> dict[str, Any]:
-    """A figure of a device beside the others, as it stands in JSON."""
-
-    def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 4)
-
-    return {
-        "name": one.name,
-        "unit": figure_of(one.name).unit,
-        "here": rounded(one.here),
-        "others": rounded(one.others),
-        "low": rounded(one.low),
-        "high": rounded(one.high),
-        "devices": one.devices,
     }

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, get_args
 
-from agent import RESEARCH_USE_ONLY, __version__
 from agent.analysis.cohort import UNITS, Comparison, Group, Line, Measure, Outside
-from agent.delivery.messages import rfc3339_ms
 from agent.report.drawing import colours_of
+from agent.report.formats import Document, document_head, hand_out
 from agent.report.markup import e, facts, labelled, n, page, th
-from agent.report.pdf import render_pdf
 from agent.report.words import counted_words
-
-Document = dict[str, Any]
 
 SCHEMA = "hematovision/cohort/1"
 
@@ -47,12 +42,7 @@ def compose_cohort(
 ) -> Document:
     """The comparison as of now. left_out: samples by reason; selection: what was asked for, None = all."""
     document: Document = {
-        "schema": SCHEMA,
-        "notice": RESEARCH_USE_ONLY,
-        "ruo": True,
-        "made_at": rfc3339_ms(at),
-        "made_by": f"hematovision-agent {__version__}",
-        "source": "collector",
+        **document_head(SCHEMA, "collector", at),
         "selection": dict(selection),
         "rules": {
             "unit": "sample",
@@ -71,12 +61,13 @@ def compose_cohort(
 
 def render_cohort(document: Document, wanted: str) -> bytes:
     """wanted: html, pdf, csv or json; text is UTF-8."""
-    if wanted == "pdf":
-        return render_pdf(_render_html(document), document["notice"], _foot(document))
-    if wanted == "json":
-        return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    text = _render_csv(document) if wanted == "csv" else _render_html(document)
-    return text.encode("utf-8", "replace")
+    return hand_out(
+        document,
+        wanted,
+        html=lambda: _render_html(document),
+        table=lambda: _render_csv(document),
+        foot=_foot(document),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the document

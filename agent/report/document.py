@@ -14,15 +14,12 @@ from datetime import datetime
 from statistics import median
 from typing import Any
 
-from agent import RESEARCH_USE_ONLY, __version__
 from agent.analysis.agreement import Agreement, measure_agreement
 from agent.analysis.cells import UNIDENTIFIED
-from agent.delivery.messages import rfc3339_ms
+from agent.report.formats import Document, document_head
 from agent.report.record import NothingToReport, SampleRecord
 from agent.report.slide_map import MapMaker
 from agent.review import KeptCell
-
-Document = dict[str, Any]
 
 SCHEMA = "hematovision/report/1"
 
@@ -44,12 +41,7 @@ def compose(record: SampleRecord, at: datetime) -> Document:
         seen.add(field)
     sample = record.sample or {}
     document: Document = {
-        "schema": SCHEMA,
-        "notice": RESEARCH_USE_ONLY,
-        "ruo": True,
-        "made_at": rfc3339_ms(at),
-        "made_by": f"hematovision-agent {__version__}",
-        "source": record.source,
+        **document_head(SCHEMA, record.source, at),
         "site": record.site,
         "device": record.device,
         "sample": record.sid,

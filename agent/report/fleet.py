@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
-from agent import RESEARCH_USE_ONLY, __version__
 from agent.analysis.drift import figure_of
-from agent.analysis.fleet import FEWEST_DEVICES, FleetDevice, Place, Standing
-from agent.delivery.messages import rfc3339_ms
+from agent.analysis.fleet import FEWEST_DEVICES, FleetDevice, Place, Standing, standing_facts
+from agent.report.formats import Document, document_head, hand_out
 from agent.report.markup import e, facts, labelled, n, page, th
-from agent.report.pdf import render_pdf
 from agent.report.words import counted_words
-
-Document = dict[str, Any]
 
 SCHEMA = "hematovision/fleet/1"
 
@@ -39,12 +33,7 @@ def compose_fleet(
 ) -> Document:
     """The comparison as of now. left_out: devices by reason; site: what was asked for, None = all."""
     return {
-        "schema": SCHEMA,
-        "notice": RESEARCH_USE_ONLY,
-        "ruo": True,
-        "made_at": rfc3339_ms(at),
-        "made_by": f"hematovision-agent {__version__}",
-        "source": "collector",
+        **document_head(SCHEMA, "collector", at),
         "selection": {"site": site},
         "rules": {"fewest_devices": FEWEST_DEVICES},
         "left_out": dict(left_out),
@@ -53,7 +42,10 @@ def compose_fleet(
                 "site": device.place[0],
                 "device": device.place[1],
                 "models": device.models,
-                "figures": [_figure_body(one) for one in standings[device.place]],
+                "figures": [
+                    {"figure": one.name, **standing_facts(one), "stands_out": one.stands_out}
+                    for one in standings[device.place]
+                ],
             }
             for device in devices
         ],
@@ -62,24 +54,13 @@ def compose_fleet(
 
 def render_fleet(document: Document, wanted: str) -> bytes:
     """wanted: html, pdf, csv or json; text is UTF-8. Raises ConfigError: no PDF can be made here."""
-    if wanted == "json":
-        return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    if wanted == "csv":
-        return _render_csv(document).encode("utf-8", "replace")
-    html = _render_html(document)
-    return render_pdf(html, document["notice"], _foot(document)) if wanted == "pdf" else html.encode("utf-8", "replace")
-
-
-def _figure_body(one: Standing) -> Document:
-    values = {"here": one.here, "others": one.others, "low": one.low, "high": one.high}
-    rounded = {key: None if value is None else round(value, 4) for key, value in values.items()}
-    return {
-        "figure": one.name,
-        "unit": figure_of(one.name).unit,
-        **rounded,
-        "devices": one.devices,
-        "stands_out": one.stands_out,
-    }
+    return hand_out(
+        document,
+        wanted,
+        html=lambda: _render_html(document),
+        table=lambda: _render_csv(document),
+        foot=_foot(document),
+    )
 
 
 def _render_csv(document: Document) -> str:
@@ -99,10 +80,7 @@ def _render_html(document: Document) -> str:
     site = document["selection"]["site"]
     rows = (
         ("Devices compared", str(len(document["devices"]))),
-        (
-            "Asked for",
-            "all sites" if site is None else f"site {site}",
-        ),
+        ("Asked for", "all sites" if site is None else f"site {site}"),
         ("Left out", counted_words(document["left_out"]) if document["left_out"] else "none"),
         ("This document", f"{document['made_at']}, {document['made_by']}, from the {document['source']}"),
     )

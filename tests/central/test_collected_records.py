@@ -23,7 +23,8 @@ from agent.delivery.reports import differential_draft, sample_body
 from agent.domain import SampleState
 from agent.errors import ConfigError
 from agent.report.device import read_device
-from agent.report.document import Document, compose
+from agent.report.document import compose
+from agent.report.formats import Document
 from agent.report.html import render_html
 from agent.report.record import NothingToReport
 from agent.review import answer_note, answers_key

@@ -11,7 +11,8 @@ import pytest
 from making import AT, make_answer, make_cell, make_crop, make_field, make_record, make_report
 
 from agent import RESEARCH_USE_ONLY
-from agent.report.document import Document, compose
+from agent.report.document import compose
+from agent.report.formats import Document
 from agent.report.html import render_body, render_html
 from agent.report.record import SampleRecord
 from agent.report.tables import render_csv
