@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import CellImage, read_fields, read_rgb
-from models.common.metrics import CALIBRATION_BINS, FieldBoxes, class_figures_by_name, precision_and_recall
+from models.common.metrics import FieldBoxes, class_figures_by_name, confidence_bins, precision_and_recall
 from models.evaluation.asking import add_options, progress
 from models.evaluation.boxes import boxes_of
 from models.evaluation.names import NamedPictures, name_pictures
@@ -117,15 +117,12 @@ def draw_precision_recall(boxes: Sequence[FieldBoxes], classes: Sequence[str]) -
 
 def draw_reliability(probabilities: NDArray[np.float64], is_right: NDArray[np.bool_]) -> Figure:
     """Share of right answers in each bin of confidence, and how many answers a bin holds."""
-    bins = np.clip(np.ceil(probabilities * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    filled = np.unique(bins)
+    bins = confidence_bins(probabilities, is_right)
     figure, ax = one_plot((5, 4))
     ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    said = [probabilities[bins == k].mean() for k in filled]
-    right = [is_right[bins == k].mean() for k in filled]
-    ax.plot(said, right, marker="o")
-    for k, x, y in zip(filled, said, right, strict=True):
-        ax.annotate(str((bins == k).sum()), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7)
+    ax.plot([said for _, said, _ in bins], [right for _, _, right in bins], marker="o")
+    for count, said, right in bins:
+        ax.annotate(str(count), (said, right), textcoords="offset points", xytext=(4, -10), fontsize=7)
     ax.set(xlabel="confidence", ylabel="right", xlim=(0, 1.01), ylim=(0, 1.01))
     return figure
 

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from models.common.augment import vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
 from models.common.labels import (
-    DETECTOR_CLASSES,
     CellImage,
     NamedBox,
     Rgb,
     read_attributes,
+    read_field_platelets,
     read_fields,
     read_foreign_cells,
     read_rgb,
@@ -94,34 +94,26 @@ def pbc_examples(
 
 def foreign_examples(data: Path, sources: Sequence[str], splits: Sequence[str], wording: Wording) -> list[Example]:
     """Cells of other microscopes that we named by eye, and boxes that hold none."""
-    pictures: dict[Path, Rgb] = {}
-    examples = []
-    for cell in read_foreign_cells(data, splits):
-        if cell.source in sources:
-            pixels = pictures.setdefault(cell.path, read_rgb(cell.path))
-            label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
-            box = centred(cell)
-            examples.append(Example(pixels, box, label, wording.no_attributes, is_cell=label != UNKNOWN))
-    return examples
+    return named_examples(read_foreign_cells(data, splits), sources, wording)
 
 
 def field_platelets(data: Path, sources: Sequence[str], splits: Sequence[str], wording: Wording) -> list[Example]:
-    """The platelets of fields, which their label files name: the single-cell images show those of one microscope."""
-    label = wording.classes.index(PLATELET)
-    fields = [field for split in splits for field in read_fields(data, split) if field.source in sources]
-    return [
-        Example(field.pixels, middle_of(box[1:]), label, wording.no_attributes)
-        for field in load_fields(fields)
-        for box in field.boxes
-        if DETECTOR_CLASSES[int(box[0])] == PLATELET
-    ]
+    """The platelets of fields."""
+    return named_examples(read_field_platelets(data, splits), sources, wording)
 
 
-PLATELET = "platelet"
-
-
-def centred(cell: NamedBox) -> CentredBox:
-    return middle_of(cell.box)
+def named_examples(cells: Sequence[NamedBox], sources: Sequence[str], wording: Wording) -> list[Example]:
+    """The cells of these sources, in their fields."""
+    pictures: dict[Path, Rgb] = {}
+    examples = []
+    for cell in cells:
+        if cell.source in sources:
+            if cell.path not in pictures:
+                pictures[cell.path] = read_rgb(cell.path)
+            label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
+            box = middle_of(cell.box)
+            examples.append(Example(pictures[cell.path], box, label, wording.no_attributes, is_cell=label != UNKNOWN))
+    return examples
 
 
 def middle_of(corners: Sequence[float] | np.ndarray) -> CentredBox:

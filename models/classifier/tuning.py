@@ -26,7 +26,7 @@ from agent.inference.models import Models, open_models
 from agent.inference.selftest import make_answers
 from models.classifier import crops
 from models.classifier.export import ChannelsLast
-from models.common.quantize import describe_tensors, export_float, quantize_file, update_manifest
+from models.common.quantize import export_float, quantize_file, renew_entry
 from models.common.warm_start import load_shipped, save_norms
 from models.nets.cellnet import CellNet
 
@@ -144,15 +144,15 @@ def write_models(
     float_file.unlink()
     save_norms(base.net, file)
     entry = manifest["classifier"]
-    found_input, outputs = describe_tensors(file)
-    kinds = {output["shape"][-1]: output for output in entry["outputs"]}
-    entry["input"] |= found_input
-    entry["outputs"] = [{**kinds[output["shape"][-1]], **output} for output in outputs]
+    kinds = {told["shape"][-1]: told for told in entry["outputs"]}
     day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
-    entry["version"] = f"{entry['version'].split('+')[0]}+{how}-{day}"
-    entry["data"] = f"{entry['data']}; {how} on this laboratory's own cells"
-    del entry["sha256"], entry["role"]
-    update_manifest(output, "classifier", **entry)
+    renew_entry(
+        output,
+        "classifier",
+        lambda told: kinds[told["shape"][-1]],
+        version=f"{entry['version'].split('+')[0]}+{how}-{day}",
+        data=f"{entry['data']}; {how} on this laboratory's own cells",
+    )
     (output / "signoff.json").write_text(json.dumps(facts, indent=2) + "\n")
     models = open_models(ModelsSection(folder=output))
     make_answers(models, output)

@@ -33,7 +33,7 @@ class CellImage:
 
 @dataclass(frozen=True, slots=True)
 class NamedBox:
-    """A cell of a field that we named by eye. class_name: None = it is no cell of the eight classes."""
+    """A cell of a field with its name. class_name: None = it is no cell of the eight classes."""
 
     path: Path
     source: str
@@ -112,6 +112,21 @@ def read_foreign_cells(data: Path, splits: Collection[str] = ("train", "val", "t
         for row in rows
         if row["split"] in splits
     ]
+
+
+def read_field_platelets(data: Path, splits: Collection[str]) -> list[NamedBox]:
+    """The platelets of fields, which their label files name: the single-cell images show those of one microscope."""
+    found = []
+    for field in (field for split in splits for field in read_fields(data, split)):
+        height, width = read_rgb(field.path).shape[:2]
+        for index, x_min, y_min, x_max, y_max in read_boxes(field, width, height).tolist():
+            if DETECTOR_CLASSES[int(index)] == PLATELET:
+                found.append(NamedBox(field.path, field.source, field.split, (x_min, y_min, x_max, y_max), PLATELET))
+    return found
+
+
+PLATELET = "platelet"
+"""The class that the detector and the classifier have in common."""
 
 
 def read_fields(data: Path, split: str) -> list[FieldImage]:

@@ -167,13 +167,15 @@ def expected_calibration_error(confidences: NDArray[np.float64], is_right: NDArr
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation 3.
     """
+    bins = confidence_bins(confidences, is_right)
+    return float(sum(count * abs(right - said) for count, said, right in bins) / len(confidences))
+
+
+def confidence_bins(confidences: NDArray[np.float64], is_right: NDArray[np.bool_]) -> list[tuple[int, float, float]]:
+    """Of each of the bins that holds answers: how many, their mean confidence, and the share that is right."""
     bins = np.clip(np.ceil(confidences * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    gaps = [
-        (bins == k).mean() * abs(is_right[bins == k].mean() - confidences[bins == k].mean())
-        for k in range(CALIBRATION_BINS)
-        if (bins == k).any()
-    ]
-    return float(sum(gaps))
+    members = (bins == k for k in np.unique(bins))
+    return [(int(m.sum()), float(confidences[m].mean()), float(is_right[m].mean())) for m in members]
 
 
 def accuracy_at_coverage(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -107,6 +107,17 @@ def begin_folder(shipped: Path, folder: Path) -> None:
     if not (folder / "manifest.json").exists():
         left_out = shutil.ignore_patterns("*.py", "*.md", "recipes", "__pycache__")
         shutil.copytree(shipped, folder, ignore=left_out, dirs_exist_ok=True)
+
+
+def renew_entry(
+    folder: Path, role: str, describe_output: Callable[[dict[str, Any]], Mapping[str, Any]], **changes: Any
+) -> None:
+    """One entry of a manifest tells the tensors of its file as it is now. describe_output: what is said of each."""
+    entry: dict[str, Any] = json.loads((folder / "manifest.json").read_text())[role]
+    found_input, outputs = describe_tensors(folder / entry["file"])
+    kept = {key: value for key, value in entry.items() if key not in ("role", "sha256")}
+    told = [{**describe_output(output), **output} for output in outputs]
+    update_manifest(folder, role, **{**kept, "input": {**entry["input"], **found_input}, "outputs": told, **changes})
 
 
 def update_manifest(folder: Path, role: str, **facts: Any) -> None:

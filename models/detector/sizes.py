@@ -4,7 +4,7 @@
 
 The net is the shipped one (trained at 416 px, on cells scaled by a half to one and a half), so that the curve says what
 another size brings without another training. Times are medians of `detect` over the same fields, taken in turns, and
-told as ratios to the shipped size: letterbox, net and decoding, as the agent runs it.
+told as ratios to the shipped size: letterbox, net and decoding, one look at each field.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.common.labels import DETECTOR_CLASSES, read_fields
 from models.common.metrics import detection_figures
-from models.common.quantize import begin_folder, describe_tensors, update_manifest
+from models.common.quantize import begin_folder, renew_entry
 from models.detector.export import FILE, role, write_files
 from models.detector.train import SIZE_PX, RunFile, begin_with, training_fields
 from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
@@ -62,19 +62,8 @@ def open_size(args: argparse.Namespace, size_px: int) -> Models:
     net = YoloV10n(len(DETECTOR_CLASSES))
     begin_with(net, RunFile(init=args.models / FILE), training_fields(args.data, ("pbc",))[:48])
     write_files(net, args.work / f"{size_px}.float.tflite", folder / FILE, args.data, args.pictures, size_px)
-    return open_models(ModelsSection(folder=write_shapes(folder, size_px), threads=args.threads))
-
-
-def write_shapes(folder: Path, size_px: int) -> Path:
-    """The folder, its manifest telling the tensors of its detector."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry: dict[str, Any] = manifest["detector"]
-    found_input, outputs = describe_tensors(folder / FILE)
-    entry["input"] |= found_input
-    entry["outputs"] = [{**output, **role(output["shape"], size_px)} for output in outputs]
-    del entry["sha256"], entry["role"]
-    update_manifest(folder, "detector", **entry)
-    return folder
+    renew_entry(folder, "detector", lambda output: role(output["shape"], size_px))
+    return open_models(ModelsSection(folder=folder, threads=args.threads, most_tiles=1))
 
 
 def times_ms(found: Mapping[int, Models], pictures: Sequence[Any]) -> dict[int, float]:

@@ -46,12 +46,17 @@ def evaluate_detector(models: Models, data: Path, split: str) -> dict[str, Any]:
     measured = {field.path: boxes_of(models, field) for field in progress(fields, "fields")}
     pairs = {name: [measured[field.path] for field in group] for name, group in groups.items() if group}
     pairs |= published_pairs({field: measured[field.path] for field in fields if field.source == "bccd"})
-    classes = models.manifest.detector.classes
+    return by_group(pairs, models.manifest.detector.classes)
+
+
+def by_group(pairs: Mapping[str, Sequence[FieldBoxes]], classes: Sequence[str]) -> dict[str, Any]:
+    """How many fields each group has, and the figures of its classes; a group without any has none."""
     return {
         "fields": {name: len(found) for name, found in pairs.items()},
         "groups": {
             name: {key: dataclasses.asdict(value) for key, value in detection_figures(found, classes).items()}
             for name, found in pairs.items()
+            if found
         },
     }
 
@@ -104,15 +109,7 @@ def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, A
             sheets = [same[k : k + across**2] for k in range(0, len(same) - across**2 + 1, across**2)]
             name = f"{source}, {across} x {across}"
             pairs[name] = [boxes_of_sheet(models, sheet, across) for sheet in progress(sheets, name)]
-    classes = models.manifest.detector.classes
-    return {
-        "fields": {name: len(found) for name, found in pairs.items()},
-        "groups": {
-            name: {key: dataclasses.asdict(value) for key, value in detection_figures(found, classes).items()}
-            for name, found in pairs.items()
-            if found
-        },
-    }
+    return by_group(pairs, models.manifest.detector.classes)
 
 
 def evaluate_close_ups(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -123,14 +120,7 @@ def evaluate_close_ups(models: Models, data: Path, split: str) -> dict[str, Any]
         for share in CLOSE_UPS:
             name = f"{field.source}, {share:g} of each side"
             pairs.setdefault(name, []).append(boxes_of_middle(models, pixels, field, share))
-    classes = models.manifest.detector.classes
-    return {
-        "fields": {name: len(found) for name, found in sorted(pairs.items())},
-        "groups": {
-            name: {key: dataclasses.asdict(value) for key, value in detection_figures(found, classes).items()}
-            for name, found in sorted(pairs.items())
-        },
-    }
+    return by_group(dict(sorted(pairs.items())), models.manifest.detector.classes)
 
 
 CLOSE_UPS = (0.6, 0.4)
@@ -175,11 +165,7 @@ def evaluate_eight_classes(models: Models, data: Path, split: str) -> dict[str, 
     named = {cell.path.stem: cell.class_name for cell in read_cells(data, split)}
     fields = [field for field in read_fields(data, split) if field.source == "pbc" and field.path.stem in named]
     measured = [named_boxes(models, field, named[field.path.stem]) for field in progress(fields, "fields")]
-    figures = detection_figures(measured, classes)
-    return {
-        "fields": {"pbc": len(fields)},
-        "groups": {"pbc": {name: dataclasses.asdict(f) for name, f in figures.items()}},
-    }
+    return by_group({"pbc": measured}, classes)
 
 
 def named_boxes(models: Models, field: FieldImage, class_name: str) -> FieldBoxes:

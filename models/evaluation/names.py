@@ -16,13 +16,13 @@ from agent.camera.decoding import decode_file
 from agent.domain import Attribute, Box, Classification, Pixels
 from agent.inference.models import Models
 from models.common.labels import (
-    DETECTOR_CLASSES,
     CellImage,
     FieldImage,
     NamedBox,
     read_attributes,
     read_boxes,
     read_cells,
+    read_field_platelets,
     read_fields,
     read_foreign_cells,
 )
@@ -129,13 +129,10 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
         names = [(str(cell.class_name), answer.class_name) for cell, answer in pairs]
         accepted = np.array([rules.believes(answer) for _, answer in pairs])
         is_right = np.array([true == given for true, given in names])
-        figures = class_figures_by_name(names, classes)
+        by_class = class_figures_by_name(names, classes)["classes"]
         sources[source] = {
-            "n": figures["n"],
-            "accuracy": figures["accuracy"],
-            "accepted": float(accepted.mean()),
-            "accuracy_of_accepted": float(is_right[accepted].mean()) if accepted.any() else None,
-            "classes": {name: f for name, f in figures["classes"].items() if f["n"]},
+            **trust_figures(is_right, accepted),
+            "classes": {name: f for name, f in by_class.items() if f["n"]},
         }
     return {"sources": sources}
 
@@ -143,16 +140,8 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
 def cells_of_fields(data: Path, split: str) -> list[NamedBox]:
     """Nucleated cells that we named by eye, and the platelets of the label files under a source of their own."""
     named = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
-    for field in read_fields(data, split):
-        height, width = decode_file(field.path, MAX_MEGAPIXELS).shape[:2]
-        for index, x_min, y_min, x_max, y_max in read_boxes(field, width, height).tolist():
-            if DETECTOR_CLASSES[int(index)] == PLATELET:
-                source, box = f"{field.source}, platelets", (x_min, y_min, x_max, y_max)
-                named.append(NamedBox(field.path, source, split, box, PLATELET))
-    return named
-
-
-PLATELET = "platelet"
+    platelets = read_field_platelets(data, (split,))
+    return named + [dataclasses.replace(cell, source=f"{cell.source}, platelets") for cell in platelets]
 
 
 def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -165,21 +154,20 @@ def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
         for width in FRAMINGS:
             answer = models.name_central_cell(cut_picture(pixels, cell.box, width))
             framings[f"{width:g}"].append((answer.class_name == cell.class_name, rules.believes(answer)))
-    return {"framings": {width: framing_figures(np.array(found)) for width, found in framings.items()}}
+    return {"framings": {width: trust_figures(*np.array(found).T) for width, found in framings.items()}}
 
 
 FRAMINGS = (0.9, 1.0, 1.2, 1.6, 2.2, 3.0)
 """Sides of the pictures, in sides of the cell's box."""
 
 
-def framing_figures(found: NDArray[np.bool_]) -> dict[str, Any]:
-    """found: (cells, 2), whether each is named rightly and whether its name is believed."""
-    right, accepted = found[:, 0], found[:, 1]
+def trust_figures(is_right: NDArray[np.bool_], accepted: NDArray[np.bool_]) -> dict[str, Any]:
+    """is_right, accepted: (cells,), whether each is named rightly and whether its name is believed."""
     return {
-        "n": len(found),
-        "accuracy": float(right.mean()),
+        "n": len(is_right),
+        "accuracy": float(is_right.mean()),
         "accepted": float(accepted.mean()),
-        "accuracy_of_accepted": float(right[accepted].mean()) if accepted.any() else None,
+        "accuracy_of_accepted": float(is_right[accepted].mean()) if accepted.any() else None,
     }
 
 
