@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def main() -> None:
 def open_size(args: argparse.Namespace, size_px: int) -> Models:
     """The shipped detector for squares of this size, in a folder of models of its own."""
     folder = args.work / str(size_px)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps of other models
     begin_folder(args.models, folder)
     net = YoloV10n(len(DETECTOR_CLASSES))
     begin_with(net, RunFile(init=args.models / FILE), training_fields(args.data, ("pbc",))[:48])

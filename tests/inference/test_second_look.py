@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
 from agent.camera.simulated import render_training_field
 from agent.config import ModelsSection
 from agent.domain import Box, Detection
+from agent.inference.merging import box_overlaps
 from agent.inference.models import open_models
 from agent.inference.second_look import (
     OVERLAP,
@@ -149,14 +148,7 @@ def test_a_frame_of_nine_fields_is_found_to_hold_their_cells_each_once() -> None
         detections = open_models(ModelsSection(most_tiles=most)).detector.detect(frame)
         counts[most] = len(detections)
         assert [d.score for d in detections] == sorted((d.score for d in detections), reverse=True)
-        boxes = [d.box for d in detections]
-        assert all(overlap(a, b) <= 0.5 for a, b in itertools.combinations(boxes, 2))
+        boxes = np.array([(d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max) for d in detections], np.float32)
+        assert (np.triu(box_overlaps(boxes, boxes), 1) <= 0.5).all()
     assert abs(counts[16] - wanted) < abs(counts[1] - wanted)
     assert counts[16] == pytest.approx(wanted, rel=0.12)
-
-
-def overlap(first: Box, second: Box) -> float:
-    width = min(first.x_max, second.x_max) - max(first.x_min, second.x_min)
-    height = min(first.y_max, second.y_max) - max(first.y_min, second.y_min)
-    shared = max(width, 0) * max(height, 0)
-    return shared / (first.width_px * first.height_px + second.width_px * second.height_px - shared)
