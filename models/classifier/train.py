@@ -36,13 +36,14 @@ class RunFile:
     """What a run's YAML says.
 
     init: `.pt` of ours or a foreign one, as far as it fits, or a shipped `.tflite`. teacher: `.pt` of a run of ours
-    whose answers are learnt too. minutes: of training, over all sessions. rates: share of `rate` for parameters whose
-    names begin so; 0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to learn.
-    foreign: sources of which the `train` cells that we named by eye take part; the others are never seen. shares: of an
-    epoch, by kind. weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a
-    kind, how much more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their
-    rarity), `none`. undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a
-    random split of the PBC pictures as the study draws it; None = as given.
+    whose answers are learnt too. minutes: of training, over all sessions. epochs: a run of so many instead, however
+    long they take, to be compared with others. rates: share of `rate` for parameters whose names begin so; 0 freezes
+    them, their norms too. thaw_at: progress of the run at which the backbone begins to learn. foreign: sources of
+    which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch, by kind.
+    weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how much
+    more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
+    undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
+    the PBC pictures as the study draws it; None = as given.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -51,6 +52,7 @@ class RunFile:
     side_px: int = 128
     batch: int = 64
     minutes: float = 60
+    epochs: int | None = None
     rate: float = 2e-3
     rates: Mapping[str, float] = field(default_factory=dict)
     thaw_at: float = 0.0
@@ -87,7 +89,8 @@ def main() -> None:
     if not (folder / "last.pt").exists():
         begin_with(net, settings, examples)
     teacher = load_net(settings.teacher, wording) if settings.teacher else None
-    run = Run(folder, net, settings.rate, settings.minutes, settings.rates)
+    steps = settings.epochs * (settings.epoch_crops // settings.batch) if settings.epochs else None
+    run = Run(folder, net, settings.rate, settings.minutes, steps, settings.rates)
     loader = train_loader(settings, examples, wording)
     views = val_views(args.data, settings, boxes, wording)
     facts = {"classes": wording.classes, "values": wording.values, "backbone": settings.backbone}

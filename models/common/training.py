@@ -61,13 +61,15 @@ class Schedule:
     """Learning rate over the run: short warm-up, then a cosine to 2 % of the peak.
 
     The run ends after `minutes` of training time (over all its sessions), so that a slow machine still sees the whole
-    cosine.
+    cosine; or, where runs are to be compared whatever else the machine does, after so many `steps`.
     """
 
     peak: float
     minutes: float
+    steps: int | None = None
     warmup: float = 0.04
     spent_s: float = 0.0
+    done_steps: int = 0
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -78,6 +80,8 @@ class Schedule:
     @property
     def progress(self) -> float:
         """0 at the start of the run, 1 at its end."""
+        if self.steps is not None:
+            return min(1.0, self.done_steps / self.steps)
         return min(1.0, self.elapsed_s / (60 * self.minutes))
 
     def start(self) -> None:
@@ -106,17 +110,24 @@ class Run:
     """A training run and its folder: net, averaged weights, optimiser, schedule. Killed, it resumes at the last epoch.
 
     folder: gets `last.pt` (to resume), `best.pt` (averaged weights of the best score) and `log.jsonl`.
-    factors: share of the rate for parameters whose names begin so. A new run begins with the net as it is given.
+    minutes, steps: its length, see `Schedule`. factors: share of the rate for parameters whose names begin so. A new
+    run begins with the net as it is given.
     """
 
     def __init__(
-        self, folder: Path, net: nn.Module, rate: float, minutes: float, factors: Mapping[str, float] = NO_FACTORS
+        self,
+        folder: Path,
+        net: nn.Module,
+        rate: float,
+        minutes: float,
+        steps: int | None = None,
+        factors: Mapping[str, float] = NO_FACTORS,
     ):
         self.folder = folder
         self.net = net
         self.average = AveragedWeights(net)
         self.optimiser = torch.optim.AdamW(split_parameters(net, 0.02, factors), lr=rate)
-        self.schedule = Schedule(rate, minutes)
+        self.schedule = Schedule(rate, minutes, steps)
         self.epoch, self.best = 0, 0.0
         if (folder / "last.pt").exists():
             self._resume(torch.load(folder / "last.pt", weights_only=True))
@@ -133,6 +144,7 @@ class Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 10)
         self.optimiser.step()
+        self.schedule.done_steps += 1
         self.average.update(self.net)
 
     def end_epoch(self, score: float | None, facts: dict[str, Any] | None = None, **figures: Any) -> None:
@@ -157,6 +169,7 @@ class Run:
             epoch=self.epoch,
             best=self.best,
             spent_s=self.schedule.elapsed_s,
+            done_steps=self.schedule.done_steps,
         )
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -164,7 +177,8 @@ class Run:
         self.average.net.load_state_dict(state["average"])
         self.average.updates = state["updates"]
         self.optimiser.load_state_dict(state["optimiser"])
-        self.epoch, self.best, self.schedule.spent_s = state["epoch"], state["best"], state["spent_s"]
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.schedule.spent_s, self.schedule.done_steps = state["spent_s"], state["done_steps"]
 
 
 def save_checkpoint(path: Path, **states: Any) -> None:

@@ -48,14 +48,16 @@ class RunFile:
     """What a run's YAML says.
 
     init: `.pt` of ours (of a classifier whose backbone is this one's, too) or a foreign one, as far as it fits, or a
-    shipped `.tflite`. minutes: of training, over all sessions. small_px, small_share: side of
-    the pictures in the first share of the run. steps: of an epoch. mosaic_until: progress of the run at which
-    mosaics end. scales: of a single field, 1 = as large as fits. shares: of the training pictures by kind (`fields`,
-    `pictures` from `label_pictures`, `simulated`). sources: whose fields take part.
+    shipped `.tflite`. minutes: of training, over all sessions. epochs: a run of so many instead, however long they
+    take, to be compared with others. small_px, small_share: side of the pictures in the first share of the run. steps:
+    of an epoch. mosaic_until: progress of the run at which mosaics end. scales: of a single field, 1 = as large as
+    fits. shares: of the training pictures by kind (`fields`, `pictures` from `label_pictures`, `simulated`). sources:
+    whose fields take part.
     """
 
     init: Path | None = None
     minutes: float = 60
+    epochs: int | None = None
     rate: float = 2e-3
     small_px: int = 320
     small_share: float = 0.5
@@ -87,7 +89,8 @@ def main() -> None:
     net = YoloV10n(len(DETECTOR_CLASSES)).to(memory_format=torch.channels_last)
     if not (folder / "last.pt").exists():
         begin_with(net, settings, train)
-    run = Run(folder, net, settings.rate, settings.minutes)
+    steps = settings.epochs * settings.steps if settings.epochs else None
+    run = Run(folder, net, settings.rate, settings.minutes, steps)
     pools = [(train, 1 - settings.pictures_share - settings.simulated_share)]
     pools += [(pictures, settings.pictures_share), (simulated, settings.simulated_share)]
     batches, drawn_so = None, None

@@ -15,7 +15,7 @@ import torch
 from models.classifier import crops
 from models.classifier.train import RunFile, freeze, read_run, teacher_losses, train_loader, undersampled
 from models.common.labels import CellImage
-from models.common.training import told_command
+from models.common.training import Run, told_command
 from models.nets.cellnet import Answers, CellNet
 
 pytestmark = pytest.mark.train
@@ -111,3 +111,23 @@ NO_LABELS = torch.full((6,), crops.UNKNOWN)
 def test_a_command_is_told_without_the_places_of_this_machine(places: list[str]) -> None:
     told = told_command(["/usr/bin/python3.11", "-m", "models.classifier.train", *places, "recipe.yaml"])
     assert told == "python -m models.classifier.train recipe.yaml"
+
+
+def test_a_run_of_so_many_steps_ends_there_however_long_it_takes_and_goes_on_where_it_stood(tmp_path: Path) -> None:
+    def begin() -> Run:
+        torch.manual_seed(1)
+        return Run(tmp_path, torch.nn.Linear(2, 1), rate=0.1, minutes=0.0, steps=4)
+
+    def step(run: Run) -> None:
+        run.step(run.net(torch.ones(1, 2)).square().sum())
+
+    run = begin()
+    for _ in range(3):
+        step(run)
+    assert (run.schedule.progress, run.is_finished) == (0.75, False)
+    run.end_epoch(score=None)
+    again = begin()
+    assert torch.equal(again.net.weight, run.net.weight)
+    assert not again.is_finished
+    step(again)
+    assert again.is_finished
