@@ -238,6 +238,7 @@ class Window:
         self._now = now
         # Outlives a connection:
         self._acknowledged: set[int] = set()  # not yet stored as such; a full disk may keep them here for a while
+        self._is_storing_due = False
         self._awaiting = Awaiting(delivery.resend_s)
         self._holds: dict[str, Hold] = {}
         self._strikes = Strikes()
@@ -336,7 +337,15 @@ class Window:
         )
 
     def fill(self, link: BrokerLink) -> None:
-        """Send documents and replies, then rows, until the window is full or nothing is left."""
+        """Send documents and replies, then rows, until the window is full or nothing is left.
+
+        What was acknowledged is stored as such afterwards, while the broker is busy with these.
+        """
+        self._send(link)
+        if self._is_storing_due and not self._is_pausing:
+            self.store_acknowledgements()
+
+    def _send(self, link: BrokerLink) -> None:
         if not (self.send_documents(link) and self._send_passings(link)) or self._is_pausing:
             return
         try:
@@ -575,9 +584,8 @@ class Window:
                 self._documents.settle(sent)
             elif isinstance(sent, StoredDocument) and sent.payload is None:
                 self._settle_cleared(sent)
-        is_due = len(self._acknowledged) >= STORE_TOGETHER or not answers or not self._under_way
-        if is_due and not self._is_pausing:
-            self.store_acknowledgements()
+        enough = len(self._acknowledged) >= STORE_TOGETHER
+        self._is_storing_due = enough or not answers or not self._under_way
 
     def _settle_row(self, row: Row, answer: Acknowledged) -> None:
         if answer.code == _NOBODY_SUBSCRIBED:

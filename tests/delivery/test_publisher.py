@@ -273,9 +273,10 @@ def test_acknowledged_rows_leave_together_and_at_the_latest_when_the_broker_fall
     window.begin(wire)
     depths = []
     with contextlib.closing(Waker()) as waker:
+        window.fill(wire)
         for _ in range(26):
-            window.fill(wire)
             window.turn(wire, waker)
+            window.fill(wire)
             depths.append(bench.outbox.depth())
     assert depths == [40] * 9 + [30] * 10 + [20] * 6 + [15]
 
@@ -289,7 +290,23 @@ def test_the_last_acknowledged_rows_leave_at_once(bench: Bench) -> None:
     with contextlib.closing(Waker()) as waker:
         for _ in range(3):
             window.turn(wire, waker)
+            window.fill(wire)
     assert bench.outbox.depth() == 0
+
+
+def test_the_next_rows_are_on_their_way_before_the_acknowledged_ones_are_stored(bench: Bench) -> None:
+    bench.append(30)
+    window = make_window(bench)
+    wire: Any = Wire(most_answers=10)
+    window.begin(wire)
+    sent_by_then = []
+    bench.outbox.acknowledge = lambda row_ids: sent_by_then.append((len(wire.sent), len(row_ids)))  # type: ignore[method-assign]
+    with contextlib.closing(Waker()) as waker:
+        window.fill(wire)
+        for _ in range(10):
+            window.turn(wire, waker)
+            window.fill(wire)
+    assert sent_by_then == [(30, 10)]
 
 
 def test_a_late_subscriber_finds_state_info_and_health_retained(bench: Bench, mosquitto: Any, subscriber: Any) -> None:
