@@ -1,4 +1,4 @@
-"""What the machine under the agent says: temperature, power, memory, disk and clock.
+"""What the machine under the agent says: temperature, power, memory, disk and clock; and how it hands out memory.
 
 Each reading answers None where the machine does not tell; a board without a thermometer is not a fault.
 """
@@ -23,6 +23,29 @@ STA_UNSYNC = 0x0040
 STA_NANO = 0x2000
 TIME_ERROR = 5
 """From <sys/timex.h>: clock not synchronised; offset in nanoseconds; adjtimex's answer for an unsynchronised clock."""
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""From <malloc.h>."""
+
+BIG_BLOCK_BYTES = 128 * 1024
+"""glibc's own threshold before the first big block is freed; pictures and tensors are above it, all else is below."""
+
+MOST_ARENAS = 2
+
+
+def keep_big_blocks_apart() -> bool:
+    """Have pictures and tensors given back to the system as soon as they are freed; once, before the threads begin.
+
+    By itself glibc raises the size above which a block is mapped alone with each one that is freed, up to 32 MB: after
+    the first frames pictures come out of the heaps, between small objects that live on, and the holes that they leave
+    add up over days. Setting it once keeps it where it is (mallopt(3), M_MMAP_THRESHOLD). Heaps of their own for each
+    of the threads, which wait more than they work, are no gain either. False where the C library has no such word.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, BIG_BLOCK_BYTES)) and bool(mallopt(M_ARENA_MAX, MOST_ARENAS))
 
 
 def read_machine(state_folder: Path, *, sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> MachineReading:

@@ -52,7 +52,7 @@ from agent.errors import CameraError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
-from agent.machine import read_clock, read_machine
+from agent.machine import keep_big_blocks_apart, read_clock, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
 from agent.reporting import Reporter
@@ -106,6 +106,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
     reread: the configuration as it stands in its file at the time of the command `reload`; None = as it is.
     Raises what stands in the way of a start: ModelError, OutboxError, ConfigError.
     """
+    keep_big_blocks_apart()
     with stop_on_signals() as stop, ExitStack() as cleanup:
         folder = state_folder(config.outbox)
         cleanup.enter_context(lock_folder(folder))
