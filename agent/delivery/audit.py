@@ -128,8 +128,8 @@ def verify(lines: Iterable[str]) -> Verdict:
         try:
             key = (int(message["boot"]), int(message["n"]), str(message["hash"]))
             is_true = entry_hash(message) == message["hash"] and isinstance(message["previous"], str)
-        except (KeyError, TypeError, ValueError):
-            faults.append(f"line {number}: not an audit entry: a key is missing")
+        except (KeyError, TypeError, ValueError, OverflowError):  # JSON's 1e999 is infinite
+            faults.append(f"line {number}: not an audit entry: a key is missing, or holds no such number")
             continue
         if not is_true:
             faults.append(f"line {number}: entry {key[1]} was changed: its hash is not that of its content")

@@ -110,3 +110,10 @@ def test_an_entry_without_a_key_is_told(key: str) -> None:
     message = json.loads(make_lines(1)[0])
     del message[key]
     assert not verify([json.dumps(message)]).is_sound
+
+
+@pytest.mark.parametrize("key", ["n", "boot"])
+def test_an_entry_with_a_number_beyond_all_numbers_is_told(key: str) -> None:
+    line = make_lines(1)[0]
+    verdict = verify([line.replace(f'"{key}":{json.loads(line)[key]},', f'"{key}":1e999,')])
+    assert [fault.partition(":")[0] for fault in verdict.faults] == ["line 1"]
