@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,59 +37,89 @@ needs_models = pytest.mark.skipif(
 
 def run_kit(port: int, *arguments: str, device: str = "lab/scope") -> tuple[int, str]:
     command = [sys.executable, "-m", "tests.conformance", "--broker", f"127.0.0.1:{port}", "--device", device]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.fixture
-def agent(tmp_path: Path, mosquitto: Any) -> Iterator[Any]:
-    """A running agent on a lively simulated slide, and its broker's port."""
-    broker = mosquitto()
-    config = {
-        "site": "lab",
-        "device": "scope",
-        "camera": {
-            "kind": "simulated",
-            "simulated": {
-                "interval_s": 0.2,
-                "nucleated_cells_per_field": 4,
-                "red_cells_per_field": 5,
-                "platelets_per_field": 1,
-                "frame_width_px": 320,
-                "frame_height_px": 240,
-            },
-        },
-        "outbox": {"folder": str(tmp_path / "outbox"), "min_free_mb": 0},
-        "broker": {"port": broker.port, "max_backoff_s": 0.5},
-        "publish": {"health_interval_s": 1, "images": True},
-        "differential": {"update_s": 0},
-        "models": {"threads": 1},
-    }
-    file = tmp_path / "config.yaml"
-    file.write_text(json.dumps(config))
-    with (tmp_path / "agent.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "agent", "run", "--config", str(file)], cwd=ROOT, stdout=log, stderr=log
+class AgentService:
+    """The agent as a service: a command of the shell kills it and starts it again, as `--restart` wants it."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        simulated = {
+            "interval_s": 0.2,
+            "nucleated_cells_per_field": 4,
+            "red_cells_per_field": 5,
+            "platelets_per_field": 1,
+            "frame_width_px": 320,
+            "frame_height_px": 240,
+        }
+        config = {
+            "site": "lab",
+            "device": "scope",
+            "camera": {"kind": "simulated", "simulated": simulated},
+            "outbox": {"folder": str(folder / "outbox"), "min_free_mb": 0},
+            "broker": {"port": port, "max_backoff_s": 0.5},
+            "delivery": {"confirm": "receiver", "receiver": "kit", "resend_s": 3},
+            "publish": {"health_interval_s": 1, "images": True},
+            "differential": {"update_s": 0},
+            "models": {"threads": 1},
+        }
+        (folder / "config.yaml").write_text(json.dumps(config))
+        self.port = port
+        self.log_file = folder / "agent.log"
+        self._pid_file = folder / "agent.pid"
+        self._start_file = folder / "start.sh"
+        self._start_file.write_text(
+            f"cd '{ROOT}'\n"
+            f"'{sys.executable}' -m agent run --config '{folder}/config.yaml' >> '{self.log_file}' 2>&1 &\n"
+            f"echo $! > '{self._pid_file}'\n"
         )
+
+    @property
+    def restart_command(self) -> str:
+        return f"kill -9 $(cat '{self._pid_file}') && sh '{self._start_file}'"
+
+    def start(self) -> None:
+        subprocess.run(["sh", str(self._start_file)], check=True)
+
+    def stop(self) -> None:
+        pid = int(self._pid_file.read_text())
+        os.kill(pid, signal.SIGTERM)
+        deadline_s = time.monotonic() + 30
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline_s:
+            if "Z" in Path(f"/proc/{pid}/stat").read_text().split(")")[-1][:3]:
+                return  # it has ended, and is nobody's child that would be waited for
+            time.sleep(0.05)
+
+
+@pytest.fixture(params=["mosquitto", *(pytest.param(name, marks=pytest.mark.brokers) for name in ("nats", "rabbitmq"))])
+def agent(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AgentService]:
+    """A running agent on a lively simulated slide, at each of the brokers."""
+    broker = request.getfixturevalue(request.param)()
+    service = AgentService(tmp_path, broker.port)
+    service.start()
     try:
-        yield broker
+        yield service
     finally:
-        process.terminate()
-        process.wait(30)
-    assert "Traceback" not in (tmp_path / "agent.log").read_text(errors="replace")
+        service.stop()
+    assert "Traceback" not in service.log_file.read_text(errors="replace")
 
 
 @needs_models
-def test_the_agent_keeps_the_contract(agent: Any, subscriber: Any) -> None:
-    ears = subscriber(agent, f"{BASE}/field/#")
-    ears.wait_for(lambda messages: len(messages) > 2, 60)
-    code, text = run_kit(agent.port, "--samples", "--disturb", "--seconds", "3")
+@pytest.mark.timeout(400)
+def test_the_agent_keeps_the_contract_at_every_broker(agent: AgentService, request: pytest.FixtureRequest) -> None:
+    asked = ("--samples", "--disturb", "--restart", agent.restart_command, "--acknowledge-as", "kit")
+    code, text = run_kit(agent.port, *asked, "--seconds", "30")
     assert code == 0, text
     passed = {line.split()[1] for line in text.splitlines() if line.startswith("pass ")}
     left = {
         number for number, clause in read_clauses().items() if clause.is_for_the_kit and not clause.is_for_receivers
     }
-    may_be_left = {"7.4", "7.12"}  # a clock without reference; nothing is kept
+    may_be_left = {"7.4"}  # a clock without reference
+    if "mosquitto" not in request.node.name:
+        may_be_left |= {"1.5", "7.9"}  # MQTT 3.1.1 has neither content types nor response topics
+    if "rabbitmq" in request.node.name:
+        may_be_left |= {"7.3"}  # what is retained does not come to `cmd/+`
     assert left - passed <= may_be_left, text
 
 
@@ -118,6 +150,12 @@ def test_a_receiver_that_acknowledges_nothing_fails(mosquitto: Any, monkeypatch:
     finally:
         ears.close()
     assert [findings.result(number) for number in ("9.1", "9.2", "9.3")] == ["FAIL", "not tested", "not tested"]
+
+
+def test_a_user_without_rights_is_told_so(mosquitto: Any, tmp_path: Path) -> None:
+    (tmp_path / "acl").write_text("topic read hv/#\n")
+    code, text = run_kit(mosquitto(f"acl_file {tmp_path / 'acl'}").port, "--receiver", "central", device="lab/kit")
+    assert (code, "has this user the right to write there?" in text) == (2, True), text
 
 
 def fleet_heard(**changes: Any) -> Heard:

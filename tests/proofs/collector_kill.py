@@ -33,8 +33,9 @@ from tests.central.collecting import CollectorProcess, wait_until
 from tests.central.fake_device import FakeDevice, Sent
 from tests.central.postgresql import PostgreSql, find_programs
 
-RESEND_AFTER_S = 4.0
-"""An acknowledgement that was lost with the killed collector is asked for by sending again."""
+RESEND_AFTER_S, MOST_RESEND_AFTER_S = 4.0, 64.0
+"""An acknowledgement that was lost with the killed collector is asked for by sending again; each time later, as the
+agent does it. Else a collector that starts slowly finds more repeats than it can store before they are repeated."""
 
 Key = tuple[str, int, int]
 """Stream, boot, seq."""
@@ -79,7 +80,7 @@ class StubbornDevice(threading.Thread):
         self._per_s = per_s
         self._chance = random.Random(seed)
         self._device = FakeDevice()
-        self._waiting: dict[Key, tuple[Sent, float]] = {}
+        self._waiting: dict[Key, tuple[Sent, float, float]] = {}  # sent again then; the pause before that
         self._lock = threading.Lock()
         self._is_producing = True
         self._is_stopping = False
@@ -101,7 +102,9 @@ class StubbornDevice(threading.Thread):
         """Until one more message is acknowledged than now."""
         before = len(self.so_far())
         wait_until(
-            lambda: len(self.so_far()) > before or self.failure is not None, "something is acknowledged", timeout_s=120
+            lambda: len(self.so_far()) > before or self.failure is not None,
+            f"something is acknowledged ({self.waiting} messages wait, {self.sent_again} were sent again)",
+            timeout_s=120,
         )
         if self.failure is not None:
             raise self.failure
@@ -156,7 +159,7 @@ class StubbornDevice(threading.Thread):
     def _put(self, one: Sent, now_s: float) -> None:
         with self._lock:
             self.sent[one.stream, one.boot, one.seq] = one.payload
-            self._waiting[one.stream, one.boot, one.seq] = one, now_s
+            self._waiting[one.stream, one.boot, one.seq] = one, now_s + RESEND_AFTER_S, RESEND_AFTER_S
 
     def _take_ack(self, ack: dict[str, int | str]) -> None:
         with self._lock:
@@ -171,11 +174,12 @@ class StubbornDevice(threading.Thread):
 
     def _send_again(self, link: object, now_s: float) -> None:
         with self._lock:
-            late = [(key, one) for key, (one, sent_s) in self._waiting.items() if now_s - sent_s > RESEND_AFTER_S]
-            for key, one in late[:200]:
-                link.publish(one.topic, one.payload)  # type: ignore[attr-defined]
-                self._waiting[key] = one, now_s
-                self.sent_again += 1
+            for key, (one, due_s, pause_s) in list(self._waiting.items()):
+                if now_s >= due_s:
+                    link.publish(one.topic, one.payload)  # type: ignore[attr-defined]
+                    longer_s = min(2 * pause_s, MOST_RESEND_AFTER_S)
+                    self._waiting[key] = one, now_s + longer_s, longer_s
+                    self.sent_again += 1
 
 
 def stored(url: str) -> tuple[set[Key], int]:
@@ -235,6 +239,8 @@ def run(kills: int, seed: int, url: str, folder: Path, per_s: float = 50.0) -> V
         if device.failure is not None:
             raise device.failure
         found, more = stored(url)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; the collector said last:\n{collector.log_text[-4000:]}") from error
     finally:
         collector.kill()
         device.stop()
