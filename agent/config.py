@@ -323,10 +323,11 @@ class OutboxSection(Section):
     """Folder of the outbox; must be on a local disk. null = $STATE_DIRECTORY (systemd), else
     $XDG_STATE_HOME/hematovision, else ~/.local/state/hematovision."""
     max_mb: Annotated[float, Field(ge=1, le=1_000_000)] = 2048
-    """MB; when the outbox has grown to this, room is made: first confirmed results go, then pictures, cells (their
-    fields hold them too) and old events, and what goes is counted. When that is not enough, intake stops."""
+    """MB; when the outbox has grown to this, room is made: first confirmed results go, then cells (their fields hold
+    them too) and old events, and what goes is counted. When that is not enough, intake stops."""
     min_free_mb: Annotated[float, Field(ge=0, le=1_000_000)] = 64
-    """MB; disk space that the outbox leaves free; below it, it makes room in the same way, and then intake stops."""
+    """MB; disk space that the outbox leaves free; below it, the pictures that lie beside it go first, then it makes
+    room in the same way, and then intake stops."""
 
 
 class DeliverySection(Section):

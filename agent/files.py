@@ -1,4 +1,4 @@
-"""Files that are there when they are complete, and not before: half a report looks like a whole one."""
+"""Files that are there when they are complete, and not before; and which disks are no disks of this computer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,44 @@ from pathlib import Path
 from typing import IO
 
 from agent.errors import ConfigError
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "lustre", "beegfs", "glusterfs", "vboxsf", "davfs"}
+    | {"9p", "virtiofs", "prl_fs", "coda", "orangefs", "pvfs2", "gpfs"}
+    | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.ceph-fuse", "fuse.davfs2", "fuse.smbnetfs"}
+    | {
+        "fuse.curlftpfs",
+        "fuse.gcsfuse",
+        "fuse.goofys",
+        "fuse.juicefs",
+        "fuse.mount-s3",
+        "fuse.vmhgfs-fuse",
+        "fuse.prl_fsd",
+    }
+)
+"""SQLite's locks and its shared memory are not safe there (sqlite.org/howtocorrupt.html, 2.1). Folders that a virtual
+machine shares with its host are among them."""
+
+MOUNTS = Path("/proc/self/mounts")
+
+
+def network_file_system(folder: Path, mounts_file: Path = MOUNTS) -> str | None:
+    """The kind of the network file system on which a folder lies, or would lie; None = on none, as far as is known."""
+    try:
+        mounts = mounts_file.read_text(errors="replace").splitlines()
+    except OSError:
+        return None  # no /proc here
+    place = folder.resolve()
+    kind, longest = "", -1
+    for line in mounts:
+        parts = line.split()
+        if len(parts) < 3:
+            continue
+        mount_point = Path(parts[1].replace("\\040", " "))
+        # >= : of two mounts on one place the later covers the earlier
+        if (mount_point == place or mount_point in place.parents) and len(mount_point.parts) >= longest:
+            kind, longest = parts[2], len(mount_point.parts)
+    return kind if kind in NETWORK_FILE_SYSTEMS else None
 
 
 @contextmanager

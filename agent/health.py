@@ -110,6 +110,7 @@ class HealthSnapshot:
     dropped: frames that gave no field, by reason (`frozen`, `queue-full`, `dark`, `unreadable`, ...), since the start.
     timings: by stage name as in `FieldResult.timing_ms`. beats: by stage, for `Health.progressed_since`.
     outbox_oldest_age_s: None while nothing waits. drift: None where it is not watched.
+    broker_certificate_ends_at: of the certificate that the broker showed last; None where it showed none.
     """
 
     uptime_s: float
@@ -127,6 +128,7 @@ class HealthSnapshot:
     outbox_oldest_age_s: float | None
     last_self_test: SelfTest | None = None
     drift: DriftReading | None = None
+    broker_certificate_ends_at: datetime | None = None
     beats: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -149,6 +151,7 @@ class Health:
         self._outbox_oldest_age_s: float | None = None
         self._self_test: SelfTest | None = None
         self._drift: DriftReading | None = None
+        self._broker_certificate_ends_at: datetime | None = None
 
     def beat(self, stage: Stage) -> None:
         """The stage has moved: the watchdog is fed only while all of them do."""
@@ -182,6 +185,11 @@ class Health:
         """How the connection to the broker is."""
         with self._lock:
             self._broker = (state, detail)
+
+    def broker_certificate(self, ends_at: datetime | None) -> None:
+        """Until when the certificate is good that the broker has shown."""
+        with self._lock:
+            self._broker_certificate_ends_at = ends_at
 
     def outbox_state(self, state: OutboxState, detail: str = "") -> None:
         """Whether the outbox takes in results."""
@@ -232,6 +240,7 @@ class Health:
                 outbox_oldest_age_s=self._outbox_oldest_age_s,
                 last_self_test=self._self_test,
                 drift=self._drift,
+                broker_certificate_ends_at=self._broker_certificate_ends_at,
                 beats=MappingProxyType(dict(self._beats)),
             )
 

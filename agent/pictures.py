@@ -51,6 +51,15 @@ class PictureStore:
             return
         self._note(path, len(content))
 
+    def let_go(self) -> bool:
+        """Throw the oldest picture away, to leave the disk to the results; False = there is none."""
+        if not self._oldest:
+            return False
+        path, freed_bytes = self._oldest.popleft()
+        path.unlink(missing_ok=True)
+        self._bytes -= freed_bytes
+        return True
+
     def path(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.png"
 
@@ -61,11 +70,8 @@ class PictureStore:
     def _has_made_room(self, size_bytes: int) -> bool:
         """Whether a picture of this size fits, the oldest ones let go for it."""
         while not self._fits(size_bytes):
-            if not self._oldest:
+            if not self.let_go():
                 return False
-            path, freed_bytes = self._oldest.popleft()
-            path.unlink(missing_ok=True)
-            self._bytes -= freed_bytes
         return True
 
     def _fits(self, size_bytes: int) -> bool:

@@ -382,6 +382,7 @@ class Pipeline(threading.Thread):
         self._retry_s = retry_s
         self._crops = crops
         self._pictures = pictures
+        outbox.spare(self._let_a_picture_go)
         self._slide_watch = watch_slides(bench)
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
@@ -736,6 +737,11 @@ class Pipeline(threading.Thread):
         if kept and crops.size_bytes() > max_bytes:
             listed = read_kept_cells(self._outbox.notes(REVIEW), self._outbox.notes(ANSWERS), None)
             crops.make_room(max_bytes, {cell.cell_id: not cell.is_open for cell in listed})
+
+    def _let_a_picture_go(self) -> bool:
+        """Whole fields before the cells that a person should look at; False = there are no pictures left."""
+        is_gone = self._pictures is not None and self._pictures.let_go()
+        return is_gone or (self._crops is not None and self._crops.let_go())
 
     def _append(self, outcome: Outcome) -> None:
         documents = (*outcome.documents, *self._due_documents(outcome.sample))

@@ -148,7 +148,8 @@ def _try_broker(config: Config) -> str:
     with closing(_Goodbye(_open_first(broker, f"hv-{config.site}-{config.device}-check", protocols, will))) as link:
         user = "without a user" if broker.username is None else f"as user {broker.username}"
         lock = "encrypted" if broker.tls.enabled else "not encrypted"
-        near = [expiry.words for expiry in read_expiries(broker.tls, datetime.now(timezone.utc)) if expiry.is_near]
+        expiries = read_expiries(broker.tls, datetime.now(timezone.utc), link.link.certificate_ends_at)
+        near = [expiry.words for expiry in expiries if expiry.is_near]
         return "; ".join((f"{broker.host}:{broker.port} takes us {user}, MQTT {link.protocol}, {lock}", *near))
 
 

@@ -29,6 +29,9 @@ Reason = Literal["unidentified", "low-margin", "gallery"]
 CROPS_FOLDER = "crops"
 """Beside the outbox."""
 
+LET_GO = 64
+"""Pictures of cells that go at once when the disk is short: about as much as a field of the outbox needs."""
+
 ROOM_SHARE = 0.9
 """When the pictures outgrow their limit they are brought down to this share of it, so that not each one makes room."""
 
@@ -196,6 +199,14 @@ class CropStore:
             gone += 1
         self._bytes = left
         return gone
+
+    def let_go(self) -> bool:
+        """Throw the oldest pictures away, to leave the disk to the results; False = there are none."""
+        oldest = sorted(self._files(), key=lambda one: one[2])[:LET_GO]
+        for path, _, _ in oldest:
+            path.unlink(missing_ok=True)
+        self._bytes = None
+        return bool(oldest)
 
     def keep_only(self, sids: Collection[str]) -> None:
         """Throw away the pictures of samples that can no longer be amended."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from test_desk import Place
-from test_pipeline import RED, WHITE, make_bench, make_models
+from test_pipeline import RED, WHITE, make_bench, make_frame, make_models
 
 from agent.analysis.agreement import Answer
 from agent.camera.grabber import FrameQueue
@@ -21,6 +21,7 @@ from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.topics import Topics
 from agent.domain import Classification, SampleState
 from agent.health import Health
+from agent.pictures import PictureStore
 from agent.pipeline import Pipeline
 from agent.report.device import read_device
 from agent.review import CropStore, answer_note, read_answers, read_kept_cells
@@ -156,6 +157,25 @@ def test_for_room_the_oldest_answered_pictures_go_first_then_the_oldest_that_wai
     crops.make_room(3500, done)
     assert left() == [2, 4, 6]
     assert crops.size_bytes() == 3000
+
+
+def test_on_a_short_disk_all_pictures_go_before_a_result_waits(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = count_two_fields(outbox, name(0.55, 0.45))
+    fields = place.pipeline._pictures = PictureStore(outbox.path.parent / "pictures", 10**6)
+    for seed in (1, 2):
+        fields.keep(make_frame(seed))
+    folders = [outbox.path.parent / "pictures", outbox.path.parent / "crops" / "s-1"]
+    seen: list[tuple[int, ...]] = []
+
+    def free_bytes(_path: Path) -> int:
+        seen.append(tuple(len(list(folder.iterdir())) for folder in folders))
+        return 0 if sum(seen[-1]) else 2**30
+
+    monkeypatch.setattr("agent.delivery.outbox._disk_free_bytes", free_bytes)
+    place.do("start", "c", sample="s-2")
+    assert list(dict.fromkeys(seen)) == [(2, 2), (1, 2), (0, 2), (0, 0)]
+    assert len(kept(outbox)) > 0  # the entries stay
+    assert outbox.dropped() == {}
 
 
 def test_pictures_of_forgotten_samples_go(tmp_path: Path) -> None:

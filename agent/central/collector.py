@@ -33,6 +33,7 @@ from agent.central.fleet import FLEET, FleetNews, look_at_fleet, standing_out
 from agent.central.ledger import Ack, Question
 from agent.central.settings import CollectorConfig
 from agent.central.store import Arrival, Outcome, Store
+from agent.delivery.certificates import read_expiries
 from agent.delivery.link import BrokerLink, HungUp, ProtocolRefused, Received, Session, open_link
 from agent.delivery.messages import rfc3339_ms, schema_name, serialise
 from agent.delivery.publisher import Backoff
@@ -63,6 +64,9 @@ connection is closed at this, and the broker keeps them."""
 
 COMMAND_EXPIRY_S = 30
 """From the contract: an older command is refused."""
+
+EXPIRIES_EVERY_S = 86_400.0
+"""How often, and with each connection, it is looked at how long the certificates are good."""
 
 STEADY_AFTER_S = 10.0
 """A connection that has held for this long makes the next pause short again."""
@@ -129,6 +133,8 @@ class Collector:
         self._has_migrated = False
         self._feed_every_s = systemd.watchdog_interval_s()
         self._fed_at_s = 0.0
+        self._broker_ends_at: datetime | None = None
+        self._tell_expiries_at_s = 0.0
 
     def run(self) -> None:
         """Until it is asked to stop. Raises ConfigError: the database's schema is a newer version's."""
@@ -180,6 +186,9 @@ class Collector:
     def work(self) -> None:
         """Called at every turn: that the loop turns is what the watchdog is told."""
         self._feed_watchdog()
+        if time.monotonic() >= self._tell_expiries_at_s:
+            self._tell_expiries_at_s = time.monotonic() + EXPIRIES_EVERY_S
+            self._tell_expiries()
 
     def tell(self, words: str, level: int = logging.INFO) -> None:
         self._tell(words, level)
@@ -221,6 +230,8 @@ class Collector:
                     self._protocols.append(self._protocols.pop(0))
         else:
             self._silent_ends = 0
+            self._broker_ends_at = link.certificate_ends_at
+            self._tell_expiries_at_s = 0.0
             return link
         self._rest(self._broker_backoff)
         return None
@@ -252,6 +263,11 @@ class Collector:
         self._told = about or words
         logger.log(level, "%s", words)
         systemd.status(words)
+
+    def _tell_expiries(self) -> None:
+        for expiry in read_expiries(self._settings.broker.tls, self._now(), self._broker_ends_at):
+            if expiry.is_near:
+                logger.warning("%s", expiry.words)
 
     def _feed_watchdog(self) -> None:
         if self._feed_every_s is not None and time.monotonic() - self._fed_at_s >= self._feed_every_s:

@@ -27,6 +27,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 from agent.config import read_secret
 from agent.errors import ConfigError, StoreUnavailable
+from agent.files import network_file_system
 
 DATABASE_PASSWORD_VARIABLE = "HEMATOVISION_DATABASE_PASSWORD"
 
@@ -139,7 +140,12 @@ def _parse(url: str) -> URL:
 
 
 def _open_sqlite(parsed: URL, *, read_only: bool) -> Engine:
-    if read_only and not Path(str(parsed.database)).is_file():
+    file = Path(str(parsed.database))
+    kind = None if read_only else network_file_system(file.absolute().parent)
+    if kind is not None:
+        fault = f"lies on a network file system ({kind}), where SQLite is not safe; use a local disk, or PostgreSQL"
+        raise ConfigError(str(parsed), (fault,))
+    if read_only and not file.is_file():
         raise ConfigError(str(parsed), ("there is no such file; `hematovision collect` makes it",))
     engine = create_engine(
         parsed.set(drivername="sqlite+pysqlite"),

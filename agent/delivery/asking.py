@@ -12,7 +12,7 @@ from typing import Any
 
 from agent.config import BrokerSection
 from agent.delivery.commands import sign
-from agent.delivery.link import BrokerLink, Passing, ProtocolRefused, open_link
+from agent.delivery.link import BrokerLink, HungUp, Passing, ProtocolRefused, open_link
 from agent.delivery.topics import Topics
 from agent.errors import BrokerRefused, BrokerUnavailable
 
@@ -49,7 +49,7 @@ def _connect(broker: BrokerSection, environ: Mapping[str, str]) -> BrokerLink:
     for protocol in protocols:
         try:
             return open_link(broker, client_id=client_id, protocol=protocol, will=None, environ=environ)
-        except ProtocolRefused:
+        except (ProtocolRefused, HungUp):  # some brokers hang up when they meet a version that they do not know
             if protocol == protocols[-1]:
                 raise
     raise AssertionError("a protocol was tried")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 EXPIRY_NOTICE_DAYS = 30
 """From so many days before the end a certificate is worth an event, a warning and an alert."""
 
+BROKER = "broker"
+"""Instead of a key: the broker's own certificate is in no file of ours."""
+
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 _SEQUENCE, _INTEGER, _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x30, 0x02, 0x17, 0x18, 0xA0
@@ -47,10 +50,13 @@ _ALERTS = {
 
 @dataclass(frozen=True, slots=True)
 class Expiry:
-    """One of the agent's certificate files and the time left. key: where the configuration names it."""
+    """A certificate that the connection needs, and the time left.
+
+    key: where the configuration names its file, or BROKER. file: None for the broker's, which it shows us.
+    """
 
     key: str
-    file: Path
+    file: Path | None
     days_left: float
 
     @property
@@ -60,9 +66,11 @@ class Expiry:
     @property
     def words(self) -> str:
         """For people, with the remedy."""
+        what = "the broker's certificate" if self.file is None else f"{self.key} {self.file}"
+        where = " at the broker" if self.file is None else ""
         if self.days_left < 0:
-            return f"{self.key} {self.file}: expired {-self.days_left:.0f} days ago; renew it"
-        return f"{self.key} {self.file}: expires in {self.days_left:.0f} days; renew it before"
+            return f"{what}: expired {-self.days_left:.0f} days ago; renew it{where}"
+        return f"{what}: expires in {self.days_left:.0f} days; renew it{where} before"
 
 
 def days_left(pem: str, now: datetime) -> float:
@@ -77,9 +85,15 @@ def days_left(pem: str, now: datetime) -> float:
     return (min(ends) - now) / timedelta(days=1)
 
 
-def read_expiries(section: TlsSection, now: datetime) -> tuple[Expiry, ...]:
-    """How long the configured files are good, the shortest first. What cannot be read is left out: connecting tells."""
+def read_expiries(section: TlsSection, now: datetime, broker_ends_at: datetime | None = None) -> tuple[Expiry, ...]:
+    """How long the certificates of a connection are good, the shortest first.
+
+    broker_ends_at: of the certificate that the broker showed last; None = it showed none. A file that cannot be read is
+    left out: connecting tells.
+    """
     found = []
+    if broker_ends_at is not None:
+        found.append(Expiry(BROKER, None, (broker_ends_at - now) / timedelta(days=1)))
     if section.enabled:
         for key, file in (("ca_file", section.ca_file), ("certificate_file", section.certificate_file)):
             if file is None:
@@ -90,6 +104,12 @@ def read_expiries(section: TlsSection, now: datetime) -> tuple[Expiry, ...]:
                 continue
             found.append(Expiry(f"broker.tls.{key}", file, left))
     return tuple(sorted(found, key=lambda expiry: expiry.days_left))
+
+
+def shown_certificate_ends_at(sock: object) -> datetime | None:
+    """When the certificate ends that the other end of a connection has shown; None = not encrypted."""
+    shown = sock.getpeercert(binary_form=True) if isinstance(sock, ssl.SSLSocket) else None
+    return None if shown is None else _not_after(shown)
 
 
 def refusal_of_ours(error: ssl.SSLError | None) -> str | None:

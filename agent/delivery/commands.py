@@ -143,7 +143,7 @@ class Relearn(Request):
 class Replay(Request):
     """Send these numbers of a stream again."""
 
-    stream: Literal["field", "cell", "event", "audit", "differential", "image"]
+    stream: Literal["field", "cell", "event", "audit", "differential"]
     from_seq: Seq
     to_seq: Seq
 

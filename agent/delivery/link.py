@@ -30,7 +30,12 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent.config import BROKER_PASSWORD_VARIABLE, BrokerSection, read_secret
-from agent.delivery.certificates import NotingSocket, refusal_of_ours, refusal_of_theirs
+from agent.delivery.certificates import (
+    NotingSocket,
+    refusal_of_ours,
+    refusal_of_theirs,
+    shown_certificate_ends_at,
+)
 from agent.errors import BrokerRefused, BrokerUnavailable, ConfigError
 
 T = TypeVar("T")
@@ -163,6 +168,7 @@ class BrokerLink:
     broker did not tell. closed_reason: why the connection is gone; None while it stands. was_hung_up: the
     broker or the network ended it; not we, and not the keep-alive. is_taken_over: by another client of the same name.
     has_session: the broker has kept the session of the last connection. shares: it knows shared subscriptions.
+    certificate_ends_at: of the broker's certificate; None without TLS.
     """
 
     def __init__(self, section: BrokerSection, client_id: str, protocol: str, session: Session | None = None) -> None:
@@ -174,6 +180,7 @@ class BrokerLink:
         self.is_taken_over = False
         self.has_session = False
         self.shares = False
+        self.certificate_ends_at: datetime | None = None
         self._host, self._port, self._keepalive_s = section.host, section.port, section.keepalive_s
         self._sock: mqtt.SocketLike | None = None
         self._connack: tuple[int, str] | None = None
@@ -417,6 +424,7 @@ class BrokerLink:
     ) -> None:
         self._connack = (code.value, str(code))
         self.has_session = bool(flags.session_present)
+        self.certificate_ends_at = shown_certificate_ends_at(self._sock)
         # MQTT 5: available unless the broker says no.
         self.shares = self.is_v5 and bool(getattr(properties, "SharedSubscriptionAvailable", 1))
         self.window = int(getattr(properties, "ReceiveMaximum", MOST_UNACKNOWLEDGED))

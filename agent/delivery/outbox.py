@@ -7,9 +7,9 @@ What it promises
   * The newest word on each retained topic, notes and answers to transactions are stored in the same transaction.
   * A row leaves only by `acknowledge`, by `confirm` (a receiver has it on its disk) or, with its reason, into the dead
     letters. What has left stays as history, to be sent again when asked for, as long as there is room and time for it.
-  * For room goes, oldest first: history, pictures, cells (their fields hold them too), events. What goes unconfirmed is
-    counted (`dropped`). Fields, differentials and the audit never go: a full outbox refuses the next append, and takes
-    it again when some have left.
+  * For room goes, oldest first: what else of ours lies on a disk that is short (`spare`: pictures), history, cells
+    (their fields hold them too), events. What goes unconfirmed is counted (`dropped`). Fields, differentials and the
+    audit never go: a full outbox refuses the next append, and takes it again when some have left.
 
 What it does not promise
   * That a message is delivered once only: an acknowledgement lost in a power cut sends the message again.
@@ -45,6 +45,7 @@ from agent.delivery.salvage import FoundRow, find_rows, rows_cut_off
 from agent.delivery.topics import Topics
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
+from agent.files import MOUNTS, network_file_system
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ CONFIRM_STEP_ROWS = 1000
 PRUNE_STEP_ROWS = 64
 """Rows that leave in one transaction: others wait for it."""
 
-FIRST_TO_GO = ("image", "cell", "event")
+FIRST_TO_GO = ("cell", "event")
 """Streams that make room for results when nothing else is left, in this order."""
 
 EVENTS_KEPT = 100
@@ -113,12 +114,6 @@ MOST_ANSWERS = 512
 MOST_DOCUMENTS = 1000
 
 NO_NOTES: Mapping[str, str | None] = MappingProxyType({})
-
-NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "lustre", "beegfs", "glusterfs", "vboxsf", "davfs"}
-    | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.ceph-fuse", "fuse.davfs2", "fuse.smbnetfs"}
-)
-"""SQLite's locks and its shared memory are not safe there (sqlite.org/howtocorrupt.html, 2.1)."""
 
 _TABLES = (
     """CREATE TABLE rows (
@@ -171,7 +166,7 @@ _TABLES_OF_3 = (
 _COPIED_TABLES = (
     *("streams", "rows", "dead_letters", "finished", "sample", "documents", "notes", "answers", "acks", "dropped"),
 )
-STREAMS = ("field", "cell", "event", "audit", "differential", "image")
+STREAMS = ("field", "cell", "event", "audit", "differential")
 _COPIED = "stream, boot, seq, topic, captured_monotonic_ns, appended_unix_s, payload, crc32"
 
 
@@ -372,7 +367,7 @@ def open_outbox(
     keep_hours: float = 0,
     verify: bool = True,
     create: bool = True,
-    mounts_file: Path = Path("/proc/mounts"),
+    mounts_file: Path = MOUNTS,
     monotonic_ns: Callable[[], int] = time.monotonic_ns,
     unix_time: Callable[[], float] = time.time,
 ) -> Outbox:
@@ -692,22 +687,13 @@ def _set_aside(path: Path) -> Path:
     return bad
 
 
+def _nothing_to_spare() -> bool:
+    return False
+
+
 def _refuse_network_file_system(folder: Path, mounts_file: Path) -> None:
-    try:
-        mounts = mounts_file.read_text(errors="replace").splitlines()
-    except OSError:
-        return  # no /proc here: cannot tell
-    place = folder.resolve()
-    kind, longest = "", -1
-    for line in mounts:
-        parts = line.split()
-        if len(parts) < 3:
-            continue
-        mount_point = Path(parts[1].replace("\\040", " "))
-        # >= : of two mounts on one place the later covers the earlier
-        if (mount_point == place or mount_point in place.parents) and len(mount_point.parts) >= longest:
-            kind, longest = parts[2], len(mount_point.parts)
-    if kind in NETWORK_FILE_SYSTEMS:
+    kind = network_file_system(folder, mounts_file)
+    if kind is not None:
         raise OutboxError(
             f"outbox folder {folder}: lies on a network file system ({kind}), where a database is not safe; "
             "set outbox.folder to a local disk"
@@ -750,6 +736,7 @@ class Outbox:
         self._monotonic_ns = monotonic_ns
         self._unix_time = unix_time
         self._untold = Untold()
+        self._spare: Callable[[], bool] = _nothing_to_spare
         self._log = path.with_name(f"{path.name}-wal")
         with _explained(path):
             self._page_bytes = _pragma(connection, "page_size")
@@ -765,6 +752,13 @@ class Outbox:
     def close(self) -> None:
         """Close the connection; the last one to close also empties the write-ahead log."""
         self._connection.close()
+
+    def spare(self, let_go: Callable[[], bool]) -> None:
+        """What is worth less than all that is here, and goes first when the disk is short.
+
+        let_go: deletes some of it and says True, or False when nothing is left. Called on the thread that appends.
+        """
+        self._spare = let_go
 
     # ---- writing
 
@@ -1215,20 +1209,27 @@ class Outbox:
         """Let go what may go until this fits; raises OutboxError when nothing is left that may."""
         if more_bytes == 0:
             return
-        while (fault := self._why_full(more_bytes, is_event=is_event)) is not None:
+        while self._why_short(more_bytes, is_event) is not None and self._spare():
+            pass  # it frees what else of ours is on the disk
+        while (fault := self._why_full(more_bytes, is_event) or self._why_short(more_bytes, is_event)) is not None:
             if not (self._drop_history() or any(self._drop(stream) for stream in FIRST_TO_GO)):
                 raise OutboxError(fault)
 
-    def _why_full(self, more_bytes: int, *, is_event: bool) -> str | None:
+    def _why_full(self, more_bytes: int, is_event: bool) -> str | None:
+        """What is wrong when this would make the outbox larger than it may be."""
         reserve = EVENT_RESERVE_BYTES if is_event else 0
-        empty_bytes = _pragma(self._connection, "freelist_count") * self._page_bytes
-        used_bytes = _pragma(self._connection, "page_count") * self._page_bytes - empty_bytes
+        used_bytes = _pragma(self._connection, "page_count") * self._page_bytes - self._empty_bytes()
         if used_bytes + more_bytes > self._max_bytes + reserve:
             return (
                 f"{self.path}: full: {used_bytes / 2**20:.1f} MB are used, outbox.max_mb is "
                 f"{self._max_bytes / 2**20:g}; connect the broker, or raise outbox.max_mb"
             )
-        free_bytes = _disk_free_bytes(self.path) + empty_bytes
+        return None
+
+    def _why_short(self, more_bytes: int, is_event: bool) -> str | None:
+        """What is wrong when this would leave the disk less than must stay free."""
+        reserve = EVENT_RESERVE_BYTES if is_event else 0
+        free_bytes = _disk_free_bytes(self.path) + self._empty_bytes()
         to_leave_bytes = max(self._min_free_bytes, LEAST_FREE_BYTES)
         if free_bytes - more_bytes < to_leave_bytes - reserve:
             return (
@@ -1236,6 +1237,10 @@ class Outbox:
                 "free (outbox.min_free_mb); free space on the disk, or connect the broker"
             )
         return None
+
+    def _empty_bytes(self) -> int:
+        """In the file, without content: the next rows go there first."""
+        return _pragma(self._connection, "freelist_count") * self._page_bytes
 
     def _drop_history(self) -> bool:
         """Some of the oldest history; False = there is none."""

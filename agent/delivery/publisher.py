@@ -301,7 +301,7 @@ class Publisher(threading.Thread):
 
     def _subscribe(self, link: BrokerLink) -> None:
         """Anew on each connection: no broker has to remember it."""
-        commands = () if self._take_command is None else (self._topics.commands,)
+        commands = () if self._take_command is None else self._topics.commands
         if filters := (*commands, *self._ack_topics):
             link.subscribe(filters)
 
@@ -322,7 +322,7 @@ class Publisher(threading.Thread):
         between two frames.
         """
         for subscribed in link.take_subscribed():
-            if not subscribed.is_granted:
+            if not subscribed.is_granted and subscribed.topic_filter != self._topics.commands[1]:
                 logger.error("the broker does not let us hear %s: %s", subscribed.topic_filter, subscribed.reason)
         for received in link.take_received():
             if (receiver := self._ack_topics.get(received.topic)) is not None:
@@ -358,11 +358,11 @@ class Publisher(threading.Thread):
         self._tell_connected(link)
 
     def _command(self, received: Received) -> InboundCommand | None:
-        prefix = self._topics.commands.removesuffix("+")
-        if not received.topic.startswith(prefix):
+        name = self._topics.command(received.topic)
+        if name is None:
             return None
         return InboundCommand(
-            name=received.topic.removeprefix(prefix),
+            name=name,
             payload=received.payload,
             is_retained=received.is_retained,
             response_topic=received.response_topic,
@@ -468,6 +468,7 @@ class Publisher(threading.Thread):
         words = f"{self._broker.host}:{self._broker.port}, MQTT {link.protocol}"
         if self._unheard:
             words += f"; nobody subscribes to {', '.join(self._unheard)}: that waits here"
+        self._health.broker_certificate(link.certificate_ends_at)
         self._tell("connected", words)
 
     def _tell(self, state: BrokerState, detail: str) -> None:

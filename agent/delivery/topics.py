@@ -8,6 +8,9 @@ from dataclasses import dataclass
 CONTRACT_VERSION = 1
 """Goes up when a message loses a key or a key changes its meaning; new keys do not change it."""
 
+DOTTED = "model"
+"""What stands before the dot in the names of commands."""
+
 _PART = re.compile(r"[a-z0-9-]{1,63}")
 _PICTURE = re.compile(r"[a-z0-9-]{1,80}")
 """A cell's id is its sample's and a number."""
@@ -62,9 +65,20 @@ class Topics:
         return f"{self.base}/audit"
 
     @property
-    def commands(self) -> str:
-        """Filter of all commands to this device."""
-        return f"{self.base}/cmd/+"
+    def commands(self) -> tuple[str, str]:
+        """Filters of all commands to this device.
+
+        The second is for RabbitMQ, to which a dot is a level: `cmd/model.stage` arrives as `cmd/model/stage`.
+        """
+        return f"{self.base}/cmd/+", f"{self.base}/cmd/{DOTTED}/+"
+
+    def command(self, topic: str) -> str | None:
+        """The name of the command that came on this topic; None for a topic of another kind."""
+        prefix = f"{self.base}/cmd/"
+        name = topic.removeprefix(prefix)
+        if not topic.startswith(prefix):
+            return None
+        return name.replace("/", ".", 1) if name.startswith(f"{DOTTED}/") else name
 
     def ack(self, receiver: str) -> str:
         """Where a receiver says what it has on its disk."""

@@ -33,6 +33,13 @@ def test_an_address_that_cannot_be_used_is_refused_in_words(url: str, words: str
     assert "secret@" not in str(caught.value)
 
 
+def test_sqlite_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.central.database.network_file_system", lambda folder: {tmp_path: "nfs4"}.get(folder))
+    with pytest.raises(ConfigError, match=r"network file system \(nfs4\)"):
+        open_database(f"sqlite:///{tmp_path}/central.db")
+    open_database(f"sqlite:///{tmp_path}/here/central.db").dispose()
+
+
 def test_the_migrations_make_what_the_tables_say(engine: Engine) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []

@@ -85,6 +85,17 @@ def test_the_configured_files_are_told_shortest_first_and_near_ones_with_the_rem
     assert "expired 2 days ago; renew it" in later.words
 
 
+def test_the_certificate_that_the_broker_shows_counts_too(tmp_path: Path) -> None:
+    own = tmp_path / "scope.pem"
+    own.write_text(make_certificate(NOW + timedelta(days=29)))
+    section = TlsSection(enabled=True, certificate_file=own, key_file=own)
+    first, second = read_expiries(section, NOW, NOW + timedelta(days=3))
+    assert (first.key, first.days_left, second.key) == ("broker", 3, "broker.tls.certificate_file")
+    assert first.words == "the broker's certificate: expires in 3 days; renew it at the broker before"
+    (later, *_) = read_expiries(section, NOW + timedelta(days=5), NOW + timedelta(days=3))
+    assert later.words == "the broker's certificate: expired 2 days ago; renew it at the broker"
+
+
 def test_files_that_cannot_be_read_and_a_connection_without_tls_have_no_expiry(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     assert read_expiries(TlsSection(enabled=True, ca_file=tmp_path / "ca.pem"), NOW) == ()

@@ -216,7 +216,27 @@ def test_the_counters_agree_with_the_rows_whatever_happened(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------------------ for room
 
 
-def test_for_room_go_history_then_pictures_then_cells_then_old_events_and_results_never(tmp_path: Path) -> None:
+def test_on_a_short_disk_what_is_worth_less_goes_before_anything_in_the_outbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_boot(tmp_path)
+    pictures = [10, 10, 10]  # MB on the disk
+    free_mb = 66
+    monkeypatch.setattr("agent.delivery.outbox._disk_free_bytes", lambda _path: (free_mb + 30 - sum(pictures)) * 2**20)
+    with make_outbox(tmp_path, min_free_mb=64) as outbox:
+        outbox.spare(lambda: bool(pictures) and bool(pictures.pop()))
+        outbox.append([Draft("cell", "t/cell", {"schema": "s"})])
+        assert len(pictures) == 3
+        free_mb = 50
+        outbox.append([Draft("cell", "t/cell", {"schema": "s"})])
+        assert (len(pictures), outbox.dropped()) == (1, {})
+        free_mb = 30
+        with pytest.raises(OutboxError, match="min_free_mb"):
+            outbox.append([Draft("field", "t/field", {"schema": "s"})])
+        assert (pictures, outbox.dropped()) == ([], {})  # what is not stored pushes nothing out
+
+
+def test_for_room_go_history_then_cells_then_old_events_and_results_never(tmp_path: Path) -> None:
     big = "x" * 20_000
     begin_boot(tmp_path)
     with make_outbox(tmp_path, max_mb=2) as outbox:
@@ -224,7 +244,7 @@ def test_for_room_go_history_then_pictures_then_cells_then_old_events_and_result
         def put(stream: str) -> None:
             outbox.append([Draft(stream, f"t/{stream}", {"schema": "s", "text": big})])
 
-        for stream in ("field", "image", "cell", "audit", "differential"):
+        for stream in ("field", "cell", "audit", "differential"):
             for _ in range(4):
                 put(stream)
         for _ in range(110):
@@ -242,15 +262,9 @@ def test_for_room_go_history_then_pictures_then_cells_then_old_events_and_result
         assert [kept > 0 for kept, _ in seen] == sorted((kept > 0 for kept, _ in seen), reverse=True)
         names = [tuple(dropped) for _, dropped in seen]
         assert names == sorted(names, key=len)
-        assert seen[-1] == (0, {"image": 4, "cell": 4, "event": 10})
+        assert seen[-1] == (0, {"cell": 4, "event": 10})
         streams = [row.stream for row in outbox.pending(0, 1000)]
-        assert [streams.count(name) for name in ("audit", "differential", "event", "image", "cell")] == [
-            4,
-            4,
-            100,
-            0,
-            0,
-        ]
+        assert [streams.count(name) for name in ("audit", "differential", "event", "cell")] == [4, 4, 100, 0]
         numbers = [row.seq for row in outbox.pending(0, 1000) if row.stream == "field"]
         assert numbers == list(range(3, numbers[-1] + 1))
 

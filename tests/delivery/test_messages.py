@@ -497,6 +497,14 @@ def test_a_topic_refuses_a_part_that_a_broker_would_take_apart(part: str) -> Non
         TOPICS.field(part)
 
 
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [("cmd/ping", "ping"), ("cmd/model.stage", "model.stage"), ("cmd/model/stage", "model.stage"), ("ack/x", None)],
+)
+def test_the_name_of_a_command_is_the_end_of_its_topic(end: str, name: str | None) -> None:
+    assert TOPICS.command(f"{TOPICS.base}/{end}") == name
+
+
 def test_a_draft_cannot_be_changed() -> None:
     draft = Draft("field", "t", {})
     with pytest.raises(AttributeError):

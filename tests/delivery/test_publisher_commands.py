@@ -15,12 +15,14 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.config import BrokerSection
+from agent.delivery.asking import ask
 from agent.delivery.commands import InboundCommand
 from agent.delivery.messages import RetainedDocument
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import Publisher
 from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
+from agent.errors import BrokerUnavailable
 from agent.health import Health
 
 TOPICS = Topics("lab", "scope")
@@ -101,6 +103,26 @@ def test_a_command_is_handed_on_as_it_came(
     command = bench.heard.get(timeout=10)
     assert (command.name, command.payload, command.is_retained) == ("start", b"\xff any bytes", False)
     assert time.monotonic() - command.received_monotonic_s < 5
+
+
+@pytest.mark.parametrize("topic", ["model.stage", "model/stage"])
+def test_a_command_with_a_dot_is_heard_from_a_broker_that_makes_a_level_of_it(
+    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any, topic: str
+) -> None:
+    broker = mosquitto()
+    ears = subscriber(broker, "hv/1/#")
+    bench = make_bench(broker)
+    wait_listening(ears)
+    send(broker, topic, b"{}")
+    assert bench.heard.get(timeout=10).name == "model.stage"
+    assert bench.heard.empty()
+
+
+def test_a_question_goes_to_a_broker_that_hangs_up_on_mqtt_5(mosquitto: Any, relay: Any) -> None:
+    wire = relay(mosquitto())
+    wire.refuses = lambda first: first[0] == 0x10 and b"MQTT\x05" in first
+    with pytest.raises(BrokerUnavailable, match="has not answered within 1 s"):
+        ask(BrokerSection(port=wire.port), TOPICS, "ping", {}, timeout_s=1)
 
 
 def test_response_topic_correlation_and_expiry_of_mqtt_5_are_handed_on(

@@ -13,14 +13,15 @@ from agent_process import START_S, Bench, wait_until
 
 from deploy.broker.make_site import Client, make_site
 from tests.broker.site_at_broker import Person, Site
+from tests.central.collecting import CollectorProcess
 
 BASE = "hv/1/lab/scope"
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """A site with a device `scope` whose certificate ends in 20 days, a collector and an operator."""
-    made = Site(tmp_path / "site")
+    """A site: the certificate of the device `scope` ends in 20 days, those of the broker and all others in 10."""
+    made = Site(tmp_path / "site", days=10)
     make_site(made.top, clients=[Client("device", "scope")], days=20)
     return made
 
@@ -60,8 +61,10 @@ def test_results_go_out_commands_of_an_operator_come_in_and_the_end_of_the_certi
     wait_until(lambda: any(event["kind"] == "certificate-expiring" for event in heard("event")), "the event", START_S)
     wait_until(lambda: bool(heard("alert/certificate-expiring")), "the alert", START_S)
     wait_until(lambda: bool(heard("health")), "health", START_S)
-    assert 19.9 <= heard("health")[-1]["certificate_days_left"] <= 20
-    assert "renew it" in heard("alert/certificate-expiring")[-1]["message"]
+    assert 9.9 <= heard("health")[-1]["certificate_days_left"] <= 10
+    told = heard("alert/certificate-expiring")[-1]["message"]
+    assert "the broker's certificate: expires in 10 days; renew it at the broker before" in told
+    assert "scope.pem: expires in 20 days; renew it before" in told
 
     assert anna.publish(f"{BASE}/cmd/ping", json.dumps({"transaction": "t-1"}).encode()) == 0
     wait_until(lambda: any(reply["transaction"] == "t-1" for reply in heard("reply/ping")), "the reply", START_S)
@@ -73,3 +76,16 @@ def test_results_go_out_commands_of_an_operator_come_in_and_the_end_of_the_certi
     assert agent.terminate() == 0, agent.log_text
     assert not heard("reply/stop")
     assert bench.waiting() == {}
+
+
+def test_a_collector_says_in_its_log_whose_certificate_ends_soon(site: Site, meet: Any, tmp_path: Path) -> None:
+    tls = {key: value if key == "enabled" else str(value) for key, value in site.tls("receiver", "collector").items()}
+    url = f"sqlite:///{tmp_path / 'central.db'}"
+    collector = CollectorProcess(tmp_path, url, meet.port, receiver="collector", broker={"tls": tls})
+    collector.start()
+    try:
+        for words in ("the broker's certificate: expires in 10 days", "collector.pem: expires in 10 days"):
+            wait_until(lambda words=words: words in collector.log_text, words, START_S)
+        assert "refuses" not in collector.log_text
+    finally:
+        assert collector.terminate() == 0
