@@ -34,9 +34,10 @@ IDLE_TURN_S = 1.0
 FETCH_ROWS = 64
 """Rows read ahead: three windows, some hundred kilobytes."""
 
-STORE_TOGETHER = 10
-"""Acknowledged rows that leave the outbox in one transaction while others are under way: half of the usual window. It
-takes a fifth of the processor time off each message. After a kill so many more may come twice."""
+STORE_TOGETHER = 50
+"""Acknowledged rows that leave the outbox in one transaction while others are under way. It takes a fifth of the
+processor time off each message, and a page of the file is written once for many rows. After a kill so many more may
+come twice."""
 
 ACKNOWLEDGE_TIMEOUT_S = 30.0
 """A broker that answers pings and acknowledges nothing for this long is left and tried anew."""

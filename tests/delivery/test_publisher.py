@@ -29,7 +29,7 @@ from agent.delivery.messages import Draft, event_draft, health_body, info_body, 
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import Backoff, Publisher
 from agent.delivery.topics import Topics
-from agent.delivery.window import Documents, Window
+from agent.delivery.window import STORE_TOGETHER, Documents, Window
 from agent.domain import AgentState, ClockReading
 from agent.errors import BrokerRefused, BrokerUnavailable, OutboxError
 from agent.health import Health, MachineReading
@@ -267,18 +267,19 @@ def make_window(bench: Bench) -> Window:
 
 
 def test_acknowledged_rows_leave_together_and_at_the_latest_when_the_broker_falls_silent(bench: Bench) -> None:
-    bench.append(40)
+    bench.append(2 * STORE_TOGETHER)
     window = make_window(bench)
-    wire: Any = Wire(most_answers=25)
+    wire: Any = Wire(most_answers=STORE_TOGETHER + 25)
     window.begin(wire)
     depths = []
     with contextlib.closing(Waker()) as waker:
         window.fill(wire)
-        for _ in range(26):
+        for _ in range(STORE_TOGETHER + 26):
             window.turn(wire, waker)
             window.fill(wire)
             depths.append(bench.outbox.depth())
-    assert depths == [40] * 9 + [30] * 10 + [20] * 6 + [15]
+    whole = 2 * STORE_TOGETHER
+    assert depths == [whole] * (STORE_TOGETHER - 1) + [STORE_TOGETHER] * 26 + [STORE_TOGETHER - 25]
 
 
 def test_the_last_acknowledged_rows_leave_at_once(bench: Bench) -> None:
@@ -295,18 +296,18 @@ def test_the_last_acknowledged_rows_leave_at_once(bench: Bench) -> None:
 
 
 def test_the_next_rows_are_on_their_way_before_the_acknowledged_ones_are_stored(bench: Bench) -> None:
-    bench.append(30)
+    bench.append(2 * STORE_TOGETHER)
     window = make_window(bench)
-    wire: Any = Wire(most_answers=10)
+    wire: Any = Wire(most_answers=STORE_TOGETHER)
     window.begin(wire)
     sent_by_then = []
     bench.outbox.acknowledge = lambda row_ids: sent_by_then.append((len(wire.sent), len(row_ids)))  # type: ignore[method-assign]
     with contextlib.closing(Waker()) as waker:
         window.fill(wire)
-        for _ in range(10):
+        for _ in range(STORE_TOGETHER):
             window.turn(wire, waker)
             window.fill(wire)
-    assert sent_by_then == [(30, 10)]
+    assert sent_by_then == [(STORE_TOGETHER + wire.window, STORE_TOGETHER)]
 
 
 def test_a_late_subscriber_finds_state_info_and_health_retained(bench: Bench, mosquitto: Any, subscriber: Any) -> None:
