@@ -5,6 +5,7 @@ Each reading answers None where the machine does not tell; a board without a the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import shutil
@@ -46,6 +47,12 @@ def keep_big_blocks_apart() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, BIG_BLOCK_BYTES)) and bool(mallopt(M_ARENA_MAX, MOST_ARENAS))
+
+
+def give_back_free_memory() -> None:
+    """Hand the pages that are free within the heaps to the system (malloc_trim(3)); some milliseconds."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library without it keeps them
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_machine(state_folder: Path, *, sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> MachineReading:

@@ -52,7 +52,7 @@ from agent.errors import CameraError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
-from agent.machine import keep_big_blocks_apart, read_clock, read_machine
+from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
 from agent.reporting import Reporter
@@ -603,6 +603,7 @@ class Watch:
         if self._state is AgentState.INIT or time.monotonic() - self._told_at_s < interval_s:
             return
         self._told_at_s = time.monotonic()
+        give_back_free_memory()
         machine = read_machine(self._folder)
         self._tell_disk(machine.disk_free_bytes)
         tls, now = self._config.broker.tls, datetime.now(timezone.utc)

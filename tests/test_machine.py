@@ -88,3 +88,17 @@ def test_memory_of_pictures_goes_back_to_the_system_whatever_lives_on_between_th
     first = "first = np.ones(6 * 2**17)"
     assert added_mb(first) > 30  # what glibc does by itself: the holes stay
     assert added_mb(f"assert keep_big_blocks_apart(); {first}") < 8
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_free_pages_between_small_blocks_go_back_when_asked_for() -> None:
+    program = """
+from agent.machine import give_back_free_memory, read_rss
+blocks = [bytearray(60_000) for _ in range(1000)]
+blocks = blocks[::50]
+before = read_rss()
+give_back_free_memory()
+print((before - read_rss()) // 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60)
+    assert int(done.stdout) > 40

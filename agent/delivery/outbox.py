@@ -89,6 +89,9 @@ CONFIRM_STEP_ROWS = 1000
 PRUNE_STEP_ROWS = 64
 """Rows that leave in one transaction: others wait for it."""
 
+MOST_MARKS = 500
+"""Row ids in one statement."""
+
 FIRST_TO_GO = ("cell", "event")
 """Streams that make room for results when nothing else is left, in this order."""
 
@@ -459,6 +462,9 @@ def _prepare(connection: sqlite3.Connection, path: Path, *, verify: bool) -> Non
     if mode != "wal":
         raise OutboxError(f"{path}: this file system cannot keep a write-ahead log ({mode}); use a local disk")
     connection.execute("PRAGMA synchronous=FULL")
+    # Debian's SQLite writes zeros over all that leaves: as many bytes again for an SD card, over counts of cells that
+    # hold nobody's name and were published.
+    connection.execute("PRAGMA secure_delete=OFF")
     connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
     if version < SCHEMA_VERSION:
         _make_tables(connection, since_boot=read_boot(path.parent) if path.name == DATABASE_NAME else 0)
@@ -815,11 +821,11 @@ class Outbox:
         Unknown ids are passed over.
         """
         with self._leaving() as connection:
-            found = (
-                connection.execute("SELECT row_id, state, LENGTH(payload) FROM rows WHERE row_id = ?", (row_id,))
-                for row_id in row_ids
-            )
-            self._let_go([row for rows in found for row in rows.fetchall()])
+            for marks, some in _in_portions(row_ids):
+                found = connection.execute(
+                    f"SELECT row_id, state, LENGTH(payload) FROM rows WHERE row_id IN ({marks})", some
+                )
+                self._let_go(found.fetchall())
 
     def confirm(self, receiver: str, stream: str, boot: int, seq: int, receivers: Sequence[str]) -> list[int] | None:
         """A receiver has all of a stream up to this number on its disk; what all the receivers have leaves.
@@ -1266,7 +1272,7 @@ class Outbox:
             "SELECT row_id FROM rows WHERE stream = ? AND state = 0 AND seq <= ? ORDER BY seq LIMIT ?",
             (stream, newest[0], PRUNE_STEP_ROWS),
         ).fetchall()
-        self._connection.executemany("DELETE FROM rows WHERE row_id = ?", oldest)
+        self._each_of("DELETE FROM rows", [row_id for (row_id,) in oldest])
         self._connection.execute("UPDATE tally SET depth = depth - ?", (len(oldest),))
         before = self._connection.execute("SELECT rows FROM dropped WHERE stream = ?", (stream,)).fetchone()
         self._connection.execute(
@@ -1277,19 +1283,22 @@ class Outbox:
 
     def _let_go(self, rows: Sequence[tuple[int, int, int]]) -> None:
         """(row_id, state, bytes) of rows that were confirmed; inside a transaction."""
-        waiting = [(row_id, size) for row_id, state, size in rows if state == WAITING]
-        again = [row_id for row_id, state, _ in rows if state == ASKED]
+        waiting = [size for _, state, size in rows if state == WAITING]
         if self._keep_bytes:
-            moved = [row_id for row_id, _ in waiting] + again
-            self._connection.executemany("UPDATE rows SET state = 1 WHERE row_id = ?", ((row_id,) for row_id in moved))
-            grown = sum(size for _, size in waiting)
+            self._each_of("UPDATE rows SET state = 1", [row_id for row_id, state, _ in rows if state != KEPT])
+            grown = sum(waiting)
         else:
-            self._connection.executemany("DELETE FROM rows WHERE row_id = ?", ((row_id,) for row_id, _, _ in rows))
+            self._each_of("DELETE FROM rows", [row_id for row_id, _, _ in rows])
             grown = -sum(size for _, state, size in rows if state != WAITING)
         self._connection.execute(
             "UPDATE tally SET depth = depth - ?, kept_bytes = kept_bytes + ?", (len(waiting), grown)
         )
         self._prune()
+
+    def _each_of(self, statement: str, row_ids: Sequence[int]) -> None:
+        """Do this to each of the rows; inside a transaction."""
+        for marks, some in _in_portions(row_ids):
+            self._connection.execute(f"{statement} WHERE row_id IN ({marks})", some)
 
     def _prune(self) -> None:
         """Some of the history that is too old or too much; more at the next call."""
@@ -1315,7 +1324,7 @@ class Outbox:
 
     def _forget(self, rows: Sequence[tuple[int, int]]) -> None:
         """(row_id, bytes) of history that goes for good."""
-        self._connection.executemany("DELETE FROM rows WHERE row_id = ?", ((row_id,) for row_id, _ in rows))
+        self._each_of("DELETE FROM rows", [row_id for row_id, _ in rows])
         self._connection.execute("UPDATE tally SET kept_bytes = kept_bytes - ?", (sum(size for _, size in rows),))
 
     def _note_ack(self, receiver: str, stream: str, boot: int, seq: int) -> None:
@@ -1372,6 +1381,13 @@ class Outbox:
 
 
 # ------------------------------------------------------------------------------------------------------- the parts
+
+
+def _in_portions(row_ids: Sequence[int]) -> Iterator[tuple[str, Sequence[int]]]:
+    """Marks for `IN (...)` and as many ids: fewer than SQLite's least limit of 999 for one statement."""
+    for begin in range(0, len(row_ids), MOST_MARKS):
+        some = row_ids[begin : begin + MOST_MARKS]
+        yield ", ".join("?" * len(some)), some
 
 
 @contextmanager

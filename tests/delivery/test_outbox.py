@@ -98,6 +98,16 @@ def test_row_ids_are_returned_in_order_and_never_used_again(outbox: Outbox) -> N
     assert min(outbox.append([make_draft()])) > max(first)
 
 
+def test_what_leaves_is_not_written_over_with_zeros(tmp_path: Path) -> None:
+    with make_outbox(tmp_path) as outbox:
+        (row_id,) = outbox.append([make_draft(text="x" * 400_000)])
+        with contextlib.closing(sqlite3.connect(outbox.path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        outbox.acknowledge([row_id])
+        assert outbox.depth() == 0
+        assert Path(f"{outbox.path}-wal").stat().st_size < 200_000
+
+
 def test_an_event_is_given_the_boot(outbox: Outbox) -> None:
     outbox.append([Draft("event", "t/event", {"schema": "hv/1/event", "boot": None})])
     assert messages(outbox)[0]["boot"] == 1
