@@ -27,7 +27,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 import sqlite3
 import time
@@ -45,7 +44,7 @@ from agent.delivery.salvage import FoundRow, find_rows, rows_cut_off
 from agent.delivery.topics import Topics
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
-from agent.files import MOUNTS, network_file_system
+from agent.files import MOUNTS, network_file_system, sync_folder, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -309,14 +308,9 @@ def _boot_in_database(folder: Path) -> int:
 
 def _write_boot(folder: Path, boot: int) -> None:
     """Atomic: after a power cut either the old or the new number is there."""
-    path, fresh = folder / BOOT_NAME, folder / f"{BOOT_NAME}.new"
+    path = folder / BOOT_NAME
     try:
-        with fresh.open("w", encoding="ascii") as file:
-            file.write(f"{boot}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        _sync_folder(folder)
+        write_durably(path, f"{boot}\n".encode("ascii"))
     except OSError as error:
         raise OutboxError(f"{path}: cannot be written: {error.strerror}; free space or mend the rights") from error
 
@@ -326,14 +320,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise OutboxError(f"{path}: cannot be removed: {error.strerror}; mend the rights of the folder") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -535,7 +521,7 @@ def _salvage(path: Path, boot: int, reason: str) -> Salvage:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     try:
         fresh.replace(done)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise OutboxError(f"{done}: cannot be written: {error.strerror}; mend the rights of the folder") from error
     bad = _set_aside(path)
@@ -559,7 +545,7 @@ def _finish_salvage(path: Path) -> None:
             if left.exists():
                 left.rename(path.with_name(f"{path.name}.bad-left-{time.time_ns()}{ending}"))
         done.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise OutboxError(f"{path}: cannot be written: {error.strerror}; mend the rights of the folder") from error
 
@@ -687,7 +673,7 @@ def _set_aside(path: Path) -> Path:
             part = path.with_name(path.name + ending)
             if part.exists():
                 part.rename(bad.with_name(bad.name + ending))
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise OutboxError(f"{path}: damaged, and cannot be set aside: {error.strerror}; move it away") from error
     return bad

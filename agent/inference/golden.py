@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.domain import Classification, Detection, Pixels
 from agent.errors import ModelError
+from agent.files import write_durably
 
 ANSWERS_NAME = "golden.json"
 FIELDS_FOLDER = Path(__file__).resolve().parent / "golden_fields"
@@ -158,14 +158,9 @@ def read_answers(folder: Path) -> GoldenAnswers:
 def write_answers(folder: Path, answers: GoldenAnswers) -> Path:
     """Put the answers beside the models, whole or not at all. Raises ModelError where the disk does not take them."""
     path = folder / ANSWERS_NAME
-    fresh = path.with_name(f"{ANSWERS_NAME}.new")
     text = json.dumps(answers.model_dump(mode="json"), indent=1)
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_durably(path, f"{text}\n".encode())
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror}; free space, or mend the rights") from error
     return path

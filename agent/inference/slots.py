@@ -18,7 +18,6 @@ Rules
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from agent.errors import ModelError
+from agent.files import sync_folder, write_durably
 from agent.inference.golden import ANSWERS_NAME
 from agent.inference.manifest import MANIFEST_NAME, Manifest, load_manifest, read_model_file
 
@@ -106,16 +106,18 @@ class ModelSlots:
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            _write(fresh / MANIFEST_NAME, (source / MANIFEST_NAME).read_bytes())
+            contents = {MANIFEST_NAME: (source / MANIFEST_NAME).read_bytes()}
             for entry in (manifest.detector, manifest.classifier):
                 _must_stay_inside(entry.file)
-                # The very bytes whose digest was checked are written.
-                _write(fresh / entry.file, read_model_file(source, entry))
+                contents[entry.file] = read_model_file(source, entry)  # the very bytes whose digest was checked
             if (source / ANSWERS_NAME).is_file():  # without its answers a model fails its self-test, and says why
-                _write(fresh / ANSWERS_NAME, (source / ANSWERS_NAME).read_bytes())
+                contents[ANSWERS_NAME] = (source / ANSWERS_NAME).read_bytes()
+            for file, content in contents.items():
+                (fresh / file).parent.mkdir(parents=True, exist_ok=True)
+                write_durably(fresh / file, content)
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
-            _sync(self._folder)
+            sync_folder(self._folder)
         except OSError as error:
             raise ModelError(f"{target}: the models cannot be stored: {error.strerror}; free space there") from error
         copied = load_manifest(target)
@@ -149,30 +151,11 @@ class ModelSlots:
 
     def _note(self, active: Active) -> None:
         path = self._folder / ACTIVE_NAME
-        fresh = path.with_name(f"{ACTIVE_NAME}.new")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write(fresh, json.dumps(asdict(active)).encode())
-            fresh.replace(path)
-            _sync(self._folder)
+            write_durably(path, json.dumps(asdict(active)).encode())
         except OSError as error:
             raise ModelError(f"{path}: cannot be written: {error.strerror}; free space there") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _must_stay_inside(name: str) -> None:
