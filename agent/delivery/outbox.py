@@ -1130,17 +1130,18 @@ class Outbox:
     def _set_aside_at_once(self, row: tuple[Any, ...], reason: str) -> list[Draft]:
         """Into the dead letters; the event that tells of it, if it is time for one."""
         stream, boot, seq, topic, _, appended_unix_s, payload, _ = row
-        logger.warning("%s %d:%d is set aside: %s", stream, boot, seq, reason)
         self._connection.execute(
             f"INSERT INTO dead_letters ({_COPIED}, reason, rejected_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*row, reason, self._now_text()),
         )
         topics = Topics.of(topic)
-        if stream == "event" or topics is None:
-            return []  # an event about an event that is too large would be too large itself
-        number, self._untold = self._untold.with_another(self._monotonic_ns() / 1e9)
-        if number == 0:
+        # An event about an event that is too large would be too large itself.
+        may_tell = stream != "event" and topics is not None
+        number, self._untold = self._untold.with_another(self._monotonic_ns() / 1e9, may_tell=may_tell)
+        if number == 0 or topics is None:
+            logger.debug("%s %d:%d is set aside: %s", stream, boot, seq, reason)
             return []
+        logger.warning("%s %d:%d is set aside, %d since the last word of it: %s", stream, boot, seq, number, reason)
         return [
             set_aside_draft(
                 topics,

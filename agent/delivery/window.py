@@ -638,7 +638,8 @@ class Window:
             )
             events = [event]
         self._outbox.reject(row.row_id, reason, events)
-        logger.warning("set aside %s %s: %s", row.stream, name, reason)
+        level = logging.WARNING if told else logging.DEBUG
+        logger.log(level, "%s %s is set aside, %d since the last word of it: %s", row.stream, name, told, reason)
         self._clear_strikes(row)
         self._holds.pop(row.stream, None)
         self._untold = untold

@@ -92,7 +92,10 @@ class AgentService:
             time.sleep(0.05)
 
 
-@pytest.fixture(params=["mosquitto", *(pytest.param(name, marks=pytest.mark.brokers) for name in ("nats", "rabbitmq"))])
+BROKERS = ["mosquitto", *(pytest.param(name, marks=pytest.mark.brokers) for name in ("nats", "rabbitmq"))]
+
+
+@pytest.fixture(params=BROKERS)
 def agent(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AgentService]:
     """A running agent on a lively simulated slide, at each of the brokers."""
     broker = request.getfixturevalue(request.param)()
@@ -123,15 +126,19 @@ def test_the_agent_keeps_the_contract_at_every_broker(agent: AgentService, reque
     assert left - passed <= may_be_left, text
 
 
-def test_the_collector_keeps_the_clauses_for_receivers(tmp_path: Path, mosquitto: Any) -> None:
+@pytest.mark.parametrize("name", BROKERS)
+def test_the_collector_keeps_the_clauses_for_receivers_at_every_broker(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     pytest.importorskip("sqlalchemy")
-    broker = mosquitto()
+    broker = request.getfixturevalue(name)()
     command = ["collect", "--database", f"sqlite:///{tmp_path / 'central.db'}", "--broker", f"127.0.0.1:{broker.port}"]
-    with (tmp_path / "collector.log").open("wb") as log:
+    log_file = tmp_path / "collector.log"
+    with log_file.open("wb") as log:
         collector = subprocess.Popen([sys.executable, "-m", "agent", *command], cwd=ROOT, stdout=log, stderr=log)
     try:
         deadline_s = time.monotonic() + 60
-        while "hv-collect-central" not in broker.log_text() and time.monotonic() < deadline_s:
+        while "collector: collecting\n" not in log_file.read_text() and time.monotonic() < deadline_s:
             time.sleep(0.1)
         code, text = run_kit(broker.port, "--receiver", "central", device="lab/kit")
     finally:

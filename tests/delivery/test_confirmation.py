@@ -311,7 +311,9 @@ def test_an_event_tells_of_what_was_set_aside_at_entry_in_the_same_transaction(t
         }
 
 
-def test_many_that_are_too_large_make_one_event_a_minute_with_their_number(tmp_path: Path) -> None:
+def test_many_that_are_too_large_make_one_event_and_one_line_a_minute_with_their_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     begin_boot(tmp_path)
     now_ns = [10**12]
     with make_outbox(tmp_path, monotonic_ns=lambda: now_ns[0]) as outbox:
@@ -321,6 +323,10 @@ def test_many_that_are_too_large_make_one_event_a_minute_with_their_number(tmp_p
         now_ns[0] += 60 * 10**9
         outbox.append([make_large_draft()])
         assert [event["detail"]["set_aside"] for event in events(outbox)] == [1, 5]
+        words = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [line.split(", ")[1].split(":")[0] for line in words] == [
+            f"{n} since the last word of it" for n in (1, 5)
+        ]
 
 
 def test_an_event_that_is_too_large_itself_makes_no_further_one(tmp_path: Path) -> None:
