@@ -25,7 +25,8 @@ from numpy.random import Generator
 from rich.console import Console
 from rich.table import Table
 
-from agent.analysis.preprocessing import ground_colour, look_lab, preprocess
+from agent.analysis.preprocessing import look_lab, preprocess
+from agent.analysis.quality import ground_colour
 from agent.bench import Bench, make_bench
 from agent.camera.decoding import decode_file
 from agent.config import Config, ModelsSection, PreprocessingSection

@@ -10,25 +10,21 @@ from typing import Final
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from agent.analysis.quality import ground_colour
 from agent.config import PreprocessingSection
 from agent.domain import Pixels
 
-GROUND_BGR: Final = (202.0, 228.0, 254.0)
-"""Grey levels of B, G, R where no cell lies: the median of the PBC training fields (`python -m models.robustness
---reference`)."""
+GROUND_BGR: Final = (201.1, 226.7, 253.2)
+"""Grey levels of B, G, R where no cell lies, as the gate finds them: the median of the PBC training fields (`python -m
+models.robustness --reference`)."""
 
 LOOK_LAB: Final = ((202.0, 41.6), (139.0, 9.8), (135.4, 14.8))
 """Mean and standard deviation of L, a and b in the same fields, as `look_lab` gives them."""
 
-GROUND_SHARE: Final = 0.7
-"""Of all pixels this share is darker than what is taken as ground: less than a third of a thick field may be bare."""
-
 MOST_GAIN: Final = 2.5
 """A ground that needs more than this is no lamp's colour but a fault that the gate should see."""
 
-SAMPLED: Final = 7  # of so many pixels one is looked at
 CLAHE_TILES: Final = (8, 8)
 BILATERAL_REACH_PX: Final = 5
 
@@ -63,13 +59,6 @@ def balance_white(pixels_bgr: Pixels) -> Pixels:
     gains = np.clip(np.array(GROUND_BGR) / ground_colour(pixels_bgr), 1 / MOST_GAIN, MOST_GAIN)
     tables = np.clip(np.arange(256)[:, None] * gains + 0.5, 0, 255).astype(np.uint8)
     return np.asarray(cv2.LUT(pixels_bgr, tables.reshape(1, 256, 3)), np.uint8)
-
-
-def ground_colour(pixels_bgr: Pixels) -> NDArray[np.float64]:
-    """Median B, G, R, grey levels of at least 1, of the pixels that let most green light through: (3,)."""
-    few = pixels_bgr.reshape(-1, 3)[::SAMPLED]
-    bright = few[few[:, 1] >= np.quantile(few[:, 1], GROUND_SHARE)]
-    return np.maximum(np.asarray(np.median(bright, axis=0), np.float64), 1.0)
 
 
 def normalise_stain(pixels_bgr: Pixels) -> Pixels:

@@ -316,6 +316,13 @@ def look(pixels_bgr: Pixels) -> FrameReading:
     )
 
 
+def ground_colour(pixels_bgr: Pixels) -> tuple[float, float, float]:
+    """B, G, R where no cell lies, grey levels of at least 1: what the gate judges and the white balance evens out."""
+    glance = _shrink(_shrink(pixels_bgr, WORKING_SIDE_PX, 2), GLANCE_SIDE_PX, 1)
+    grey = np.asarray(cv2.cvtColor(glance, cv2.COLOR_BGR2GRAY), np.float32)
+    return _ground(glance, _shade(grey))
+
+
 def cast_of(colour: FrameColour) -> tuple[float, float]:
     """Ln(blue/green), ln(red/green) of the ground: 0 where it is grey."""
     blue, green, red = colour.ground_bgr
@@ -324,8 +331,7 @@ def cast_of(colour: FrameColour) -> tuple[float, float]:
 
 def _colour(glance: Pixels, shade: Floats) -> FrameColour:
     """The colours of ground and stain. What lies in between is the soft edge of something, and is neither."""
-    blue, green, red, _ = cv2.mean(glance, (shade > -SHADE / 2).astype(np.uint8))
-    ground = (max(blue, 1.0), max(green, 1.0), max(red, 1.0))
+    ground = _ground(glance, shade)
     stained = (shade < -SHADE).astype(np.uint8)
     if not stained.any():
         return FrameColour(ground, None)
@@ -333,6 +339,11 @@ def _colour(glance: Pixels, shade: Floats) -> FrameColour:
     densities = (d - math.log10(255 / level) for d, level in zip((blue, green, red), ground, strict=True))
     blue_od, green_od, red_od = densities
     return FrameColour(ground, (blue_od, green_od, red_od))
+
+
+def _ground(glance: Pixels, shade: Floats) -> tuple[float, float, float]:
+    blue, green, red, _ = cv2.mean(glance, (shade > -SHADE / 2).astype(np.uint8))
+    return max(blue, 1.0), max(green, 1.0), max(red, 1.0)
 
 
 _DENSITIES: Final = np.log10(255 / np.maximum(np.arange(256), 1)).astype(np.float32)

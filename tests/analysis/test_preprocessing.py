@@ -14,12 +14,12 @@ from agent.analysis.preprocessing import (
     LOOK_LAB,
     balance_white,
     denoise,
-    ground_colour,
     level_contrast,
     look_lab,
     normalise_stain,
     preprocess,
 )
+from agent.analysis.quality import ground_colour, look
 from agent.camera.camera import open_camera
 from agent.config import CameraSection, PreprocessingSection, SimulatedSection
 from agent.domain import Frame, Pixels
@@ -65,8 +65,18 @@ def test_whatever_the_lamp_the_balanced_ground_has_the_colour_of_the_reference(
     field: Pixels, gains: tuple[float, float, float]
 ) -> None:
     lit = in_other_light(field, *gains)
-    assert np.abs(ground_colour(lit) - GROUND_BGR).max() > 30
-    assert np.abs(ground_colour(balance_white(lit)) - GROUND_BGR).max() <= 3
+    assert np.abs(np.subtract(ground_colour(lit), GROUND_BGR)).max() > 30
+    assert np.abs(np.subtract(ground_colour(balance_white(lit)), GROUND_BGR)).max() <= 3
+
+
+def test_the_ground_that_is_balanced_is_the_one_that_the_gate_judges(field: Pixels) -> None:
+    assert ground_colour(field) == look(field).colour.ground_bgr
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 9, 3), (40, 40, 3)])
+def test_a_tiny_picture_is_balanced_too(shape: tuple[int, int, int]) -> None:
+    balanced = balance_white(np.full(shape, 130, np.uint8))
+    assert np.abs(balanced.reshape(-1, 3) - np.array(GROUND_BGR)).max() < 2
 
 
 def test_a_frame_in_another_light_is_balanced_to_the_same_pixels(field: Pixels) -> None:
