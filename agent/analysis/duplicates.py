@@ -9,7 +9,8 @@ it (`agent.analysis.registration`); else its place is unknown, and it begins a p
 What counts, in a stream in which nothing that was sent can be changed
   1. A cell that reaches over the right or the lower edge of a field is not counted there; one that reaches over the
      left or the upper edge is: the two-sides rule of the haemocytometer. It counts the lower right corners of cells, so
-     fields side by side count each cell once even where nothing overlaps.
+     fields side by side count each cell once even where nothing overlaps. Where another field shows more of a cell that
+     an edge cuts, that field decides whether it is one.
   2. The first view that may be counted is. Later views of the same cell are `duplicate`, with `duplicate_of`.
   3. A better view takes the place of the standing one (`supersedes`): a whole cell before a cut one, a named one before
      an `unidentified` one, a name that is surer by BETTER_BY. `unique_counts` then moves the cell to its new class: it
@@ -38,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.analysis.cells import EDGE_PX, UNIDENTIFIED, cell_number
-from agent.analysis.registration import Shift, View, from_jpeg, register, take_view, to_jpeg
+from agent.analysis.registration import Shift, View, Witness, from_jpeg, register, take_view, to_jpeg
 from agent.domain import Cell, CellStatus, Frame
 
 Boxes = NDArray[np.float64]
@@ -53,15 +54,28 @@ SAME_WHOLE: Final = 0.4
 """Intersection over union from which two whole boxes at one place are one cell. Boxes of one cell from two fields reach
 0.7 and more, those of two touching cells 0.1."""
 
+SAME_PIECE: Final = 0.6
+"""The same for what a narrow strip shows of a cell, of WITNESSES cells and more."""
+WITNESSES: Final = 3
+
 SAME_CUT: Final = 0.6
 """Share of a cut box that must lie in the other one."""
 
+CUT_BEYOND: Final = 0.3
+"""Of a box's longer side: a field that shows so much more of a cut cell, beyond the edge, decides whether it is one."""
+
 LEAST_SEEN_PX: Final = 3.0
-"""px; of a cell less of which lies in both fields nothing can be said."""
+"""px; of a cell less of which lies in both fields its box says nothing."""
+SLACK_PX: Final = np.asarray([-4.0, -4.0, 4.0, 4.0])
+"""px, to each side: how far boxes and places are off."""
 
 STAGE_PART: Final = 0
 NEIGHBOURS: Final = 8
 STEPS_REMEMBERED: Final = 3
+RECENT: Final = 3
+"""Fields before the last one that a lost field is compared with first: who looks at a place again mostly goes back."""
+MOST_DISAGREEMENT: Final = 0.15
+"""Of a frame's side; a neighbour that puts a field further away than that from where the surest does is not heard."""
 VIEWS_DECODED: Final = 48
 
 FIELDS_REMEMBERED: Final = 4096
@@ -167,11 +181,12 @@ class SlideMap:
         """The field's cells, each new, seen before, or dirt; nothing of it is remembered until `add`."""
         view = take_view(frame.pixels_bgr)
         size_px = (frame.width_px, frame.height_px)
-        place, neighbours = self._locate(view, frame)
         boxes = _boxes(cells)
+        place, neighbours = self._locate(view, frame, boxes)
         matches = self._match(boxes, size_px, neighbours)
         stuck = self._find_stuck(view, boxes, place)
-        observation = self._settle(cells, boxes, size_px, view, place, matches, stuck)
+        is_elsewhere = _goes_on_elsewhere(boxes, neighbours)
+        observation = self._settle(cells, boxes, size_px, view, place, matches, is_elsewhere, stuck)
         return replace(observation, new_share=_new_share(size_px, neighbours))
 
     def _settle(
@@ -182,6 +197,7 @@ class SlideMap:
         view: View,
         place: Place,
         matches: Sequence[tuple[int, ...]],
+        is_elsewhere: NDArray[np.bool_],
         stuck: Sequence[tuple[int, ...]],
     ) -> Observation:
         added: Counter[str] = Counter()
@@ -194,8 +210,9 @@ class SlideMap:
             is_whole, may_count = _is_whole(boxes[index], size_px), _may_count(boxes[index], size_px)
             merit = 4.0 * is_whole + 2.0 * (cell.status is not CellStatus.UNIDENTIFIED) + cell.probability
             seen = matches[index]
-            root = min(seen, default=number)
-            counted = [other for other in seen if self._stands[other]]
+            counted = sorted((other for other in seen if self._stands[other]), key=lambda other: -self._merit[other])
+            root = counted[0] if counted else min(seen, default=number)
+            may_count = may_count and (bool(seen) or not is_elsewhere[index])
             stands = False
             if len(stuck[index]) + 1 >= DIRT_APPEARANCES:
                 views = dict.fromkeys(self._find_root(view_number) for view_number in stuck[index])
@@ -226,12 +243,26 @@ class SlideMap:
                 stands = True
                 old = tuple(self._cell_id(self._stands[other]) for other in counted)
                 cell = replace(cell, is_counted=True, supersedes=old)
-                merged += [(root, other) for other in seen if other != root]
             elif seen:
-                first = self._stands[counted[0]] if counted else root
-                cell = replace(cell, status=CellStatus.DUPLICATE, duplicate_of=self._cell_id(first), is_counted=False)
+                first = self._stands[root] if counted else root
+                # Cells that were counted apart until this view showed that they are one.
+                surplus = [] if not claimed.isdisjoint(seen) else counted[1:]
+                surplus = [other for other in surplus if not math.isinf(self._merit[other])]
+                for other in surplus:
+                    added[self._name_of(other)] -= 1
+                old = tuple(self._cell_id(self._stands[other]) for other in surplus)
+                cell = replace(
+                    cell,
+                    status=CellStatus.DUPLICATE,
+                    duplicate_of=self._cell_id(first),
+                    is_counted=False,
+                    supersedes=old,
+                )
             else:
                 cell = replace(cell, is_counted=False)
+            if claimed.isdisjoint(seen) and cell.status is not CellStatus.ARTEFACT:
+                held = [other for other in counted[1:] if math.isinf(self._merit[other])]
+                merged += [(root, other) for other in seen if other != root and other not in held]
             claimed.update(seen)
             settled.append(cell)
             roots.append(root)
@@ -338,56 +369,104 @@ class SlideMap:
     # ---- the place
 
     def is_lost(self, frame: Frame) -> bool:
-        """Whether the frame lies at no place of this slide that is known, and has something to be compared with."""
+        """Whether the frame's picture is found nowhere on this slide, and there is something to compare it with.
+
+        A stage tells where the frame lies and nothing of which slide lies there: what it tells is only looked at first.
+        """
         if not self._fields:
             return False
-        return self._locate(take_view(frame.pixels_bgr), frame)[0].source == "unknown"
+        view, none, size_px = take_view(frame.pixels_bgr), _boxes(()), (frame.width_px, frame.height_px)
+        told = _told_place(frame)
+        if told is not None and self._measure(view, none, told, size_px, {}):
+            return False
+        return self._anchor(view, none, size_px) is None
 
-    def _locate(self, view: View, frame: Frame) -> tuple[Place, list[tuple[Trace, Shift]]]:
+    def _locate(self, view: View, frame: Frame, boxes: Boxes) -> tuple[Place, list[tuple[Trace, Shift]]]:
         """The field's place, and the fields around it with the shift to each."""
         size_px = (frame.width_px, frame.height_px)
-        if frame.stage_um is not None and frame.um_per_px is not None:
-            x, y = (um / frame.um_per_px for um in frame.stage_um)
-            place = Place("stage", STAGE_PART, Shift(x, y))
-            return place, self._around(view, place, size_px, {})
-        anchor = self._anchor(view)
+        told = _told_place(frame)
+        if told is not None:
+            return told, self._around(told, size_px, self._measure(view, boxes, told, size_px, {}))
+        anchor = self._anchor(view, boxes, size_px)
         if anchor is None:
             return Place("unknown", self._parts, Shift(0.0, 0.0)), []
         field, shift = anchor
-        old = self._fields[field]
-        place = Place("registered", old.place.part, shift.then(old.place.shift))
-        place = replace(place, shift=replace(place.shift, agreement=shift.agreement))
-        return place, self._around(view, place, size_px, {field: shift})
+        place = self._place_by([(field, shift)], size_px)
+        measured = self._measure(view, boxes, place, size_px, {field: shift})
+        place = self._place_by(list(measured.items()), size_px)
+        return place, self._around(place, size_px, measured)
 
-    def _anchor(self, view: View) -> tuple[int, Shift] | None:
+    def _place_by(self, measured: Sequence[tuple[int, Shift]], size_px: tuple[int, int]) -> Place:
+        """Where a field lies by the fields that it was registered to, the first of which is the surest.
+
+        Each says where the field's middle is and how it is turned; what they have in common with it is their weight.
+        So the small errors of a long row of fields do not add up where rows lie side by side.
+        """
+        part = self._fields[measured[0][0]].place.part
+        middle = (size_px[0] / 2, size_px[1] / 2)
+        said = []
+        for field, shift in measured:
+            place = shift.then(self._fields[field].place.shift)
+            said.append((*place.apply(*middle), place.turn, 0.05 + _shared(shift, size_px)))
+        votes = np.asarray(said)
+        near = np.hypot(*(votes[:, :2] - votes[0, :2]).T) < MOST_DISAGREEMENT * max(size_px)
+        x, y, turn = np.average(votes[near, :3], axis=0, weights=votes[near, 3])
+        at_x, at_y = Shift(0.0, 0.0, float(turn)).apply(*middle)
+        agreement = measured[0][1].agreement
+        return Place("registered", part, Shift(float(x) - at_x, float(y) - at_y, float(turn), agreement))
+
+    def _anchor(self, view: View, boxes: Boxes, size_px: tuple[int, int]) -> tuple[int, Shift] | None:
         """A field that this one overlaps with certainty, and the shift to it: the last one, those around it, any."""
         if not self._fields:
             return None
         last = self._count - 1
-        shift = register(view, self._view(last), (*self._steps, *(step.inverse() for step in self._steps)))
+        steps = (*self._steps, *(step.inverse() for step in self._steps))
+        shift = register(view, self._view(last), steps, witness=self._witness(boxes, size_px, last))
         if shift is not None:
             return last, shift
-        place, size_px = self._fields[last].place, self._fields[last].size_px
+        place = self._fields[last].place
+        recent = [field for field in range(last - 1, last - 1 - RECENT, -1) if field in self._fields]
         nearest = [field for field in self._near(place, size_px, 1.5) if field != last][:3]
-        for field in dict.fromkeys((*nearest, *self._look_alikes(view))):
-            shift = register(view, self._view(field))
+        for field in dict.fromkeys((*recent, *nearest, *self._look_alikes(view))):
+            proposals = steps if field in recent else ()
+            shift = register(view, self._view(field), proposals, witness=self._witness(boxes, size_px, field))
             if shift is not None:
                 return field, shift
         return None
 
-    def _around(
-        self, view: View, place: Place, size_px: tuple[int, int], known: Mapping[int, Shift]
-    ) -> list[tuple[Trace, Shift]]:
-        """The fields that overlap a place, with the shift to each: measured, else as the map has it."""
-        found = [(self._fields[field], shift) for field, shift in known.items()]
+    def _witness(self, boxes: Boxes, size_px: tuple[int, int], field: int) -> Witness:
+        old = self._fields[field]
+        return lambda shift: boxes_agree(boxes, size_px, old.boxes, old.size_px, shift)
+
+    def _measure(
+        self, view: View, boxes: Boxes, place: Place, size_px: tuple[int, int], known: Mapping[int, Shift]
+    ) -> dict[int, Shift]:
+        """Of the fields around a place those to which the pictures show the shift, with it."""
+        measured = dict(known)
         for field in self._near(place, size_px, 1.0):
             if field in known:
                 continue
             guess = place.shift.then(self._fields[field].place.shift.inverse())
-            # From the stage the guess may be off by its slack: then the pictures are searched where they share enough.
-            is_slack = place.source == "stage" and _shared(guess, size_px) > 0.12
-            found.append((self._fields[field], register(view, self._view(field), (guess,), searches=is_slack) or guess))
-        return found
+            # The guess may be off by the stage's slack or the errors of a long way: then the pictures are searched.
+            searches = _shared(guess, size_px) > 0.12
+            witness = self._witness(boxes, size_px, field)
+            shift = register(view, self._view(field), (guess,), searches=searches, witness=witness)
+            if shift is not None:
+                measured[field] = shift
+        return measured
+
+    def _around(
+        self, place: Place, size_px: tuple[int, int], measured: Mapping[int, Shift]
+    ) -> list[tuple[Trace, Shift]]:
+        """The fields that overlap a place, with the shift to each: measured, else as the map has it."""
+        fields = dict.fromkeys((*measured, *self._near(place, size_px, 1.0)))
+        return [
+            (
+                self._fields[field],
+                measured.get(field) or place.shift.then(self._fields[field].place.shift.inverse()),
+            )
+            for field in fields
+        ]
 
     def _near(self, place: Place, size_px: tuple[int, int], reach: float) -> list[int]:
         """Fields of a part that lie within `reach` frames, nearest first, at most NEIGHBOURS."""
@@ -440,14 +519,23 @@ class SlideMap:
     # ---- the cells
 
     def _match(
-        self, boxes: Boxes, size_px: tuple[int, int], neighbours: Iterable[tuple[Trace, Shift]]
+        self, boxes: Boxes, size_px: tuple[int, int], neighbours: Sequence[tuple[Trace, Shift]]
     ) -> list[tuple[int, ...]]:
         """For each box the roots of the cells that it shows again."""
         roots: list[dict[int, None]] = [{} for _ in boxes]
         for trace, shift in neighbours:
             for new, old in match_boxes(boxes, size_px, trace.boxes, trace.size_px, shift):
-                roots[new][self._find_root(trace.numbers[old])] = None
+                root = self._find_root(trace.numbers[old])
+                if not any(self._are_apart(root, other, neighbours) for other in roots[new]):
+                    roots[new][root] = None
         return [tuple(found) for found in roots]
+
+    def _are_apart(self, root: int, other: int, neighbours: Iterable[tuple[Trace, Shift]]) -> bool:
+        """Whether a field shows both, so that they are two cells."""
+        both = {root, other}
+        return root != other and any(
+            both <= {self._find_root(number) for number in trace.numbers} for trace, _ in neighbours
+        )
 
     # ---- dirt
 
@@ -473,6 +561,14 @@ class SlideMap:
         return math.hypot(step.x, step.y) > 0.05 * max(self._last.size_px)
 
 
+def _told_place(frame: Frame) -> Place | None:
+    """Where the stage says that a frame lies."""
+    if frame.stage_um is None or frame.um_per_px is None:
+        return None
+    x, y = (um / frame.um_per_px for um in frame.stage_um)
+    return Place("stage", STAGE_PART, Shift(x, y))
+
+
 # ------------------------------------------------------------------------------------------------------ the boxes
 
 
@@ -482,14 +578,11 @@ def match_boxes(
     """Pairs (new, old) that show one cell: at the same place within what both fields show; each box once."""
     if not len(new) or not len(old):
         return []
-    back = shift.inverse()
-    moved = _moved(old, back)
-    corners = back.apply_all(np.asarray([[0, 0], [old_size_px[0], 0], [0, old_size_px[1]], list(old_size_px)], float))
-    left, top = (max(0.0, float(np.sort(corners[:, axis])[1])) for axis in (0, 1))
-    right, bottom = (min(float(new_size_px[axis]), float(np.sort(corners[:, axis])[2])) for axis in (0, 1))
-    if right - left < LEAST_SEEN_PX or bottom - top < LEAST_SEEN_PX:
+    moved = _moved(old, shift.inverse())
+    region = _common(new_size_px, old_size_px, shift)
+    if region is None:
         return []
-    a, b = _cut(new, left, top, right, bottom), _cut(moved, left, top, right, bottom)
+    a, b = _cut(new, *region), _cut(moved, *region)
     size_a, size_b = _area(a), _area(b)
     width = np.minimum(a[:, None, 2], b[None, :, 2]) - np.maximum(a[:, None, 0], b[None, :, 0])
     height = np.minimum(a[:, None, 3], b[None, :, 3]) - np.maximum(a[:, None, 1], b[None, :, 1])
@@ -505,9 +598,15 @@ def match_boxes(
         np.where(size_a[:, None] <= 1.3 * size_b, in_b, 0), np.where(size_b <= 1.3 * size_a[:, None], in_a, 0)
     )
     score = np.where(overlap >= SAME_WHOLE, 1 + overlap, np.where(contained >= SAME_CUT, contained * 0.5 + overlap, 0))
-    thin = (np.minimum(a[:, 2] - a[:, 0], a[:, 3] - a[:, 1]) < LEAST_SEEN_PX)[:, None]
-    thin = thin | (np.minimum(b[:, 2] - b[:, 0], b[:, 3] - b[:, 1]) < LEAST_SEEN_PX)[None]
-    score = np.where(thin, 0, score)
+    is_thin_a, is_thin_b = (_thickness(boxes) < LEAST_SEEN_PX for boxes in (a, b))
+    score = np.where(is_thin_a[:, None] | is_thin_b[None], 0, score)
+    # A sliver at an edge: what of the other box lies within a pixel or two of it, beside it, is the same cell.
+    wide_a, wide_b = (_cut(boxes + SLACK_PX, *region) for boxes in (new, moved))
+    for is_sliver, within in (
+        ((is_thin_a & is_cut_a)[:, None], _inside(a, wide_b)),
+        ((is_thin_b & is_cut_b)[None], _inside(b, wide_a).T),
+    ):
+        score = np.where(is_sliver & (within >= SAME_CUT), np.maximum(score, 0.1 * within), score)
     pairs: list[tuple[int, int]] = []
     while True:
         index = int(score.argmax())
@@ -516,6 +615,54 @@ def match_boxes(
             return pairs
         pairs.append((row, column))
         score[row], score[:, column] = 0, 0
+
+
+def boxes_agree(
+    new: Boxes, new_size_px: tuple[int, int], old: Boxes, old_size_px: tuple[int, int], shift: Shift
+) -> bool | None:
+    """Whether the cells that two fields should have in common are there; None where they are too few to say.
+
+    In a narrow strip most of them are cut by an edge: compared is what of each lies in the strip.
+    """
+    if not len(new) or not len(old):
+        return None
+    region = _common(new_size_px, old_size_px, shift)
+    if region is None:
+        return None
+    a, b = (_seen_in(boxes, region) for boxes in (new, _moved(old, shift.inverse())))
+    fewer = min(len(a), len(b))
+    if fewer < WITNESSES:
+        return None
+    overlap = _overlaps(a, b)
+    met = min(int((overlap.max(axis=axis) >= SAME_PIECE).sum()) for axis in (0, 1))
+    if met >= max(WITNESSES, 0.6 * fewer):
+        return True
+    return False if met < 0.25 * fewer else None
+
+
+def _common(
+    new_size_px: tuple[int, int], old_size_px: tuple[int, int], shift: Shift
+) -> tuple[float, float, float, float] | None:
+    """left, top, right, bottom in the new frame of what both show; None where that is nearly nothing."""
+    width, height = old_size_px
+    corners = shift.inverse().apply_all(np.asarray([[0, 0], [width, 0], [0, height], [width, height]], float))
+    left, top = (max(0.0, float(np.sort(corners[:, axis])[1])) for axis in (0, 1))
+    right, bottom = (min(float(new_size_px[axis]), float(np.sort(corners[:, axis])[2])) for axis in (0, 1))
+    return None if min(right - left, bottom - top) < LEAST_SEEN_PX else (left, top, right, bottom)
+
+
+def _seen_in(boxes: Boxes, region: tuple[float, float, float, float]) -> Boxes:
+    """What of the boxes lies in a region, without those of which nearly nothing does."""
+    cut = _cut(boxes, *region)
+    return cut[_thickness(cut) >= LEAST_SEEN_PX]
+
+
+def _overlaps(a: Boxes, b: Boxes) -> NDArray[np.float64]:
+    """Intersection over union of each with each: (len(a), len(b))."""
+    width = np.minimum(a[:, None, 2], b[None, :, 2]) - np.maximum(a[:, None, 0], b[None, :, 0])
+    height = np.minimum(a[:, None, 3], b[None, :, 3]) - np.maximum(a[:, None, 1], b[None, :, 1])
+    both = np.clip(width, 0, None) * np.clip(height, 0, None)
+    return np.asarray(both / np.maximum(_area(a)[:, None] + _area(b)[None] - both, 1e-6))
 
 
 def _moved(boxes: Boxes, shift: Shift) -> Boxes:
@@ -535,6 +682,20 @@ def _cut(boxes: Boxes, left: float, top: float, right: float, bottom: float) -> 
         ],
         axis=1,
     )
+
+
+def _thickness(boxes: Boxes) -> NDArray[np.float64]:
+    return np.asarray(np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]))
+
+
+def _inside(a: Boxes, b: Boxes) -> NDArray[np.float64]:
+    """Share of each of a that lies in each of b, also where a has no width or no height: (len(a), len(b))."""
+    share = np.ones((len(a), len(b)))
+    for low, high in ((0, 2), (1, 3)):
+        length = np.maximum(a[:, None, high] - a[:, None, low], 1e-6)
+        both = np.minimum(a[:, None, high], b[None, :, high]) - np.maximum(a[:, None, low], b[None, :, low])
+        share *= np.clip(np.where(length > 1e-5, both / length, both >= 0), 0, 1)
+    return share
 
 
 def _area(boxes: Boxes) -> NDArray[np.float64]:
@@ -568,6 +729,21 @@ def _looks_alike(view: View, other: View, box: NDArray[np.float64]) -> bool:
     if a.size < 9:
         return False
     return float(cv2.matchTemplate(a, b, cv2.TM_CCOEFF_NORMED)[0, 0]) >= DIRT_LOOK
+
+
+def _goes_on_elsewhere(boxes: Boxes, neighbours: Sequence[tuple[Trace, Shift]]) -> NDArray[np.bool_]:
+    """Of each box whether the left or the upper edge cuts it where another field shows more of the cell: (n,)."""
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    beyond = CUT_BEYOND * (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    is_elsewhere = np.zeros(len(boxes), bool)
+    for axis in (0, 1):
+        points = middles.copy()
+        points[:, axis] = -beyond
+        is_cut = boxes[:, axis] < EDGE_PX
+        for trace, shift in neighbours:
+            there = shift.apply_all(points)
+            is_elsewhere |= is_cut & ((there >= 0) & (there < trace.size_px)).all(axis=1)
+    return is_elsewhere
 
 
 def _new_share(size_px: tuple[int, int], neighbours: Iterable[tuple[Trace, Shift]]) -> float:

@@ -2,7 +2,8 @@
 
 Someone who changes a slide takes the old one away: for a while there is only light, or a blur. What comes into view
 then lies at no place that is known. Both together make another slide; each for itself does not: a quick move of the
-stage loses the place too, and a break leaves the old slide where it was.
+stage loses the place too, and a break leaves the old slide where it was. A stage that tells its place does not change
+that: it tells the same places of the next slide, so only the picture says whether it is the old one.
 """
 
 from __future__ import annotations

@@ -38,6 +38,26 @@ def test_fields_that_overlap_by_a_fifth_and_more_are_found_to_a_few_pixels(world
     assert found.agreement > 0.85
 
 
+def test_most_strips_of_seven_percent_are_found_where_the_cells_bear_witness(world: World) -> None:
+    rng = np.random.default_rng(6)
+    alone, witnessed = 0, 0
+    for number in range(16):
+        x, y = rng.uniform((50, 50), (650, 480))
+        truth = Shift(594, rng.uniform(-15, 15)) if number % 2 else Shift(rng.uniform(-15, 15), 446)
+        old, new = view_at(world, x, y), view_at(world, x + truth.x, y + truth.y)
+        found = register(new, old, witness=lambda shift, truth=truth: furthest_miss(shift, truth) < 30)
+        witnessed += found is not None
+        alone += register(new, old) is not None
+    assert witnessed >= 12
+    assert alone < witnessed
+
+
+def test_what_the_cells_contradict_is_no_common_place(world: World) -> None:
+    old, new = view_at(world, 700, 500), view_at(world, 900, 500)
+    assert register(new, old) is not None
+    assert register(new, old, [Shift(200, 0)], witness=lambda _shift: False) is None
+
+
 def test_a_turn_of_two_degrees_and_another_focus_are_followed(world: World) -> None:
     old, new = view_at(world, 700, 500), view_at(world, 900, 560, math.radians(2), blur_px=3)
     found = register(new, old)
