@@ -123,7 +123,7 @@ def _style(cell: Body) -> str:
 
 
 class LiveCells:
-    """What a subscriber has seen so far: the newest cells, the counts by class, the agent's state."""
+    """What a subscriber has seen so far: the newest cells, the counts by class, the agent's state, the outcome."""
 
     def __init__(self) -> None:
         self.heading: Sequence[str] = ("starting",)
@@ -133,6 +133,7 @@ class LiveCells:
         self.state = "starting"
         self.event = ""
         self.sample = ""
+        self.outcome: Sequence[str] = ()
         self._recent: deque[Body] = deque(maxlen=RECENT_CELLS)
 
     def take(self, kind: str, body: Body) -> None:
@@ -141,6 +142,9 @@ class LiveCells:
             self.state = str(body["state"])
         elif kind == "field":
             self.fields += 1
+            self.counts.update(body["unique_counts"])
+        elif kind == "differential":
+            self.outcome = outcome_lines(body)
         elif kind == "sample":
             wanted = body["stop_at"]["cells"]
             self.sample = "" if wanted is None else f"   nucleated: {body['nucleated']} of {wanted}"
@@ -149,18 +153,17 @@ class LiveCells:
         elif kind == "cell":
             self.cells += 1
             self._recent.append(body)
-            if body["status"] in ("accepted", "edge"):
-                self.counts[body["class"]] += 1
 
     def summary(self) -> str:
-        """The counts in one line."""
+        """The counts in one line, below the differential where there is one."""
         fields = "1 field" if self.fields == 1 else f"{self.fields} fields"
-        return f"{fields}, {self.cells} cells: {counts_words(self.counts)}. {RESEARCH_USE_ONLY}"
+        counts = f"{fields}, {self.cells} cells, each counted once: {counts_words(+self.counts)}."
+        return "\n".join((*self.outcome, f"{counts} {RESEARCH_USE_ONLY}"))
 
     def __rich__(self) -> RenderableType:
         heading = [Text(line, style="dim") for line in self.heading]
         status = Text(f"agent: {self.state}   fields: {self.fields}   cells: {self.cells}{self.sample}", style="bold")
-        counts = counts_table(self.counts, "counted cells by class")
+        counts = counts_table(+self.counts, "counted cells by class")
         event = [Text(self.event, style="yellow")] if self.event else []
         return Group(*heading, status, *event, self._recent_table(), counts)
 
@@ -175,6 +178,23 @@ class LiveCells:
             row = (_time_words(cell), cell["class"], f"{cell['probability']:.3f}", box_words(cell), cell["status"])
             table.add_row(*(Text(word, style=_style(cell)) for word in row))
         return table
+
+
+def outcome_lines(differential: Body) -> list[str]:
+    """A final differential, a line for each class that was seen: share of the leukocytes with its interval."""
+    if differential["status"] == "preliminary":
+        return []
+    heading = (
+        f"differential of {differential['leukocytes']} leukocytes, {differential['interval']['level_pct']} % intervals:"
+    )
+    return [
+        heading,
+        *(
+            f"  {share['class']:<22}{share['pct']:5.1f} %   ({share['low_pct']:.1f} to {share['high_pct']:.1f})"
+            for share in differential["shares"]
+            if share["count"]
+        ),
+    ]
 
 
 def cell_line(cell: Body) -> str:

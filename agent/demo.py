@@ -106,7 +106,7 @@ def run_demo(
 
 
 def _write_report(state: Path, folder: Path, key: Ed25519PrivateKey) -> list[Path]:
-    """The report of the demo's sample, as HTML and JSON, each with its signature beside it."""
+    """The report of the demo's sample, as HTML, JSON and, where one can be made, PDF, each with its signature."""
     with open_outbox(state, device=DEVICE, verify=False, create=False) as outbox:
         record = read_device(outbox, Topics(SITE, DEVICE), SAMPLE, CropStore(state / CROPS_FOLDER))
         now = datetime.now(timezone.utc)
@@ -116,9 +116,14 @@ def _write_report(state: Path, folder: Path, key: Ed25519PrivateKey) -> list[Pat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--report {folder}", (f"cannot be made: {error.strerror}",)) from error
-    for wanted in ("html", "json"):
+    for wanted in ("html", "pdf", "json"):
         path = folder / f"{SAMPLE}.{wanted}"
-        rendered = render(document, record.crops, wanted)
+        try:
+            rendered = render(document, record.crops, wanted)
+        except ConfigError:
+            if wanted != "pdf":
+                raise
+            continue  # it needs a library that the demo does not ask for
         for place, content in ((path, rendered), (Path(f"{path}{ENDING}"), sign(rendered, SAMPLE, key, at=now))):
             with whole_file(place) as sink:
                 sink.write(content)
@@ -151,12 +156,13 @@ def _listen(
 ) -> None:
     """Pass on what arrives until there are enough fields with all their cells, or the agent has ended and all is in."""
     cells_to_come: dict[str, set[str]] = {}  # by id of the field; the broker may give a message twice
+    is_final = False  # the differential may come before the last of the fields that it counts
     while True:
         heard = subscriber.receive(QUIET_S)
         if heard is None:
-            if agent.is_running:
+            if agent.is_running and not is_final:
                 continue
-            if agent.exit_code:
+            if not agent.is_running and agent.exit_code:
                 raise AgentEnded(agent.exit_code, agent.last_lines(10))
             return
         if heard.kind == "field":
@@ -170,7 +176,7 @@ def _listen(
             waiting.remove(heard.body["cell_id"])
         on_message(heard.kind, heard.body)
         if ends_with_report and heard.kind == "differential" and heard.body["status"] == "final":
-            return
+            is_final, fields = True, heard.body["fields"]
         if len(cells_to_come) == fields and not any(cells_to_come.values()):
             return
 

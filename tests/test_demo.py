@@ -25,6 +25,8 @@ from agent.cli import main
 from agent.config import CameraSection, SimulatedSection, packaged_folder
 from agent.delivery.embedded_broker import HOW_TO_INSTALL
 from agent.domain import Frame
+from agent.errors import ConfigError
+from agent.report.pdf import render_pdf
 
 TOP = Path(__file__).resolve().parent.parent
 
@@ -93,7 +95,7 @@ def test_it_shows_the_cells_of_the_simulated_slide_and_ends_after_the_fields_ask
     assert RESEARCH_USE_ONLY in lines[0]
     assert re.search(r"mosquitto_sub -p \d+ -t 'hv/1/#'", lines[1])
     cells = [line for line in lines if re.match(CELL_LINE, line)]
-    assert lines[-1].startswith(f"2 fields, {len(cells)} cells: ")
+    assert lines[-1].startswith(f"2 fields, {len(cells)} cells, each counted once: ")
     assert list((tmp_path / "t").iterdir()) == []
 
 
@@ -185,6 +187,14 @@ def test_without_a_broker_program_the_exit_code_is_6_and_the_message_says_what_t
     assert HOW_TO_INSTALL in capsys.readouterr().err
 
 
+def makes_pdf() -> bool:
+    try:
+        render_pdf("<html><head></head><body></body></html>", "notice", "foot")
+    except ConfigError:
+        return False
+    return True
+
+
 def test_one_command_counts_a_sample_and_leaves_its_signed_report(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -193,19 +203,22 @@ def test_one_command_counts_a_sample_and_leaves_its_signed_report(
     process = start("--sample", "6", "--report", target)
     told, complaints = process.communicate(timeout=110)
     assert process.returncode == 0, complaints
-    assert sorted(path.name for path in target.iterdir()) == [
-        "demo-sample.html",
-        "demo-sample.html.sig",
-        "demo-sample.json",
-        "demo-sample.json.sig",
-    ]
+    reports = ["demo-sample.html", "demo-sample.json", *(["demo-sample.pdf"] if makes_pdf() else [])]
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        name + ending for name in reports for ending in ("", ".sig")
+    )
     document = json.loads((target / "demo-sample.json").read_text())
     assert document["status"] == "final"
     assert document["end_reason"] == "target-cells"
     assert document["differential"]["nucleated"] >= 6
     assert document["gallery"]
-    assert "signed report: " in told
-    for name in ("demo-sample.html", "demo-sample.json"):
+    differential = document["differential"]
+    assert f"differential of {differential['leukocytes']} leukocytes" in told
+    for share in differential["shares"]:
+        assert bool(re.search(rf"^  {share['class']} +{share['pct']:.1f} %", told, re.M)) == (share["count"] > 0)
+    assert f"RBC {differential['counts']['RBC']}" in told, "as in the report"
+    assert told.count("signed report: ") == len(reports)
+    for name in reports:
         with pytest.raises(SystemExit) as ended:
             main(["report", "verify", str(target / name)])
         assert ended.value.code == 0
