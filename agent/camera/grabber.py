@@ -58,9 +58,9 @@ IDLE_AFTER_S: Final = 5.0
 SLICE_S: Final = 0.5
 """s; waiting is cut into slices, for the heartbeat and for the stop."""
 
-KEYS_REMEMBERED: Final = 10_000
+KEYS_REMEMBERED: Final = 1000
 """Origin keys of frames that were handed on, so that a source that is opened again does not give them twice. At least
-those in the queue and in the pipeline are needed; the rest is margin, about a megabyte."""
+those in the queue and in the pipeline are needed; the rest is margin, a tenth of a megabyte."""
 
 SUPERSEDED: Final = "superseded"
 FROZEN: Final = "frozen"

@@ -379,7 +379,7 @@ UM_PER_PX_ALLOWED: Final = (0.02, 0.5)
 """um; closer, one cell fills the frame; from further off, red cells are under 15 px and a field holds thousands."""
 
 _MISSING_IN_A_ROW = 50
-_FRAMES_REMEMBERED = 10_000
+_FRAMES_REMEMBERED = 1000
 _DUST_STREAM, _NOISE_STREAM, _FAULT_STREAM = 1_000_001, 1_000_002, 1_000_003
 
 
@@ -464,7 +464,7 @@ class SimulatedCamera:
         self._is_closed = True
 
     def truth(self, frame_number: int) -> tuple[TrueCell, ...]:
-        """The cells in a frame that this camera delivered (one of the newest ten thousand); slivers included.
+        """The cells in a frame that this camera delivered (one of the newest thousand); slivers included.
 
         A frozen frame shows the cells of the field before it.
         """

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,8 @@ LONGEST_WARM_UP_S = 300.0
 FAULT_EVERY_S = (5.0, 25.0)
 """Between two faults, drawn evenly."""
 
-NEXT_SAMPLE_AFTER_S = 10.0
-"""From the command to stop to that to begin: frames from before are on their way, or the broker is being killed."""
+ASK_AGAIN_AFTER_S = 10.0
+"""A command that has shown no effect by then was lost: the broker was killed, or the agent had no connection."""
 
 MEBIBYTE = 2**20
 
@@ -109,7 +109,7 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
         warm_up_s = min(LONGEST_WARM_UP_S, minutes * 60 / 4)
         rss_mb: list[float] = []
         faults: Counter[str] = Counter()
-        operator = Operator(broker.port)
+        operator = Operator(broker.port, folder / "outbox")
         fault_at_s = chance.uniform(*FAULT_EVERY_S)
         told_at_s = 0.0
         while (now_s := time.monotonic() - begun_s) < minutes * 60:
@@ -119,7 +119,7 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
             if now_s >= fault_at_s:
                 faults[cause_fault(chance, broker, relay)] += 1
                 fault_at_s = time.monotonic() - begun_s + chance.uniform(*FAULT_EVERY_S)
-            operator.turn(now_s, counted_fields(folder / "outbox"))
+            operator.turn(now_s)
             if rss_mb and now_s - told_at_s >= 60:
                 told_at_s = now_s
                 tell(f"{now_s / 60:5.1f} min  {rss_mb[-1]:.1f} MB, {sum(faults.values())} faults")
@@ -131,32 +131,41 @@ def run(folder: Path, minutes: float, seed: int, tell: Callable[[str], None] = p
 
 
 class Operator:
-    """Ends each sample after FIELDS_A_SAMPLE and begins the next, by commands, between two faults."""
+    """Ends each sample after FIELDS_A_SAMPLE and begins the next, by commands, which are repeated until they are done.
 
-    def __init__(self, port: int) -> None:
+    folder: of the outbox, in which the effect shows.
+    """
+
+    def __init__(self, port: int, folder: Path) -> None:
         self._port = port
-        self._number = 1
-        self._ends_at_fields = FIELDS_A_SAMPLE
-        self._start_at_s: float | None = None
+        self._folder = folder
+        self._commands = 0
+        self._ask_at_s = 0.0
+        self._fields = self._samples = 0
+        self._is_between = False
 
-    def turn(self, now_s: float, fields: int) -> None:
-        """What is due; a command that the broker does not take now is sent a second later. fields: counted so far."""
-        if self._start_at_s is None:
-            if fields >= self._ends_at_fields and self._send("stop"):
-                self._start_at_s = now_s + NEXT_SAMPLE_AFTER_S
-        elif now_s >= self._start_at_s and self._send("start"):
-            self._number += 1
-            self._ends_at_fields = fields + FIELDS_A_SAMPLE
-            self._start_at_s = None
+    def turn(self, now_s: float) -> None:
+        """What is due; called once a second."""
+        if now_s < self._ask_at_s:
+            return
+        with suppress(OutboxError):  # being made, or put in order
+            fields, samples, _ = count(self._folder)
+            if samples > self._samples:
+                self._fields, self._samples, self._is_between = fields, samples, True
+            if self._is_between and fields > self._fields:
+                self._is_between = False
+            if self._is_between:
+                self._send("start", now_s)
+            elif fields >= self._fields + FIELDS_A_SAMPLE:
+                self._send("stop", now_s)
 
-    def _send(self, name: str) -> bool:
-        body = {"transaction": f"{name}-{self._number}"}
+    def _send(self, name: str, now_s: float) -> None:
+        self._commands += 1
+        body = {"transaction": f"{name}-{self._commands}"}
         topic = f"{Topics('lab', 'scope').base}/cmd/{name}"
-        try:
+        with suppress(OSError, ValueError):  # the broker is away; in a second it is tried again
             publish.single(topic, json.dumps(body), qos=1, port=self._port, hostname="127.0.0.1")
-        except (OSError, ValueError):
-            return False
-        return True
+            self._ask_at_s = now_s + ASK_AGAIN_AFTER_S
 
 
 def start_agent(folder: Path, port: int, seed: int) -> subprocess.Popen[bytes]:
@@ -170,6 +179,9 @@ def start_agent(folder: Path, port: int, seed: int) -> subprocess.Popen[bytes]:
                 "interval_s": 0,
                 "frame_width_px": 320,
                 "frame_height_px": 240,
+                "red_cells_per_field": 6,
+                "nucleated_cells_per_field": 1,
+                "platelets_per_field": 1,
                 "missing_share": 0.02,
                 "frozen_share": 0.02,
             },
@@ -209,23 +221,11 @@ def cause_fault(chance: random.Random, broker: Broker, relay: Relay) -> str:
     return fault
 
 
-def counted_fields(folder: Path) -> int:
-    """So far; 0 while there is no outbox yet."""
-    try:
-        with open_outbox(folder, verify=False, create=False) as outbox:
-            return int(outbox._value("SELECT last_seq FROM streams WHERE stream = 'field'") or 0)
-    except OutboxError:
-        return 0
-
-
 def count(folder: Path) -> tuple[int, int, int]:
-    """Fields numbered so far, samples that were reported, and messages that wait."""
-    try:
-        with open_outbox(folder, verify=False, create=False) as outbox:
-            last = {name: outbox._value(f"SELECT last_seq FROM streams WHERE stream = '{name}'") for name in STREAMS}
-            return int(last["field"] or 0), int(last["differential"] or 0), outbox.depth()
-    except OutboxError as error:
-        raise AssertionError(f"the outbox cannot be read: {error}") from error
+    """Fields numbered so far, samples that were reported, and messages that wait. Raises OutboxError."""
+    with open_outbox(folder, verify=False, create=False) as outbox:
+        last = {name: outbox._value(f"SELECT last_seq FROM streams WHERE stream = '{name}'") for name in STREAMS}
+        return int(last["field"] or 0), int(last["differential"] or 0), outbox.depth()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
