@@ -407,7 +407,7 @@ def test_the_state_lost_says_what_is_wrong_and_when_the_next_attempt_is(bench: A
 
 
 def test_a_camera_that_dies_after_each_first_frame_is_opened_ever_more_rarely(bench: Any) -> None:
-    shades = iter(range(250))
+    shades = itertools.cycle(range(250))
     run = bench(lambda: MadeCamera(make(next(shades)), CameraError("died"), is_live=True))
     run.wait_for(lambda: run.opened >= 5)
     assert sum(run.time.pauses_s) >= 1 + 2 + 4 + 8
