@@ -40,7 +40,7 @@ def collect(tmp_path: Path) -> Iterator[Collect]:
         before = subscriptions(broker)
         collector.start()
         started.append(collector)
-        wait_until(lambda: subscriptions(broker) > before or "ERROR" in collector.log_text, "the collector listens")
+        wait_until(lambda: subscriptions(broker) > before or "ERROR" in collector.log_text, "the collector listens", 90)
         return collector
 
     yield make
