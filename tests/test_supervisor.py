@@ -54,7 +54,8 @@ def make_config(folder: Path, **sections: Any) -> Config:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         nobody = probe.getsockname()[1]
-    simulated = {"fields": 3, "interval_s": 0, "frame_width_px": 320, "frame_height_px": 240}
+    cells = {"red_cells_per_field": 6, "nucleated_cells_per_field": 1, "platelets_per_field": 1}  # as dense as others
+    simulated = {"fields": 3, "interval_s": 0, "frame_width_px": 320, "frame_height_px": 240, **cells}
     defaults = {
         "device": "dev",
         "camera": {"kind": "simulated", "simulated": simulated},
