@@ -1202,11 +1202,13 @@ class Outbox:
         """Let go what may go until this fits; raises OutboxError when nothing is left that may."""
         if more_bytes == 0:
             return
-        while self._why_short(more_bytes, is_event) is not None and self._spare():
-            pass  # it frees what else of ours is on the disk
-        while (fault := self._why_full(more_bytes, is_event) or self._why_short(more_bytes, is_event)) is not None:
+        short = self._why_short(more_bytes, is_event)
+        while short is not None and self._spare():  # what else of ours is on the disk
+            short = self._why_short(more_bytes, is_event)
+        while (fault := self._why_full(more_bytes, is_event) or short) is not None:
             if not (self._drop_history() or any(self._drop(stream) for stream in FIRST_TO_GO)):
                 raise OutboxError(fault)
+            short = self._why_short(more_bytes, is_event)
 
     def _why_full(self, more_bytes: int, is_event: bool) -> str | None:
         """What is wrong when this would make the outbox larger than it may be."""
@@ -1472,9 +1474,12 @@ def _forget_sample(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM sample")
 
 
+_SAMPLE_KEYS = tuple(part.name for part in dataclasses.fields(SampleState))
+
+
 def sample_text(sample: SampleState) -> str:
     """The state as JSON."""
-    keys = {part.name: getattr(sample, part.name) for part in dataclasses.fields(sample)}
+    keys = {name: getattr(sample, name) for name in _SAMPLE_KEYS}
     tallies = {key: {name: int(count) for name, count in keys[key].items()} for key in ("counts", "refused")}
     return json.dumps({**keys, **tallies})
 
@@ -1482,7 +1487,7 @@ def sample_text(sample: SampleState) -> str:
 def sample_from(text: str) -> SampleState:
     """The state from its JSON; keys of a newer agent are passed over."""
     stored = json.loads(text)
-    known = {part.name: stored[part.name] for part in dataclasses.fields(SampleState) if part.name in stored}
+    known = {name: stored[name] for name in _SAMPLE_KEYS if name in stored}
     return SampleState(**{**known, **{key: MappingProxyType(stored.get(key, {})) for key in ("counts", "refused")}})
 
 
