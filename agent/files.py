@@ -14,15 +14,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "lustre", "beegfs", "glusterfs", "vboxsf", "davfs"}
     | {"9p", "virtiofs", "prl_fs", "coda", "orangefs", "pvfs2", "gpfs"}
     | {"fuse.sshfs", "fuse.glusterfs", "fuse.s3fs", "fuse.rclone", "fuse.ceph-fuse", "fuse.davfs2", "fuse.smbnetfs"}
-    | {
-        "fuse.curlftpfs",
-        "fuse.gcsfuse",
-        "fuse.goofys",
-        "fuse.juicefs",
-        "fuse.mount-s3",
-        "fuse.vmhgfs-fuse",
-        "fuse.prl_fsd",
-    }
+    | {"fuse.curlftpfs", "fuse.gcsfuse", "fuse.goofys", "fuse.juicefs", "fuse.mount-s3"}
+    | {"fuse.vmhgfs-fuse", "fuse.prl_fsd"}
 )
 """SQLite's locks and its shared memory are not safe there (sqlite.org/howtocorrupt.html, 2.1). Folders that a virtual
 machine shares with its host are among them."""

@@ -13,7 +13,6 @@ confident first. That one shows pictures of the data: it stays where their licen
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import CellImage, read_fields, read_rgb
+from models.common.logs import read_log
 from models.common.metrics import FieldBoxes, class_figures_by_name, confidence_bins, precision_and_recall
 from models.evaluation.asking import add_options, progress
 from models.evaluation.boxes import boxes_of
@@ -55,19 +55,11 @@ def main() -> None:
         "coverage": draw_coverage(named.confidences, named.is_right),
     }
     if args.run is not None:
-        figures["training"] = draw_training(read_log(args.run / "log.jsonl"))
+        figures["training"] = draw_training(read_log(args.run))
     for name, figure in figures.items():
         figure.savefig(args.folder / f"{name}.png", dpi=130)
     cv2.imwrite(str(args.folder / "mistakes.png"), cv2.cvtColor(contact_sheet(mistakes(named)), cv2.COLOR_RGB2BGR))
     print(f"{len(figures) + 1} pictures in {args.folder}")
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, an epoch each. Raises SystemExit where there is none."""
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except OSError as error:
-        raise SystemExit(f"{file}: {error.strerror}; --run takes the folder of a training run") from error
 
 
 def draw_training(log: Sequence[dict[str, Any]]) -> Figure:

@@ -10,11 +10,11 @@ file.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from models.common.logs import read_log
 from models.tables import table
 
 FIGURES = (
@@ -29,14 +29,6 @@ def main() -> None:
     logs = {folder.name: read_log(folder) for folder in args.runs}
     shown = [name for name in FIGURES if any(name in line for log in logs.values() for line in log)]
     table(["run", "epochs", *(words(name) for name in shown)], rows_of(logs, args.epochs, shown))
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """A line for each epoch. Raises SystemExit where there is no run."""
-    try:
-        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{folder}: not the folder of a training run: {error}") from error
 
 
 def rows_of(logs: dict[str, list[dict[str, Any]]], epochs: Sequence[int], shown: Sequence[str]) -> list[list[object]]:

@@ -301,7 +301,7 @@ class Publisher(threading.Thread):
 
     def _subscribe(self, link: BrokerLink) -> None:
         """Anew on each connection: no broker has to remember it."""
-        commands = () if self._take_command is None else self._topics.commands
+        commands = () if self._take_command is None else (self._topics.commands, self._topics.dotted_commands)
         if filters := (*commands, *self._ack_topics):
             link.subscribe(filters)
 
@@ -322,7 +322,7 @@ class Publisher(threading.Thread):
         between two frames.
         """
         for subscribed in link.take_subscribed():
-            if not subscribed.is_granted and subscribed.topic_filter != self._topics.commands[1]:
+            if not subscribed.is_granted and subscribed.topic_filter != self._topics.dotted_commands:
                 logger.error("the broker does not let us hear %s: %s", subscribed.topic_filter, subscribed.reason)
         for received in link.take_received():
             if (receiver := self._ack_topics.get(received.topic)) is not None:
@@ -425,6 +425,7 @@ class Publisher(threading.Thread):
             self._count_silent_end(error)
             return None
         self._silent_ends = 0
+        self._health.broker_certificate(link.certificate_ends_at)
         self._tell_connected(link)
         return link
 
@@ -468,7 +469,6 @@ class Publisher(threading.Thread):
         words = f"{self._broker.host}:{self._broker.port}, MQTT {link.protocol}"
         if self._unheard:
             words += f"; nobody subscribes to {', '.join(self._unheard)}: that waits here"
-        self._health.broker_certificate(link.certificate_ends_at)
         self._tell("connected", words)
 
     def _tell(self, state: BrokerState, detail: str) -> None:

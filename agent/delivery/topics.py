@@ -65,12 +65,14 @@ class Topics:
         return f"{self.base}/audit"
 
     @property
-    def commands(self) -> tuple[str, str]:
-        """Filters of all commands to this device.
+    def commands(self) -> str:
+        """The filter of all commands to this device."""
+        return f"{self.base}/cmd/+"
 
-        The second is for RabbitMQ, to which a dot is a level: `cmd/model.stage` arrives as `cmd/model/stage`.
-        """
-        return f"{self.base}/cmd/+", f"{self.base}/cmd/{DOTTED}/+"
+    @property
+    def dotted_commands(self) -> str:
+        """The same at RabbitMQ, to which a dot is a level: `cmd/model.stage` arrives as `cmd/model/stage`."""
+        return f"{self.base}/cmd/{DOTTED}/+"
 
     def command(self, topic: str) -> str | None:
         """The name of the command that came on this topic; None for a topic of another kind."""

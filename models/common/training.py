@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models.common.logs import log_figures
 
 PLACES = frozenset({"--data", "--runs", "--boxes"})
 """Options that say where things lie on this machine, and nothing of what is done."""
@@ -153,7 +154,7 @@ class Run:
         score: None = this epoch was not judged. facts: go into `best.pt` beside the weights.
         """
         self.epoch += 1
-        log_figures(self.folder / "log.jsonl", epoch=self.epoch, progress=self.schedule.progress, **figures)
+        log_figures(self.folder, epoch=self.epoch, progress=self.schedule.progress, **figures)
         if score is not None and score >= self.best:
             self.best = score
             weights = self.average.net.state_dict()
@@ -187,12 +188,3 @@ def save_checkpoint(path: Path, **states: Any) -> None:
     part = path.with_suffix(".part")
     torch.save(states, part)
     part.replace(path)
-
-
-def log_figures(path: Path, **figures: Any) -> None:
-    """Append one line of figures to the run's log and print it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
-    with path.open("a") as log:
-        log.write(json.dumps(rounded) + "\n")
-    print(json.dumps(rounded), flush=True)

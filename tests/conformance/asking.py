@@ -151,13 +151,18 @@ def ask_harmless(desk: Desk) -> bool:
     return True
 
 
-def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
-    """Begin, pause, stop, amend and throw over samples. Ends the one that is open."""
-    look = desk.findings.look
+def end_open_sample(desk: Desk) -> None:
+    """So that the kit can begin one of its own."""
     where = desk.ask("ping").get("data", {})
     if where.get("phase") in ("running", "paused", "finishing"):
         desk.ask("stop")
         _wait_phase(desk, str(where.get("sample")), "finished")
+
+
+def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
+    """Begin, pause, stop, amend and throw over samples. Ends the one that is open."""
+    look = desk.findings.look
+    end_open_sample(desk)
 
     # 6.1, 6.2: it begins, its fields come, a pause is a pause.
     sid = f"kit-{secrets.token_hex(4)}"

@@ -8,7 +8,7 @@ import subprocess
 from collections import Counter
 from typing import Any
 
-from .asking import ANSWER_S, FIELDS_S, Desk, _field_of, _report, _wait_phase
+from .asking import ANSWER_S, FIELDS_S, Desk, _field_of, _of, _report, end_open_sample
 from .ears import Heard
 
 BACK_S = 120.0
@@ -22,10 +22,7 @@ def ask_restart(desk: Desk, command: str) -> int:
     Returns how often the agent was started again.
     """
     look = desk.findings.look
-    where = desk.ask("ping").get("data", {})
-    if where.get("phase") in ("running", "paused", "finishing"):
-        desk.ask("stop")
-        _wait_phase(desk, str(where.get("sample")), "finished")
+    end_open_sample(desk)
     sid = f"kit-{secrets.token_hex(4)}"
     desk.ask("start", sample=sid)
     if desk.ears.wait_for(lambda heard: _field_of(heard, sid), FIELDS_S) is None:
@@ -54,9 +51,7 @@ def ask_restart(desk: Desk, command: str) -> int:
         return 0
     look("3.4", (back.body or {})["boot"] == before + 1, f"boot {before}, after the restart {back.body}")
 
-    first = desk.ears.wait_for(
-        lambda heard: heard.kind == "reply" and (heard.body or {}).get("transaction") == transaction, 0, since
-    )
+    first = desk.ears.wait_for(lambda heard: _of(heard, transaction), 0, since)
     again = desk.ask("pause", transaction=transaction, sample=sid)
     is_same = first is None or (
         again.get("repeated") is True and again.get("status") == (first.body or {}).get("status")

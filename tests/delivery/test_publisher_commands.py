@@ -91,14 +91,25 @@ def wait_listening(ears: Any) -> None:
     ears.wait_for(lambda messages: any(message.kind == "state" for message in messages))
 
 
+@pytest.fixture
+def listening(
+    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any
+) -> Callable[..., tuple[Any, Any, Bench]]:
+    """Broker, ears and a bench that hears commands. filters: of the ears, besides all that the device says."""
+
+    def listen(*filters: str, **options: Any) -> tuple[Any, Any, Bench]:
+        broker = mosquitto()
+        ears = subscriber(broker, "hv/1/#", *filters)
+        bench = make_bench(broker, **options)
+        wait_listening(ears)
+        return broker, ears, bench
+
+    return listen
+
+
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_a_command_is_handed_on_as_it_came(
-    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any, protocol: str
-) -> None:
-    broker = mosquitto()
-    ears = subscriber(broker, "hv/1/#")
-    bench = make_bench(broker, protocol=protocol)
-    wait_listening(ears)
+def test_a_command_is_handed_on_as_it_came(listening: Any, protocol: str) -> None:
+    broker, _, bench = listening(protocol=protocol)
     send(broker, "start", b"\xff any bytes")
     command = bench.heard.get(timeout=10)
     assert (command.name, command.payload, command.is_retained) == ("start", b"\xff any bytes", False)
@@ -106,13 +117,8 @@ def test_a_command_is_handed_on_as_it_came(
 
 
 @pytest.mark.parametrize("topic", ["model.stage", "model/stage"])
-def test_a_command_with_a_dot_is_heard_from_a_broker_that_makes_a_level_of_it(
-    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any, topic: str
-) -> None:
-    broker = mosquitto()
-    ears = subscriber(broker, "hv/1/#")
-    bench = make_bench(broker)
-    wait_listening(ears)
+def test_a_command_with_a_dot_is_heard_from_a_broker_that_makes_a_level_of_it(listening: Any, topic: str) -> None:
+    broker, _, bench = listening()
     send(broker, topic, b"{}")
     assert bench.heard.get(timeout=10).name == "model.stage"
     assert bench.heard.empty()
@@ -125,13 +131,8 @@ def test_a_question_goes_to_a_broker_that_hangs_up_on_mqtt_5(mosquitto: Any, rel
         ask(BrokerSection(port=wire.port), TOPICS, "ping", {}, timeout_s=1)
 
 
-def test_response_topic_correlation_and_expiry_of_mqtt_5_are_handed_on(
-    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any
-) -> None:
-    broker = mosquitto()
-    ears = subscriber(broker, "hv/1/#", "desk/#")
-    bench = make_bench(broker)
-    wait_listening(ears)
+def test_response_topic_correlation_and_expiry_of_mqtt_5_are_handed_on(listening: Any) -> None:
+    broker, ears, bench = listening("desk/#")
     properties = Properties(PacketTypes.PUBLISH)
     properties.ResponseTopic = "desk/7/answers/x/y"
     properties.CorrelationData = b"\x00\x07"
@@ -156,13 +157,8 @@ def test_a_retained_command_is_seen_as_one(make_bench: Callable[..., Bench], mos
     assert bench.heard.get(timeout=10).is_retained
 
 
-def test_commands_are_heard_again_after_the_broker_was_restarted(
-    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any
-) -> None:
-    broker = mosquitto()
-    ears = subscriber(broker, "hv/1/#")
-    bench = make_bench(broker)
-    wait_listening(ears)
+def test_commands_are_heard_again_after_the_broker_was_restarted(listening: Any) -> None:
+    broker, ears, bench = listening()
     broker.kill()
     known = len(ears.messages)
     broker.restart()
@@ -172,13 +168,8 @@ def test_commands_are_heard_again_after_the_broker_was_restarted(
     assert bench.heard.get(timeout=10).name == "ping"
 
 
-def test_when_too_many_commands_wait_the_next_is_told_to_come_back(
-    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any
-) -> None:
-    broker = mosquitto()
-    ears = subscriber(broker, "hv/1/#")
-    make_bench(broker, room=1)
-    wait_listening(ears)
+def test_when_too_many_commands_wait_the_next_is_told_to_come_back(listening: Any) -> None:
+    broker, ears, _ = listening(room=1)
     for _ in range(2):
         send(broker, "ping", b"{}")
     messages = ears.wait_for(lambda messages: any(message.kind == "reply" for message in messages))

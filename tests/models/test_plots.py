@@ -75,4 +75,4 @@ def test_the_most_confident_mistake_comes_first(data: Path) -> None:
 
 def test_a_run_without_a_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"log\.jsonl"):
-        plots.read_log(tmp_path / "log.jsonl")
+        plots.read_log(tmp_path)
