@@ -20,15 +20,18 @@ def test_equal_epochs_of_two_runs_stand_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = write_log(tmp_path / "scratch", [{"epoch": n, "val_pbc_accuracy": 0.1 * n} for n in (1, 2, 3)])
-    second = write_log(tmp_path / "taught", [{"epoch": 1}, {"epoch": 2, "val_pbc_accuracy": 0.9, "loss_teacher": 3}])
-    monkeypatch.setattr("sys.argv", ["transfer", str(first), str(second), "--epochs", "1", "2"])
+    judged = [{"epoch": n, "val_pbc_accuracy": 0.3 * n, "loss_teacher": 3} for n in (2, 3)]
+    second = write_log(tmp_path / "taught", [{"epoch": 1}, *judged])
+    monkeypatch.setattr("sys.argv", ["transfer", str(first), str(second), "--epochs", "1", "2", "3"])
     main()
-    assert capsys.readouterr().out.splitlines()[:5] == [
+    assert capsys.readouterr().out.splitlines()[:7] == [
         "| run | epochs | pbc accuracy |",
         "|---|---|---|",
         "| scratch | 1 | 0.100 |",
         "| scratch | 2 | 0.200 |",
-        "| taught | 2 | 0.900 |",
+        "| taught | 2 | 0.600 |",
+        "| scratch | 3 | 0.300 |",
+        "| taught | 3 | 0.900 |",
     ]
 
 
