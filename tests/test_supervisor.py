@@ -36,6 +36,7 @@ from agent.supervisor import (
     derive_state,
     run_agent,
 )
+from tests.slides import small_slide
 
 TODAY = datetime(2026, 11, 23, 8, tzinfo=timezone.utc)
 REPORTER = Reporter(
@@ -54,11 +55,9 @@ def make_config(folder: Path, **sections: Any) -> Config:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         nobody = probe.getsockname()[1]
-    cells = {"red_cells_per_field": 6, "nucleated_cells_per_field": 1, "platelets_per_field": 1}  # as dense as others
-    simulated = {"fields": 3, "interval_s": 0, "frame_width_px": 320, "frame_height_px": 240, **cells}
     defaults = {
         "device": "dev",
-        "camera": {"kind": "simulated", "simulated": simulated},
+        "camera": small_slide(fields=3, interval_s=0),
         "outbox": {"folder": folder, "min_free_mb": 0},
         "broker": {"port": nobody, "max_backoff_s": 0.2},
         "models": {"threads": 1},

@@ -21,6 +21,7 @@ import pytest
 from agent.config import Config, models_folder
 from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.topics import Topics
+from tests.slides import small_slide
 
 from .clauses import Findings, read_clauses
 from .ears import Access, Ears, Heard
@@ -45,18 +46,10 @@ class AgentService:
     """The agent as a service: a command of the shell kills it and starts it again, as `--restart` wants it."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        simulated = {
-            "interval_s": 0.2,
-            "nucleated_cells_per_field": 4,
-            "red_cells_per_field": 5,
-            "platelets_per_field": 1,
-            "frame_width_px": 320,
-            "frame_height_px": 240,
-        }
         config = {
             "site": "lab",
             "device": "scope",
-            "camera": {"kind": "simulated", "simulated": simulated},
+            "camera": small_slide(interval_s=0.2, nucleated_cells_per_field=4),
             "outbox": {"folder": str(folder / "outbox"), "min_free_mb": 0},
             "broker": {"port": port, "max_backoff_s": 0.5},
             "delivery": {"confirm": "receiver", "receiver": "kit", "resend_s": 3},

@@ -21,6 +21,7 @@ from agent.config import Config, models_folder
 from agent.delivery.audit import verify
 from agent.delivery.commands import sign
 from agent.inference.manifest import load_manifest
+from tests.slides import small_slide
 
 BASE = "hv/1/lab/scope"
 KEY = "0123456789abcdef0123456789abcdef"
@@ -55,8 +56,7 @@ class Desk:
 
 
 def use_lively_slide(bench: Bench, **keys: Any) -> None:
-    slide = {"interval_s": 0.2, "frame_width_px": 320, "frame_height_px": 240, "nucleated_cells_per_field": 3}
-    bench.config["camera"] = {"kind": "simulated", "simulated": {**slide, "red_cells_per_field": 4, **keys}}
+    bench.config["camera"] = small_slide(interval_s=0.2, nucleated_cells_per_field=3, **keys)
 
 
 def put_next_models(folder: Path) -> None:

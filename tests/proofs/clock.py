@@ -32,6 +32,7 @@ import yaml
 from agent.delivery.outbox import open_outbox
 from agent.errors import OutboxError
 from tests.brokers import Broker, NotInstalled, make_mosquitto
+from tests.slides import small_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -212,10 +213,7 @@ def start_agent(folder: Path, port: int, library: Path, clock_file: Path) -> sub
     config = {
         "site": "lab",
         "device": "scope",
-        "camera": {
-            "kind": "simulated",
-            "simulated": {"interval_s": 0.3, "frame_width_px": 320, "frame_height_px": 240},
-        },
+        "camera": small_slide(interval_s=0.3),
         "outbox": {"folder": str(folder / "outbox"), "min_free_mb": 0},
         "broker": {"port": port, "max_backoff_s": 0.5},
         "models": {"threads": 1},

@@ -34,6 +34,7 @@ from tests.central.collecting import CollectorProcess, wait_until
 from tests.central.postgresql import PostgreSql, find_programs
 from tests.end_to_end.agent_process import Agent, Bench
 from tests.relay import Relay
+from tests.slides import small_slide
 
 LEAST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 """Between two faults."""
@@ -295,8 +296,7 @@ def run(minutes: float, seed: int, folder: Path, database: str = "sqlite") -> Ve
     bench = Bench(folder)
     bench.use_broker(wires["agent"].port, keepalive_s=3)
     bench.config["delivery"] = {"confirm": "receiver", "receiver": "central", "resend_s": 3}
-    slide = {"interval_s": 0.2, "frame_width_px": 320, "frame_height_px": 240}
-    bench.config["camera"] = {"kind": "simulated", "simulated": slide}
+    bench.config["camera"] = small_slide(interval_s=0.2)
     agent = AgentKeeper(bench)
     engine = open_database(url)
     try:

@@ -36,6 +36,7 @@ from agent.errors import OutboxError
 from tests.brokers import Broker, NotInstalled, make_mosquitto
 from tests.proofs.throughput import FIELDS_A_SAMPLE, subscriber
 from tests.relay import Relay
+from tests.slides import small_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,20 +173,7 @@ def start_agent(folder: Path, port: int, seed: int) -> subprocess.Popen[bytes]:
     config = {
         "site": "lab",
         "device": "scope",
-        "camera": {
-            "kind": "simulated",
-            "simulated": {
-                "seed": seed,
-                "interval_s": 0,
-                "frame_width_px": 320,
-                "frame_height_px": 240,
-                "red_cells_per_field": 6,
-                "nucleated_cells_per_field": 1,
-                "platelets_per_field": 1,
-                "missing_share": 0.02,
-                "frozen_share": 0.02,
-            },
-        },
+        "camera": small_slide(seed=seed, interval_s=0, missing_share=0.02, frozen_share=0.02),
         "outbox": {"folder": str(folder / "outbox"), "min_free_mb": 0, "max_mb": 256},
         "broker": {"port": port, "max_backoff_s": 1, "keepalive_s": 2},
         "models": {"threads": 1},
