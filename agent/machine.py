@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import platform
 import shutil
 from pathlib import Path
@@ -43,7 +44,7 @@ def keep_big_blocks_apart() -> bool:
     of the threads, which wait more than they work, are no gain either. False where the C library has no such word.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        mallopt = _c_library().mallopt
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, BIG_BLOCK_BYTES)) and bool(mallopt(M_ARENA_MAX, MOST_ARENAS))
@@ -52,7 +53,13 @@ def keep_big_blocks_apart() -> bool:
 def give_back_free_memory() -> None:
     """Hand the pages that are free within the heaps to the system (malloc_trim(3)); some milliseconds."""
     with contextlib.suppress(OSError, AttributeError):  # a C library without it keeps them
-        ctypes.CDLL(None).malloc_trim(0)
+        _c_library().malloc_trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    """The C library of this process; opened once, since each opening makes a class. Errors: `OSError`."""
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def read_machine(state_folder: Path, *, sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> MachineReading:
@@ -121,7 +128,7 @@ def read_clock() -> ClockReading:
     """Whether the kernel's clock follows a reference and how far it is off; reading needs no right."""
     try:
         timex = _Timex()
-        answer = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(timex))
+        answer = _c_library().adjtimex(ctypes.byref(timex))
     except (OSError, AttributeError):
         return ClockReading(is_synchronised=False)
     return interpret_timex(answer, timex.status, timex.offset)

@@ -1,0 +1,167 @@
+"""A whole slide, ten thousand fields: does the map of it stay small and quick, and the count right?
+
+    python -m tests.proofs.whole_slide [--fields 10000]
+
+The simulated slide is scanned row by row, forth and back, each field overlapping with its neighbours by a fifth; no
+stage tells a place. The true boxes, a pixel or two restless, go through registration and counting, so what is measured
+is theirs. Told every thousand fields: the resident memory, the median time for counting a field once, and the count
+against the truth. Exits with 1 when the map took more than MOST_MB, when it still grew by more than MOST_MB_PER_1000 a
+thousand fields after it had begun to forget the oldest ones, or when the count is beyond the bounds of `count_once`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+import psutil
+
+from agent.analysis.duplicates import FIELDS_REMEMBERED, SlideMap
+from agent.camera.simulated import CellDensity, SimulatedSlide
+from agent.domain import Box
+from agent.machine import give_back_free_memory, keep_big_blocks_apart
+from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, UNREST_PX, kind_of
+from tests.proofs.scanning import TrueCell, Window, World, may_count, perfect_cells, take, truth_in
+
+SIZE_PX = (640, 480)
+OVERLAP = 0.2
+TOLD_EVERY = 1000
+WARM_UP_FIELDS = 100
+"""Until then the slide's own drawings, some 16 MB, and the libraries come into memory."""
+MOST_MB = 80.0
+"""12 kB for each of the FIELDS_REMEMBERED fields and half as much again; see `agent.analysis.duplicates`."""
+MOST_MB_PER_1000 = 1.0
+"""Of a field that is forgotten its cells' 13 bytes each stay: 0.1 MB a thousand fields."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a scan has shown.
+
+    memory_mb: (fields, MB more than after WARM_UP_FIELDS); seconds: for counting once, of each field.
+    """
+
+    fields: int = 0
+    unknown: int = 0
+    memory_mb: list[tuple[int, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    unique: Counter[str] = field(default_factory=Counter)
+    truth: Counter[str] = field(default_factory=Counter)
+
+    def error(self, kind: str) -> float:
+        return (self.unique[kind] - self.truth[kind]) / max(1, self.truth[kind])
+
+    @property
+    def mb_per_1000(self) -> float | None:
+        """Growth once the oldest fields are forgotten; None when the scan ended before."""
+        late = [(fields, mb) for fields, mb in self.memory_mb if fields > FIELDS_REMEMBERED]
+        if len(late) < 2:
+            return None
+        (first, low), (last, high) = late[0], late[-1]
+        return (high - low) / (last - first) * 1000
+
+    @property
+    def faults(self) -> list[str]:
+        found = []
+        if self.memory_mb and (most := max(mb for _, mb in self.memory_mb)) > MOST_MB:
+            found.append(f"the map took {most:.1f} MB, the bound is {MOST_MB:g}")
+        if (growth := self.mb_per_1000) is not None and growth > MOST_MB_PER_1000:
+            found.append(f"it grows by {growth:.2f} MB a thousand fields, the bound is {MOST_MB_PER_1000:g}")
+        for kind, bound in (("nucleated", NUCLEATED_BOUND), ("red", RED_BOUND)):
+            if abs(self.error(kind)) > bound:
+                found.append(f"{kind} cells: {self.error(kind):+.2%}, the bound is {bound:.0%}")
+        return found
+
+    def __str__(self) -> str:
+        counts = ", ".join(
+            f"{kind} {self.unique[kind]} of {self.truth[kind]} ({self.error(kind):+.2%})"
+            for kind in ("nucleated", "red")
+        )
+        memory = self.memory_mb[-1][1] if self.memory_mb else math.nan
+        return (
+            f"{self.fields} fields, {self.unknown} at unknown places; {counts}; the map takes {memory:.1f} MB; counting"
+            f" once {median(self.seconds[-TOLD_EVERY:]) * 1000:.1f} ms a field"
+        )
+
+
+def run(fields: int, told_every: int = TOLD_EVERY, tell: Callable[[str], None] = print) -> Figures:
+    """Scan so many fields."""
+    rng = np.random.default_rng(1)
+    slide, figures = SlideMap("proof"), Figures()
+    true_once: set[int] = set()
+    number, memory, at_first_mb = 1, psutil.Process(), 0.0
+    for place, (world, corner) in enumerate(scan(fields), start=1):
+        frame = take(world, Window(0, 0), SIZE_PX, rng, place)
+        seen = truth_in(world, Window(0, 0), SIZE_PX)
+        for true, box in seen:
+            if may_count(box, SIZE_PX) and true.identifier not in true_once:
+                true_once.add(true.identifier)
+                figures.truth[kind_of(true.class_name)] += 1
+        cells = perfect_cells(seen, number, rng, UNREST_PX)
+        number += len(cells)
+        begun_s = time.perf_counter()
+        observed = slide.observe(frame, cells)
+        slide.add(observed.trace)
+        figures.seconds.append(time.perf_counter() - begun_s)
+        figures.fields += 1
+        figures.unknown += observed.place.source == "unknown"
+        for name, count in observed.unique_counts.items():
+            figures.unique[kind_of(name)] += count
+        if place == WARM_UP_FIELDS:
+            at_first_mb = resident_mb(memory)
+        elif place % told_every == 0:
+            figures.memory_mb.append((place, resident_mb(memory) - at_first_mb))
+            tell(f"{corner}: {figures}")
+    return figures
+
+
+def scan(fields: int) -> Iterator[tuple[World, str]]:
+    """What each field shows, with its own corner at (0, 0), and where on the slide that is."""
+    slide = SimulatedSlide(7, density=CellDensity.per_field(22, 4, 2.5, SIZE_PX[0] * SIZE_PX[1] / 12.5**2))
+    step_px = [round(side * (1 - OVERLAP)) for side in SIZE_PX]
+    columns = math.ceil(math.sqrt(fields))
+    for index in range(fields):
+        row, column = divmod(index, columns)
+        if row % 2:
+            column = columns - 1 - column
+        left_px, top_px = column * step_px[0], row * step_px[1]
+        yield show(slide, left_px, top_px), f"column {column}, row {row}"
+
+
+def show(slide: SimulatedSlide, left_px: int, top_px: int) -> World:
+    scale = slide.px_per_um
+    cells = []
+    corner_um = (left_px / scale, top_px / scale)
+    for cell in slide.cells_in(*corner_um, (left_px + SIZE_PX[0]) / scale, (top_px + SIZE_PX[1]) / scale):
+        area = cell.outline_area
+        edges_um = (area.x_min_um, area.y_min_um, area.x_max_um, area.y_max_um)
+        box = Box(*(um * scale - corner for um, corner in zip(edges_um, (left_px, top_px) * 2, strict=True)))
+        cells.append(TrueCell(hash(cell.identifier), cell.class_name, box))
+    return World(slide.render(*corner_um, *SIZE_PX), tuple(cells))
+
+
+def resident_mb(process: psutil.Process) -> float:
+    give_back_free_memory()
+    return float(process.memory_info().rss / 2**20)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.proofs.whole_slide", description=__doc__.splitlines()[0])
+    parser.add_argument("--fields", type=int, default=10_000)
+    options = parser.parse_args(arguments)
+    keep_big_blocks_apart()
+    figures = run(options.fields)
+    print(figures)
+    print("\n".join(figures.faults) or "bounded, and right")
+    return 1 if figures.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
