@@ -424,6 +424,8 @@ class SlideMap:
         shift = register(view, self._view(last), steps, witness=self._witness(boxes, size_px, last))
         if shift is not None:
             return last, shift
+        if (reckoned := self._reckon(view, boxes, size_px, steps)) is not None:
+            return reckoned
         place = self._fields[last].place
         recent = [field for field in range(last - 1, last - 1 - RECENT, -1) if field in self._fields]
         nearest = [field for field in self._near(place, size_px, 1.5) if field != last][:3]
@@ -434,12 +436,36 @@ class SlideMap:
                 return field, shift
         return None
 
+    def _reckon(
+        self, view: View, boxes: Boxes, size_px: tuple[int, int], steps: Iterable[Shift]
+    ) -> tuple[int, Shift] | None:
+        """A neighbour that the field has if the stage went one of its usual steps, and the shift to it.
+
+        So a strip in which too little lies does not lose the row beside, with which the field shares another strip.
+        Proposals are many here, so one neighbour is enough only where the cells agree.
+        """
+        at = self._last.place
+        for step in steps:
+            guess = Place("registered", at.part, step.then(at.shift))
+            measured = self._measure(view, boxes, guess, size_px, {}, searches=False)
+            sure = {f: s for f, s in measured.items() if len(measured) > 1 or self._witness(boxes, size_px, f)(s)}
+            if sure:
+                return max(sure.items(), key=lambda found: found[1].agreement)
+        return None
+
     def _witness(self, boxes: Boxes, size_px: tuple[int, int], field: int) -> Witness:
         old = self._fields[field]
         return lambda shift: boxes_agree(boxes, size_px, old.boxes, old.size_px, shift)
 
     def _measure(
-        self, view: View, boxes: Boxes, place: Place, size_px: tuple[int, int], known: Mapping[int, Shift]
+        self,
+        view: View,
+        boxes: Boxes,
+        place: Place,
+        size_px: tuple[int, int],
+        known: Mapping[int, Shift],
+        *,
+        searches: bool = True,
     ) -> dict[int, Shift]:
         """Of the fields around a place those to which the pictures show the shift, with it."""
         measured = dict(known)
@@ -448,9 +474,9 @@ class SlideMap:
                 continue
             guess = place.shift.then(self._fields[field].place.shift.inverse())
             # The guess may be off by the stage's slack or the errors of a long way: then the pictures are searched.
-            searches = _shared(guess, size_px) > 0.12
+            wide = _shared(guess, size_px) > 0.12
             witness = self._witness(boxes, size_px, field)
-            shift = register(view, self._view(field), (guess,), searches=searches, witness=witness)
+            shift = register(view, self._view(field), (guess,), searches=searches and wide, witness=witness)
             if shift is not None:
                 measured[field] = shift
         return measured

@@ -23,7 +23,16 @@ from agent.analysis.duplicates import (
 from agent.analysis.registration import Shift
 from agent.domain import Box, Cell, CellStatus, Detection, Frame
 from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, scan_perfect, scans
-from tests.proofs.scanning import Window, World, meander, simulated_world, take, with_revisits
+from tests.proofs.scanning import (
+    Window,
+    World,
+    meander,
+    perfect_cells,
+    simulated_world,
+    take,
+    truth_in,
+    with_revisits,
+)
 
 SIZE_PX = (640, 480)
 WORLD_PX = (1700, 1300)
@@ -194,6 +203,25 @@ def test_the_errors_of_a_long_way_do_not_add_up_where_rows_lie_side_by_side(worl
         at = observed.place.shift
         off = np.hypot(at.x - (window.x - windows[0].x), at.y - (window.y - windows[0].y))
         assert (observed.place.part, off < 6) == (1, True), (number, off)
+
+
+def test_a_field_that_has_nothing_in_common_with_the_one_before_is_found_by_the_row_beside(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bubble in the oil hides the strip that it shares with the field before; with the row above it shares 30 px."""
+    monkeypatch.setattr(duplicates, "SEARCH_BEST", 0)  # on a slide of more than six fields others look more alike
+    bubble = world.pixels_bgr.copy()
+    bubble[450:930, 535:640] = world.pixels_bgr[450:930, 900:1005]
+    places = ((0, 0), (535, 0), (1050, 0), (1050, 450), (535, 450), (0, 450))
+    slide, rng = SlideMap("s"), np.random.default_rng(3)
+    for number, (x, y) in enumerate(places, start=1):
+        shown = replace(world, pixels_bgr=bubble) if number == len(places) else world
+        cells = perfect_cells(truth_in(world, Window(x, y), SIZE_PX), 100 * number, rng, 1.0)
+        observed = slide.observe(take(shown, Window(x, y), SIZE_PX, rng, number), cells)
+        slide.add(observed.trace)
+    at = observed.place
+    assert (at.source, at.part) == ("registered", 1)
+    assert np.hypot(at.shift.x, at.shift.y - 450) < 6
 
 
 def test_a_better_view_takes_the_place_of_the_one_that_was_counted() -> None:
