@@ -1406,7 +1406,7 @@ def _explained(path: Path) -> Iterator[None]:
         elif "unable to open" in text:
             hint = "cannot be opened; the folder must exist and be writable for this user"
         elif "locked" in text:
-            hint = f"another program holds it for more than {BUSY_TIMEOUT_S:g} s; end that program"
+            hint = f"held for more than {BUSY_TIMEOUT_S:g} s: the disk is slow, or another program writes; end that one"
         else:
             hint = "the disk does not work as it should; look into the system's log"
         raise OutboxError(f"{path}: {hint} ({text})") from error

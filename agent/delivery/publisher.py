@@ -52,8 +52,14 @@ FIRST_BACKOFF_S = 0.25
 STEADY_AFTER_S = 10.0
 """A connection that has held for this long, or has taken a row, makes the next pause short again."""
 
+VERSIONS = ("5", "3.1.1")
+"""Of MQTT, the better one first: only version 5 says when nobody has subscribed."""
+
 SILENT_ENDS = 3
 """Connections closed without an answer, after which `protocol: auto` tries the other version."""
+
+SILENT_ENDS_OF_A_KNOWN_BROKER = 50
+"""The same where version 5 was spoken before: the broker is going down, or cut off behind a relay, or was exchanged."""
 
 SHORT_ENDS = 5
 """Connections in a row that did not hold, after which the operator is told what that often means."""
@@ -128,7 +134,8 @@ class Publisher(threading.Thread):
         self._monotonic_ns = monotonic_ns
         self._now = now
         self._backoff = Backoff(broker.max_backoff_s, jitter)
-        self._protocols: tuple[str, ...] = ("5", "3.1.1") if broker.protocol == "auto" else (broker.protocol,)
+        self._protocols: tuple[str, ...] = VERSIONS if broker.protocol == "auto" else (broker.protocol,)
+        self._spoken: set[str] = set()
         self._silent_ends = 0
         self._short_ends = 0
         self._told = ""
@@ -425,6 +432,8 @@ class Publisher(threading.Thread):
             self._count_silent_end(error)
             return None
         self._silent_ends = 0
+        self._spoken.add(link.protocol)
+        self._protocols = tuple(sorted(self._protocols, key=VERSIONS.index))  # for the next connection
         self._health.broker_certificate(link.certificate_ends_at)
         self._tell_connected(link)
         return link
@@ -434,7 +443,10 @@ class Publisher(threading.Thread):
         if not isinstance(error, HungUp):
             return
         self._silent_ends += 1
-        if self._silent_ends % SILENT_ENDS == 0:
+        enough = 1 if self._spoken else SILENT_ENDS
+        if "5" in self._spoken:
+            enough = SILENT_ENDS_OF_A_KNOWN_BROKER
+        if self._silent_ends % enough == 0:
             self._protocols = self._protocols[::-1]
 
     def _note_steady(self, link: BrokerLink) -> None:

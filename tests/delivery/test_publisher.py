@@ -24,10 +24,11 @@ import paho.mqtt.client as mqtt
 import pytest
 
 from agent.config import BrokerSection, DeliverySection
+from agent.delivery import publisher as publisher_module
 from agent.delivery.link import Acknowledged, BrokerLink, Waker, Will, open_link
 from agent.delivery.messages import Draft, event_draft, health_body, info_body, load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
-from agent.delivery.publisher import Backoff, Publisher
+from agent.delivery.publisher import SILENT_ENDS, Backoff, Publisher
 from agent.delivery.topics import Topics
 from agent.delivery.window import STORE_TOGETHER, Documents, Window
 from agent.domain import AgentState, ClockReading
@@ -850,6 +851,37 @@ def test_a_broker_that_hangs_up_on_version_5_without_a_word_is_tried_with_3_1_1(
     bench.wait_empty()
     assert "MQTT 3.1.1" in bench.health.snapshot().broker_detail
     assert frames(ears.wait_for(lambda messages: len(frames(messages)) == 3)) == [1, 2, 3]
+
+
+def test_a_broker_that_has_spoken_version_5_is_not_taken_for_an_old_one_when_it_goes_down(
+    bench: Bench, mosquitto: Any, relay: Any
+) -> None:
+    wire = relay(mosquitto())
+    bench.start(wire, max_backoff_s=0.1)
+    bench.wait_until(lambda: "MQTT 5" in bench.health.snapshot().broker_detail)
+    refused: list[bytes] = []
+    wire.refuses = lambda first: b"hv-lab-scope" in first and refused.append(first) is None
+    wire.cut()
+    bench.wait_until(lambda: len(refused) > 2 * SILENT_ENDS)
+    wire.refuses = lambda _first: False
+    bench.wait_until(lambda: bench.health.snapshot().broker == "connected")
+    assert "MQTT 5" in bench.health.snapshot().broker_detail
+    assert all(b"MQTT\x05" in first for first in refused)
+
+
+def test_a_broker_that_was_exchanged_for_an_old_one_is_found_and_the_next_connection_begins_with_version_5(
+    bench: Bench, mosquitto: Any, relay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "SILENT_ENDS_OF_A_KNOWN_BROKER", 5)
+    wire = relay(mosquitto())
+    bench.start(wire, max_backoff_s=0.1)
+    bench.wait_until(lambda: "MQTT 5" in bench.health.snapshot().broker_detail)
+    wire.refuses = lambda first: b"MQTT\x05" in first
+    wire.cut()
+    bench.wait_until(lambda: "MQTT 3.1.1" in bench.health.snapshot().broker_detail)
+    wire.refuses = lambda _first: False
+    wire.cut()
+    bench.wait_until(lambda: "MQTT 5" in bench.health.snapshot().broker_detail)
 
 
 # ---------------------------------------------------------------------------------------------------------------- TLS
