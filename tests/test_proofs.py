@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.brokers import NotInstalled
-from tests.proofs import clock, damage, disk_faults, kills, memory, power_cuts, throughput
+from tests.proofs import clock, damage, disk_faults, kills, memory, power_cuts, throughput, whole_slide
 from tests.proofs.proving import prove
 
 
@@ -21,6 +22,37 @@ def test_at_full_rate_with_faults_the_agent_keeps_no_frames(tmp_path: Path) -> N
     assert figures.fields > 0
     assert sum(figures.faults.values()) > 0
     assert figures.added_mb < 25, str(figures)
+
+
+def memory_figures(*sample_mb: float) -> memory.Figures:
+    """An hour in which samples, two minutes each, add so much to 100 MB while they last."""
+    rss_mb = tuple(100 + mb * second / 120 for mb in sample_mb for second in range(120))
+    return memory.Figures(60, rss_mb, 1, 1, Counter(), 0)
+
+
+def test_a_longer_sample_is_no_leak_and_what_stays_after_each_one_is() -> None:
+    assert memory_figures(*[3] * 20, *[6] * 10).is_flat
+    leak = memory.Figures(60, tuple(100 + second / 3600 * 1.2 for second in range(3300)), 1, 1, Counter(), 0)
+    assert not leak.is_flat
+    assert leak.mb_per_hour == pytest.approx(1.2, abs=0.1)
+
+
+@pytest.mark.timeout(120)
+def test_a_piece_of_a_whole_slide_is_counted_once() -> None:
+    figures = whole_slide.run(fields=25)
+    assert figures.faults == [], str(figures)
+    assert figures.truth["red"] > 200
+
+
+def test_the_proof_of_a_whole_slide_sees_a_map_that_grows_and_cells_that_count_twice() -> None:
+    figures = whole_slide.Figures(memory_mb=[(5000, 70.0), (6000, 72.0), (7000, 90.0)])
+    figures.truth.update(nucleated=100, red=100)
+    figures.unique.update(nucleated=102, red=97)
+    assert figures.faults == [
+        "the map took 90.0 MB, the bound is 80",
+        "it grows by 10.00 MB a thousand fields, the bound is 1",
+        "nucleated cells: +2.00%, the bound is 1%",
+    ]
 
 
 # By name only: libfaketime turns the absolute deadlines of sleeps and waits by the new offset. On an idle machine the

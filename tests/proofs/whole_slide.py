@@ -84,10 +84,10 @@ class Figures:
             f"{kind} {self.unique[kind]} of {self.truth[kind]} ({self.error(kind):+.2%})"
             for kind in ("nucleated", "red")
         )
-        memory = self.memory_mb[-1][1] if self.memory_mb else math.nan
+        memory = f"the map takes {self.memory_mb[-1][1]:.1f} MB; " if self.memory_mb else ""
         return (
-            f"{self.fields} fields, {self.unknown} at unknown places; {counts}; the map takes {memory:.1f} MB; counting"
-            f" once {median(self.seconds[-TOLD_EVERY:]) * 1000:.1f} ms a field"
+            f"{self.fields} fields, {self.unknown} at unknown places; {counts}; {memory}counting once"
+            f" {median(self.seconds[-TOLD_EVERY:]) * 1000:.1f} ms a field"
         )
 
 
@@ -116,7 +116,7 @@ def run(fields: int, told_every: int = TOLD_EVERY, tell: Callable[[str], None] =
             figures.unique[kind_of(name)] += count
         if place == WARM_UP_FIELDS:
             at_first_mb = resident_mb(memory)
-        elif place % told_every == 0:
+        elif place > WARM_UP_FIELDS and place % told_every == 0:
             figures.memory_mb.append((place, resident_mb(memory) - at_first_mb))
             tell(f"{corner}: {figures}")
     return figures
