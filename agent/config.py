@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 VARIABLE_PREFIX = "HEMATOVISION_"
 BROKER_PASSWORD_VARIABLE = "HEMATOVISION_BROKER_PASSWORD"
 CAMERA_PASSWORD_VARIABLE = "HEMATOVISION_CAMERA_PASSWORD"
+WEB_PASSWORD_VARIABLE = "HEMATOVISION_WEB_PASSWORD"
 
 LARGEST_CONFIG_BYTES = 1_000_000
 """The default file has 10 kB; what is a hundred times larger was named by mistake (a picture, a model)."""
@@ -424,6 +426,50 @@ class CommandsSection(Section):
     the outbox."""
 
 
+class WebSection(Section):
+    """The local page: watch the counting, drive a sample, review cells, have a picture examined. Extra: web."""
+
+    enabled: bool = False
+    """Whether the agent serves the page."""
+    host: Annotated[str, Field(pattern=r"^[^\s/]+$", json_schema_extra={"x-allowed": "a name or address"})] = (
+        "127.0.0.1"
+    )
+    """Address on which it listens: 127.0.0.1 = this computer alone; 0.0.0.0 = all networks, which needs a password."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8080
+    """TCP port."""
+    password_file: Path | None = None
+    """File that holds the page's password in one line, of 8 characters or more; null = the variable
+    HEMATOVISION_WEB_PASSWORD, if set. Without one, whoever uses this computer may use the page."""
+    names: (
+        Annotated[
+            str,
+            Field(
+                pattern=r"^[A-Za-z0-9.-]{1,253}( *, *[A-Za-z0-9.-]{1,253}){0,7}$",
+                json_schema_extra={"x-allowed": "a host name, or up to 8 of them separated by commas"},
+            ),
+        ]
+        | None
+    ) = None
+    """Names by which browsers reach the page, besides its addresses, localhost and this computer's own name; under any
+    other name it does not answer."""
+    certificate_file: Path | None = None
+    """PEM file of the page's certificate: https. null = http, over which the password can be read on the way."""
+    key_file: Path | None = None
+    """PEM file of the certificate's private key; null = it stands in the certificate's file."""
+    max_upload_mb: Annotated[float, Field(ge=0.1, le=200)] = 20
+    """MB; a larger file is not taken to be examined."""
+    max_upload_megapixels: Annotated[float, Field(gt=0, le=80)] = 12
+    """Megapixels; a larger picture is not examined."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this computer can reach the page."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
 class LogSection(Section):
     """What the agent tells about itself."""
 
@@ -452,6 +498,7 @@ class Config(Section):
     broker: BrokerSection = BrokerSection()
     publish: PublishSection = PublishSection()
     commands: CommandsSection = CommandsSection()
+    web: WebSection = WebSection()
     log: LogSection = LogSection()
 
 
@@ -476,7 +523,7 @@ def loads(
         folder=folder or Path.cwd(),
         environment=os.environ if environment is None else environment,
         prefix=VARIABLE_PREFIX,
-        other_variables=(BROKER_PASSWORD_VARIABLE, CAMERA_PASSWORD_VARIABLE),
+        other_variables=(BROKER_PASSWORD_VARIABLE, CAMERA_PASSWORD_VARIABLE, WEB_PASSWORD_VARIABLE),
         find_clashes=_clashes,
     )
 
@@ -527,6 +574,9 @@ def _clashes(config: Config) -> Iterator[Clash]:
     if tls.key_file and tls.certificate_file is None:
         message = "a key without its certificate; set broker.tls.certificate_file too"
         yield Clash(("broker", "tls", "key_file"), (("broker", "tls", "certificate_file"),), message)
+    if config.web.key_file and config.web.certificate_file is None:
+        message = "a key without its certificate; set web.certificate_file too"
+        yield Clash(("web", "key_file"), (("web", "certificate_file"),), message)
     if config.commands.operator == "key" and config.commands.operator_key_file is None:
         message = "found 'key', which needs commands.operator_key_file; put the file with the key there"
         yield Clash(("commands", "operator"), (("commands", "operator_key_file"),), message)
@@ -624,6 +674,25 @@ def read_operator_key(section: CommandsSection) -> bytes | None:
         fault = f"the operators' key must have {SHORTEST_KEY} characters or more; `openssl rand -hex 32` makes one"
         raise ConfigError(str(section.operator_key_file), (fault,))
     return secret.encode()
+
+
+SHORTEST_WEB_PASSWORD = 8
+"""Characters: with ten tries a minute (`agent.web.guard`) that is centuries."""
+
+
+def read_web_password(section: WebSection, environment: Mapping[str, str] | None = None) -> str | None:
+    """The page's password; None where the page needs none. Raises ConfigError where one is needed and not there."""
+    secret = read_secret(section.password_file, WEB_PASSWORD_VARIABLE, environment)
+    if secret is None and not section.is_local:
+        fault = (
+            f"found '{section.host}', which other computers can reach: that needs a password. Name its file in "
+            f"web.password_file or set {WEB_PASSWORD_VARIABLE}, or let web.host be 127.0.0.1"
+        )
+        raise ConfigError("web.host", (fault,))
+    if secret is not None and len(secret) < SHORTEST_WEB_PASSWORD:
+        source = WEB_PASSWORD_VARIABLE if section.password_file is None else str(section.password_file)
+        raise ConfigError(source, (f"the page's password must have {SHORTEST_WEB_PASSWORD} characters or more",))
+    return secret
 
 
 @functools.cache  # once for each file: the publisher reads its password again with every connection

@@ -21,7 +21,7 @@ from agent.camera.decoding import MIN_CROP_SIDE_PX, decode_file
 from agent.camera.replay import PICTURE_SUFFIXES, list_pictures, printable
 from agent.config import Config
 from agent.delivery.messages import Body, field_body, stamp
-from agent.domain import Classification, FieldResult, SampleState
+from agent.domain import Classification, FieldResult, Pixels, SampleState
 from agent.errors import CameraError, FrameUnreadable, HematoVisionError
 from agent.inference.models import Models
 from agent.machine import read_clock
@@ -115,11 +115,17 @@ def analyse_pictures(
 
 
 def _analyse(picture: Picture, config: Config, bench: Bench, sample: SampleState) -> FieldResult:
+    pixels_bgr = decode_file(picture.path, config.camera.max_megapixels)
+    return analyse_pixels(pixels_bgr, picture.source, config, bench, sample)
+
+
+def analyse_pixels(pixels_bgr: Pixels, source: str, config: Config, bench: Bench, sample: SampleState) -> FieldResult:
+    """The next field of a sample, from its pixels; the quality gate's verdict is told, not obeyed."""
     watch = Stopwatch()
     frame = make_frame(
         sample.fields + 1,
-        decode_file(picture.path, config.camera.max_megapixels),
-        source=picture.source,
+        pixels_bgr,
+        source=source,
         clocks=SYSTEM_CLOCKS,
         um_per_px=config.camera.um_per_px,
     )

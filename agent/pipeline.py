@@ -60,6 +60,7 @@ from agent.domain import (
 )
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
 from agent.health import Health, SelfTest
+from agent.latest import Latest
 from agent.machine import read_clock
 from agent.pictures import PictureStore
 from agent.reporting import ANSWERS, REVIEW, cell_key, kept_key, note_cells, tally_of
@@ -339,9 +340,9 @@ class Pipeline(threading.Thread):
     Make it, `start` it, `stop` it. failure: what ended it if that was neither `stop` nor the end of the source.
     is_source_finished: all frames of a finite source are done with. on_stored: called when there is more to publish.
     on_counted: called after each stored field. service: None = no commands are heard. crops: where pictures for the
-    review are kept, pictures: where whole fields are; None = they are not. due_self_test: runs a self-test that is due
-    and returns its outcome. While the newest one has failed, no frame is taken: a folder waits, of a live camera the
-    newest frame stays.
+    review are kept, pictures: where whole fields are; None = they are not. latest: where frames are shown to who looks
+    on; None = nobody does. due_self_test: runs a self-test that is due and returns its outcome. While the newest one
+    has failed, no frame is taken: a folder waits, of a live camera the newest frame stays.
     """
 
     def __init__(
@@ -360,6 +361,7 @@ class Pipeline(threading.Thread):
         retry_s: float = RETRY_S,
         crops: CropStore | None = None,
         pictures: PictureStore | None = None,
+        latest: Latest | None = None,
     ) -> None:
         super().__init__(name="pipeline", daemon=True)
         self.failure: Exception | None = None
@@ -382,6 +384,7 @@ class Pipeline(threading.Thread):
         self._retry_s = retry_s
         self._crops = crops
         self._pictures = pictures
+        self._latest = latest
         outbox.spare(self._let_a_picture_go)
         self._slide_watch = watch_slides(bench)
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
@@ -461,7 +464,10 @@ class Pipeline(threading.Thread):
                 self._store(self._report_unreadable(taken))
             elif isinstance(taken, Frame):
                 self._take_snapshot(taken)
-                self._store(self._process(taken))
+                outcome = self._process(taken)
+                self._store(outcome)
+                if self._latest is not None:
+                    self._latest.show(taken, outcome.sample.sid, outcome.field, outcome.dropped)
         self._store_events()
 
     def tell_self_test(self, test: SelfTest) -> None:
@@ -607,7 +613,10 @@ class Pipeline(threading.Thread):
             at=datetime.now(timezone.utc),
             is_repeated=deed.is_repeated,
         )
-        service.reply(reply_topic(inbound, self._bench.topics), body, inbound.correlation)
+        if inbound.hear_reply is None:
+            service.reply(reply_topic(inbound, self._bench.topics), body, inbound.correlation)
+        else:
+            inbound.hear_reply(body)
 
     def _store_deed(self, deed: Deed, *, keeps_trying: bool) -> None:
         """All that a command gives, in one transaction; raises OutboxError, unless it keeps trying."""

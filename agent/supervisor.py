@@ -1,7 +1,7 @@
 """The main thread: builds the agent from its configuration, sink first, watches it, and ends it, source first.
 
-    start   outbox -> publisher -> workshop (models) -> pipeline -> camera -> READY
-    stop    camera -> the frame in hand -> publisher drains -> outbox
+    start   outbox -> publisher -> workshop (models) -> pipeline -> camera -> page, if there is one -> READY
+    stop    page -> camera -> the frame in hand -> publisher drains -> outbox
 
 A thread may end only when it was asked to, or with its finite source. Any other end of one ends the process with an
 exit code of its own, and systemd starts it again. The watchdog is fed only when camera, pipeline and publisher have all
@@ -22,6 +22,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import agent
 from agent import systemd
@@ -36,6 +37,7 @@ from agent.config import (
     config_sha256,
     models_folder,
     read_operator_key,
+    read_web_password,
     state_folder,
 )
 from agent.delivery.audit import Entry
@@ -48,10 +50,11 @@ from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
 from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid
 from agent.domain import AgentState, SampleState
-from agent.errors import CameraError, OutboxError
+from agent.errors import CameraError, ConfigError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
+from agent.latest import Latest
 from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
@@ -59,6 +62,9 @@ from agent.reporting import Reporter
 from agent.review import CROPS_FOLDER, CropStore
 from agent.signals import StopSignal, stop_on_signals
 from agent.workshop import Work, Workshop
+
+if TYPE_CHECKING:  # the page's framework comes with an extra
+    from agent.web.page import Page
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +149,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         publisher.publish_info(describe(config, workshop.work.models, outbox.boot, since_boot))
 
         bench = workshop.work.bench
+        latest = Latest() if config.web.enabled else None
         sample, is_new = begin_sample(outbox, config.sample, datetime.now(timezone.utc), bench.reporter)
         frames = FrameQueue(config.camera.queue_frames)
         pipeline = Pipeline(
@@ -157,6 +164,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             documents_every_s=config.differential.update_s,
             crops=CropStore(folder / CROPS_FOLDER),
             pictures=open_pictures(config, folder),
+            latest=latest,
         )
         desk = make_desk(config, outbox, workshop, publisher.send_again)
         pipeline.use_service(Service(commands, desk, publisher.publish_reply, publisher.publish_picture))
@@ -187,6 +195,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             went_back=workshop.went_back,
             salvage=None if outbox.salvage is None else salvage_words(outbox.salvage),
         )
+        if latest is not None:
+            watch.page = make_page(config, folder, latest, health, watch, pipeline, workshop, commands, open_another)
         logger.info("sample %s, boot %d, %d messages wait", sample.sid, outbox.boot, outbox.depth())
         record_work(pipeline, outbox, workshop)
         if outbox.salvage is not None:
@@ -200,6 +210,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             pipeline.tell_self_test(tested)
         pipeline.start()
         grabber.start()
+        if watch.page is not None:
+            watch.page.start()
 
         while not stop.wait(TICK_S) and not watch.has_ended:
             watch.look()
@@ -210,6 +222,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             drain(outbox, publisher, watch, stop)
         # Not before the drain: from here on systemd counts TimeoutStopSec.
         watch.say_stopping()
+        if watch.page is not None and not watch.page.stop():
+            logger.warning("the page does not end; the agent ends without waiting for it")
         stop_camera.set()
         grabber.join(CAMERA_CLOSES_S)
         if not pipeline.stop(FRAME_IN_HAND_S):
@@ -271,6 +285,49 @@ def make_desk(config: Config, outbox: Outbox, workshop: Workshop, send_again: Ca
         is_clock_true=lambda: read_clock().is_synchronised,
         monotonic_s=time.monotonic,
     )
+
+
+def make_page(
+    config: Config,
+    folder: Path,
+    latest: Latest,
+    health: Health,
+    watch: Watch,
+    pipeline: Pipeline,
+    workshop: Workshop,
+    commands: queue.Queue[InboundCommand],
+    open_another: Callable[[], Outbox],
+) -> Page:
+    """The local page, not yet started. Raises ConfigError: its extra is not installed, no password, no certificate."""
+    try:
+        from agent.web.page import Page
+        from agent.web.views import Sights
+    except ModuleNotFoundError as error:
+        fault = f"{error.name} is not installed; `pip install 'hematovision-agent[web]'` brings it, or set it to false"
+        raise ConfigError("web.enabled", (fault,)) from None
+
+    def examined_with() -> Config:
+        """As the agent works now, on one thread of the processor: the counting needs the others."""
+        now = workshop.work.config
+        models = now.models.model_copy(update={"folder": folder_in_use(now), "threads": 1})
+        return now.model_copy(update={"models": models})
+
+    sights = Sights(
+        topics=Topics(config.site, config.device),
+        boot=watch.boot,
+        folder=folder,
+        latest=latest,
+        health=health.snapshot,
+        machine=partial(read_machine, folder),
+        state=lambda: watch.state,
+        sample=lambda: pipeline.sample,
+        bench=lambda: workshop.work.bench,
+        alerts=lambda: watch.raised_alerts,
+        open_outbox=open_another,
+        send=lambda command: pipeline.is_alive() and _put_if_room(commands, command),
+        examined_with=examined_with,
+    )
+    return Page(config.web, read_web_password(config.web), sights)
 
 
 def salvage_words(salvage: Salvage) -> str:
@@ -423,13 +480,17 @@ def derive_state(health: HealthSnapshot, *, is_started: bool) -> AgentState:
 
 
 class AlertBoard:
-    """Raises and clears alerts as problems come and go. stale: ids that an earlier run left raised at the broker."""
+    """Raises and clears alerts as problems come and go. stale: ids that an earlier run left raised at the broker.
+
+    raised: those that stand now; may be read on any thread.
+    """
 
     def __init__(self, publisher: Publisher, pipeline: Pipeline, stale: Iterable[str] = ()) -> None:
         self._publisher = publisher
         self._pipeline = pipeline
         self._stale = set(stale)
         self._raised: dict[str, Alert] = {}
+        self.raised: tuple[Alert, ...] = ()
 
     def show(self, problems: Mapping[str, Problem], now: datetime) -> None:
         """These are open now, and no others."""
@@ -444,6 +505,7 @@ class AlertBoard:
                 self._raised[alert_id] = Alert(alert_id, problem.severity, problem.message, since)
                 self._publisher.publish_alert(alert_id, self._raised[alert_id])
         self._stale.clear()
+        self.raised = tuple(self._raised.values())
         if before != set(self._raised):
             self._pipeline.remember(RAISED_KEY, " ".join(sorted(self._raised)))
 
@@ -454,7 +516,10 @@ def read_raised(outbox: Outbox) -> tuple[str, ...]:
 
 
 class Watch:
-    """Looks at the running parts and tells what it sees: the state, events, the health message, the watchdog."""
+    """Looks at the running parts and tells what it sees: the state, events, the health message, the watchdog.
+
+    page: watched too, where there is one. state, raised_alerts: may be read on any thread.
+    """
 
     def __init__(
         self,
@@ -472,9 +537,10 @@ class Watch:
         went_back: str | None = None,
         salvage: str | None = None,
     ) -> None:
+        self.boot = boot
+        self.page: Page | None = None
         self._config = config
         self._folder = folder
-        self._boot = boot
         self._health = health
         self._publisher = publisher
         self._pipeline = pipeline
@@ -506,6 +572,14 @@ class Watch:
     def has_died(self) -> bool:
         """Whether a thread has ended that nobody had asked to."""
         return bool(self._dead)
+
+    @property
+    def state(self) -> AgentState:
+        return self._state
+
+    @property
+    def raised_alerts(self) -> tuple[Alert, ...]:
+        return () if self._alerts is None else self._alerts.raised
 
     @property
     def has_ended(self) -> bool:
@@ -552,11 +626,13 @@ class Watch:
         self._mark, self._marked_at_s = self._health.snapshot(), time.monotonic()
 
     def _look_for_deaths(self, seen: HealthSnapshot) -> None:
-        threads: dict[str, tuple[Grabber | Pipeline | Publisher, bool]] = {
+        threads: dict[str, tuple[Grabber | Pipeline | Publisher | Page, bool]] = {
             "camera": (self._grabber, seen.camera == "ended"),
             "pipeline": (self._pipeline, self._pipeline.is_source_finished and self._pipeline.failure is None),
             "publisher": (self._publisher, False),
         }
+        if self.page is not None:
+            threads["page"] = (self.page, False)
         for name, (thread, may_end) in threads.items():
             if thread.is_alive() or may_end or name in self._dead:
                 continue
@@ -618,11 +694,11 @@ class Watch:
                 machine,
                 device=self._config.device,
                 site=self._config.site,
-                boot=self._boot,
+                boot=self.boot,
                 at=datetime.now(timezone.utc),
                 state=self._state,
                 interval_s=interval_s,
-                restarts=self._boot - 1,
+                restarts=self.boot - 1,
                 dead_letters=self._dead_letters,
                 certificate_days_left=expiries[0].days_left if expiries else None,
             )

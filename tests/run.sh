@@ -32,7 +32,7 @@ python=$(find_python)
 make_venv "$python" "$venv"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     say "Installing the agent and what its tests need"
-    "$bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev,demo,report,central,export]" ||
+    "$bin/python" -m pip install --quiet --quiet --disable-pip-version-check -e ".[dev,demo,report,central,export,web]" ||
         fail "pip could not install what the tests need; its message stands above."
     touch "$stamp"
     # An ordinary installation, as quickstart.sh makes it, is now replaced by this checkout itself.

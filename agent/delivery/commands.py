@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import MappingProxyType
@@ -70,6 +70,7 @@ class InboundCommand:
 
     received_monotonic_s: `time.monotonic()` at its arrival. expires_in_s: what was left of its MQTT 5 expiry then.
     response_topic, correlation: of MQTT 5, where the sender wants the reply.
+    hear_reply: takes the reply of a command that did not come over the broker; returns at once, on any thread.
     """
 
     name: str
@@ -79,6 +80,7 @@ class InboundCommand:
     correlation: bytes | None = None
     received_monotonic_s: float = 0.0
     expires_in_s: float | None = None
+    hear_reply: Callable[[Mapping[str, Any]], None] | None = None
 
 
 # ------------------------------------------------------------------------------------------------ what can be asked

@@ -1,0 +1,143 @@
+"""What the page looks at, made ready on a thread of its own, once for all who look.
+
+    browsers --> Reader --one thread--> snapshots, outbox --> bytes
+
+However many ask, and however often: the state is made at most every FRESH_S, a picture is drawn once, and what takes
+time never holds the page's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from typing import TypeVar
+
+from agent.analysis.crops import encode_jpeg
+from agent.delivery.outbox import Outbox
+from agent.errors import OutboxError
+from agent.health import MachineReading
+from agent.latest import SeenFrame
+from agent.review import CROPS_FOLDER, CropStore
+from agent.web.views import Sights, review_body, shown_frame, state_body
+
+FRESH_S = 0.5
+"""s; what was made since then is given again."""
+
+REVIEW_FRESH_S = 1.0
+"""s; the same for the review list, which is read from the disk."""
+
+MACHINE_FRESH_S = 5.0
+"""s; the same for disk, memory and temperature."""
+
+KEPT_PICTURES = 4
+"""Pictures of fields that are kept: a browser asks for the one that the state which it has just read speaks of."""
+
+Answer = TypeVar("Answer")
+
+
+class Reader:
+    """Reads for the page; its methods are called on the page's loop, the work is done on the reader's thread."""
+
+    def __init__(self, sights: Sights) -> None:
+        self._sights = sights
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="page-reader")
+        self._outbox: Outbox | None = None
+        self._crops = CropStore(sights.folder / CROPS_FOLDER)
+        self._pictures: OrderedDict[int, bytes] = OrderedDict()
+        self._state: tuple[float, bytes] = (-FRESH_S, b"")
+        self._review: tuple[float, bytes] = (-REVIEW_FRESH_S, b"")
+        self._machine: tuple[float, MachineReading | None] = (-MACHINE_FRESH_S, None)
+        self._beats: tuple[int | None, float] = (None, time.monotonic())
+
+    async def state(self) -> bytes:
+        """All that is watched, as JSON."""
+        return await self._on_thread(self._read_state)
+
+    async def picture(self, number: int) -> bytes | None:
+        """The JPEG of the frame of this number; None where it is not kept any more."""
+        return await self._on_thread(lambda: self._pictures.get(number))
+
+    async def review(self) -> bytes:
+        """The review list, as JSON. Raises OutboxError."""
+        return await self._on_thread(self._read_review)
+
+    async def crop(self, sid: str, cell_id: str) -> bytes:
+        """The JPEG of a cell of the review list; empty where there is none."""
+        return await self._on_thread(lambda: self._crops.read(sid, cell_id))
+
+    def forget(self) -> None:
+        """A command has changed something: what was made before is not given again."""
+        self._state, self._review = (-FRESH_S, b""), (-REVIEW_FRESH_S, b"")
+
+    def close(self) -> None:
+        """No more reading; what is being read is finished on its own."""
+        self._thread.submit(self._close_outbox)
+        self._thread.shutdown(wait=False)
+
+    # ---- on the reader's thread
+
+    async def _on_thread(self, work: Callable[[], Answer]) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _read_state(self) -> bytes:
+        now_s = time.monotonic()
+        made_at_s, made = self._state
+        if now_s - made_at_s < FRESH_S:
+            return made
+        seen = self._sights.latest.read()
+        self._draw(shown_frame(seen))
+        body = state_body(
+            self._sights,
+            seen,
+            at=datetime.now(timezone.utc),
+            now_s=now_s,
+            still_s=self._stands_still_s(now_s),
+            machine=self._read_machine(now_s),
+        )
+        self._state = (now_s, json.dumps(body, separators=(",", ":")).encode())
+        return self._state[1]
+
+    def _draw(self, seen: SeenFrame | None) -> None:
+        if seen is None or seen.number in self._pictures:
+            return
+        self._pictures[seen.number] = encode_jpeg(seen.pixels_bgr)
+        while len(self._pictures) > KEPT_PICTURES:
+            self._pictures.popitem(last=False)
+
+    def _stands_still_s(self, now_s: float) -> float:
+        """For how long the pipeline's thread has not moved."""
+        beats = self._sights.health().beats.get("pipeline")
+        if beats != self._beats[0]:
+            self._beats = (beats, now_s)
+        return now_s - self._beats[1]
+
+    def _read_machine(self, now_s: float) -> MachineReading:
+        read_at_s, machine = self._machine
+        if machine is None or now_s - read_at_s >= MACHINE_FRESH_S:
+            machine = self._sights.machine()
+            self._machine = (now_s, machine)
+        return machine
+
+    def _read_review(self) -> bytes:
+        now_s = time.monotonic()
+        made_at_s, made = self._review
+        if now_s - made_at_s < REVIEW_FRESH_S:
+            return made
+        try:
+            self._outbox = self._outbox or self._sights.open_outbox()
+            body = review_body(self._outbox)
+        except OutboxError:
+            self._close_outbox()
+            raise
+        self._review = (now_s, json.dumps(body, separators=(",", ":")).encode())
+        return self._review[1]
+
+    def _close_outbox(self) -> None:
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            outbox.close()
