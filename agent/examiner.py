@@ -55,8 +55,9 @@ def main() -> None:
     bench: Bench | None = None
     while content := read_block(sys.stdin.buffer):
         try:
+            pixels_bgr = decode(content, config.web.max_upload_megapixels)
             bench = bench or make_bench(config, open_models(config.models))
-            examined = examine(content, config, bench)
+            examined = examine(pixels_bgr, config, bench)
         except HematoVisionError as error:
             reason = error.reason if isinstance(error, FrameUnreadable) else str(error)
             examined = Examined({"error": reason}, b"")
@@ -64,10 +65,9 @@ def main() -> None:
         write_block(answers, examined.jpeg)
 
 
-def examine(content: bytes, config: Config, bench: Bench) -> Examined:
-    """The cells of a picture, and of a small one the class of the cell in its middle. Raises FrameUnreadable."""
+def examine(pixels_bgr: Pixels, config: Config, bench: Bench) -> Examined:
+    """The cells of a picture, and of a small one the class of the cell in its middle."""
     begun_s = time.monotonic()
-    pixels_bgr = _decode(content, config.web.max_upload_megapixels)
     height_px, width_px = pixels_bgr.shape[:2]
     one_cell = None
     if max(width_px, height_px) <= LARGEST_CROP_PX:
@@ -88,8 +88,8 @@ def examine(content: bytes, config: Config, bench: Bench) -> Examined:
     return Examined(body, encode_jpeg(at_most(pixels_bgr, LONGEST_SIDE_PX)))
 
 
-def _decode(content: bytes, max_megapixels: float) -> Pixels:
-    """The pixels; the limit is the page's own, and so are the words about it."""
+def decode(content: bytes, max_megapixels: float) -> Pixels:
+    """The pixels. Raises FrameUnreadable; the limit is the page's own, and so are the words about it."""
     try:
         header = read_header(content)
     except PictureFault as fault:

@@ -32,6 +32,7 @@ from agent.desk import NO_SAMPLE_YET, Desk, Done, Instruments, Refused
 from agent.domain import SampleState
 from agent.errors import ModelError, OutboxError
 from agent.health import Health, SelfTest
+from agent.latest import Latest
 from agent.pipeline import DRIFT_NOTE, GATE_NOTE, NO_SAMPLE, Pipeline, Service
 
 AT = datetime(2026, 11, 25, 8, 0, tzinfo=timezone.utc)
@@ -65,6 +66,7 @@ class Place:
         sample: SampleState = NO_SAMPLE_YET,
         bench: Bench | None = None,
         section: SampleSection = SampleSection(),  # noqa: B008 - frozen
+        latest: Latest | None = None,
         **instruments: Any,
     ) -> None:
         self.outbox = outbox
@@ -96,6 +98,7 @@ class Place:
             ),
             documents_every_s=0,
             retry_s=0.02,
+            latest=latest,
         )
 
     def send(self, name: str, transaction: str = "t-1", **body: Any) -> None:

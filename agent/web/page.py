@@ -52,7 +52,7 @@ LARGEST_HEAD_BYTES = 16 * 1024
 BUFFER_BYTES = 256 * 1024
 """Of one connection; bodies are taken in portions."""
 
-REQUESTS_PER_S, BURST, LONGEST_WAIT_S = 60.0, 120, 2.0
+REQUESTS_PER_S, BURST, LONGEST_WAIT_S = 30.0, 120, 2.0
 """All together. A watching browser makes two requests a second, the review some dozens at once for its pictures."""
 
 LISTEN_AGAIN_S = 5.0

@@ -21,7 +21,8 @@ ANSWER_S = 30.0
 DESKTOP, TABLET, UPRIGHT = (1440, 900), (1024, 768), (800, 1180)
 """px; width and height of the windows that the page is looked at in."""
 
-KEYS = {"Enter": ("Enter", 13, "\r"), "ArrowRight": ("ArrowRight", 39, ""), "ArrowLeft": ("ArrowLeft", 37, "")}
+KEYS = {"Enter": (13, "\r"), "ArrowRight": (39, ""), "ArrowLeft": (37, "")}
+"""Code and text of the keys that are no letters."""
 
 
 def find_chromium() -> str | None:
@@ -102,10 +103,10 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
-        name, code, text = KEYS.get(key, (key, ord(key.upper()), key))
-        about = {"key": name, "windowsVirtualKeyCode": code, "text": text}
+        code, text = KEYS[key] if key in KEYS else (ord(key.upper()), key)
+        about = {"key": key, "windowsVirtualKeyCode": code, "text": text}
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **about)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=name, windowsVirtualKeyCode=code)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def choose_file(self, selector: str, file: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
@@ -113,9 +114,7 @@ class Browser:
         self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
 
     def resize(self, width: int, height: int) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def screenshot(self, file: Path) -> None:
         told = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)

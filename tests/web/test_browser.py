@@ -1,0 +1,177 @@
+"""A technician at the page: the real agent on the simulated slide, seen and driven in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from agent_process import Agent, Bench, wait_until
+from beside import free_port
+from browser import DESKTOP, TABLET, UPRIGHT, Browser
+from test_operator import use_lively_slide
+
+from agent.camera.simulated import open_simulated
+from agent.config import CameraSection, Config, models_folder
+from agent.delivery.outbox import open_outbox
+
+pytestmark = pytest.mark.skipif(
+    not (models_folder(Config().models) / "manifest.json").exists(), reason="the shipped models are not in models/"
+)
+
+PASSWORD = "pa55word-of-the-page"
+
+
+def start(bench: Bench, browser: Browser, **web: Any) -> Agent:
+    """An agent with its page, which the browser has opened and been let into."""
+    port = free_port()
+    bench.config["web"] = {"enabled": True, "port": port, **web}
+    bench.use_broker(free_port())  # nobody listens there: the page works all the same
+    agent = bench.start(HEMATOVISION_WEB_PASSWORD=PASSWORD)
+    wait_until(lambda: "the page is at" in agent.log_text, agent.log_text)
+    browser.open(f"http://127.0.0.1:{port}/")
+    browser.click("#password")
+    browser.type(PASSWORD)
+    browser.press("Enter")
+    browser.wait_for("document.getElementById('watch')")
+    assert PASSWORD not in agent.log_text
+    return agent
+
+
+def audit(bench: Bench) -> list[dict[str, Any]]:
+    with open_outbox(bench.outbox_folder, verify=False, create=False) as outbox:
+        return [json.loads(row.payload) for row in outbox.pending(0, 100_000) if row.stream == "audit"]
+
+
+def is_enabled(browser: Browser, name: str) -> bool:
+    return bool(browser.evaluate(f"!document.querySelector('[data-may={name}]').disabled"))
+
+
+def test_a_sample_is_begun_watched_paused_reviewed_and_finished(bench: Bench, browser: Browser, tmp_path: Path) -> None:
+    use_lively_slide(bench)
+    bench.config["sample"] = {"start": "command"}
+    bench.config["review"] = {"max_margin": 1.0}  # every named cell is on the list
+    agent = start(bench, browser)
+    browser.wait_for("!document.getElementById('frame').hidden")
+    assert "no-sample" in browser.text("#decision")
+    assert [is_enabled(browser, name) for name in ("start", "pause", "resume", "stop", "abort")] == [True, *[False] * 4]
+
+    # Begin, with what is no token first.
+    browser.click("#start-form [name=accession]")
+    browser.type("Jane Doe")
+    browser.click("[data-may=start]")
+    assert browser.evaluate("document.querySelector('#start-form').checkValidity()") is False
+    browser.evaluate("document.querySelector('#start-form [name=accession]').value = ''")
+    browser.click("#start-form [name=accession]")
+    browser.type("A-4711")
+    browser.evaluate("document.querySelector('#start-form [name=age_band]').value = 'adult'")
+    browser.click("#start-form [name=stop_at_cells]")
+    browser.type("5000")
+    browser.click("[data-may=start]")
+    browser.wait_for("document.getElementById('phase').innerText === 'running'")
+    browser.wait_for("document.querySelectorAll('#boxes span b').length > 0")
+    browser.wait_for("document.querySelectorAll('#shares tbody tr').length > 3")
+    assert "A-4711" in browser.text("#sample-facts")
+    assert "still needed" in browser.text("#progress-words")
+    assert browser.evaluate("document.querySelector('#chart svg') !== null")
+    assert "Research use only" in browser.text("#notice")
+    for name, size in (("desktop", DESKTOP), ("tablet", TABLET), ("upright", UPRIGHT)):
+        browser.resize(*size)
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"too wide: {name}"
+        browser.screenshot(tmp_path / f"watch-{name}.png")
+    browser.resize(*DESKTOP)
+
+    browser.click("[data-may=pause]")
+    browser.wait_for("document.getElementById('phase').innerText === 'paused'")
+    assert is_enabled(browser, "resume")
+    assert not is_enabled(browser, "pause")
+
+    # Name cells: by key and by click; each is asked who does it.
+    browser.click("#tab-review")
+    browser.wait_for("document.querySelectorAll('#strip button').length > 1")
+    names = browser.evaluate("[...document.querySelectorAll('#answers button')].map((one) => one.dataset.name)")
+    assert names[-2:] == ["unidentified", "artefact"]
+    first = browser.text("#cell-id")
+    browser.press("1")
+    browser.wait_for("document.getElementById('review-said').innerText.includes('your token')")
+    browser.type("mtl-7")
+    browser.evaluate("document.activeElement.blur()")
+    browser.press("1")
+    browser.wait_for(f"document.getElementById('review-said').innerText.includes('{first}')")
+    browser.wait_for("document.getElementById('review-said').classList.contains('good')")
+    second = browser.text("#cell-id")
+    assert second != first
+    browser.click("#answers button[data-name=artefact]")
+    browser.wait_for("document.getElementById('review-title').innerText.includes('2 answered')")
+    browser.screenshot(tmp_path / "review.png")
+
+    # Finish: asked first.
+    browser.click("#tab-watch")
+    browser.click("[data-may=stop]")
+    browser.wait_for("document.getElementById('ask').open")
+    browser.click("#ask-yes")
+    browser.wait_for("document.getElementById('phase').innerText === 'finished'")
+    browser.wait_for("document.getElementById('differential-status').innerText.startsWith('final')")
+    assert is_enabled(browser, "start")
+    assert browser.errors == []
+
+    told = [
+        (entry["action"], entry["by"], entry["outcome"]) for entry in audit(bench) if entry["action"] != "work-changed"
+    ]
+    assert told == [
+        ("cmd.start", None, "done"),
+        ("cmd.pause", None, "done"),
+        ("cmd.amend", "mtl-7", "done"),
+        ("cmd.amend", "mtl-7", "done"),
+        ("cmd.stop", "mtl-7", "done"),
+    ]
+    amended = [entry["detail"] for entry in audit(bench) if entry["action"] == "cmd.amend"]
+    assert [(one["cell_id"], one["to"]) for one in amended] == [(first, names[0]), (second, "artefact")]
+    assert agent.terminate() == 0, "an open page does not hold the agent up"
+    assert "Traceback" not in agent.log_text
+
+
+def test_a_picture_is_examined_and_an_agent_that_does_not_answer_makes_the_page_old(
+    bench: Bench, browser: Browser, tmp_path: Path
+) -> None:
+    use_lively_slide(bench)
+    agent = start(bench, browser)
+    browser.wait_for("!document.getElementById('frame').hidden")
+    camera = open_simulated(CameraSection.model_validate({"simulated": {"interval_s": 0, "seed": 5}}))
+    frame: Any = camera.read()
+    camera.close()
+    picture, text = tmp_path / "field.png", tmp_path / "notes.png"
+    cv2.imwrite(str(picture), frame.pixels_bgr)
+    text.write_text("no picture")
+    browser.click("#tab-picture")
+    browser.choose_file("#file", text)
+    browser.wait_for("document.getElementById('picture-said').classList.contains('bad')")
+    browser.choose_file("#file", picture)
+    browser.wait_for(
+        "!document.getElementById('found').hidden && document.getElementById('found-frame').naturalWidth > 0"
+    )
+    assert "640 × 480" in browser.text("#picture-said")
+    assert browser.evaluate("document.querySelectorAll('#found-boxes span').length") > 3
+    browser.screenshot(tmp_path / "picture.png")
+
+    browser.click("#tab-watch")
+    assert is_enabled(browser, "pause")
+    assert browser.evaluate("document.getElementById('old').hidden")
+    os.kill(agent.pid, signal.SIGSTOP)
+    browser.wait_for("document.body.classList.contains('is-old')")
+    assert "what you see is old" in browser.text("#old")
+    assert not is_enabled(browser, "pause"), "nothing can be asked now"
+    browser.screenshot(tmp_path / "old.png")
+    os.kill(agent.pid, signal.SIGCONT)
+    browser.wait_for("document.getElementById('old').hidden")
+    assert is_enabled(browser, "pause")
+    browser.evaluate("fetch('https://example.invalid/').catch(() => {})")
+    browser.wait_for("true")
+    assert any("Content Security Policy" in error for error in browser.errors), "nothing from elsewhere"
+    browser.click("#logout")
+    browser.wait_for("document.getElementById('password')")
+    assert agent.terminate() == 0
