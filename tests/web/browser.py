@@ -90,7 +90,8 @@ class Browser:
     def click(self, selector: str) -> None:
         """With the mouse, where it is on the screen: what is hidden or covered cannot be clicked."""
         place = self.evaluate(
-            f"(() => {{ const it = document.querySelector({json.dumps(selector)}); it.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const it = document.querySelector({json.dumps(selector)});"
+            "it.scrollIntoView({block: 'center'});"
             "const box = it.getBoundingClientRect(); const at = [box.x + box.width / 2, box.y + box.height / 2];"
             "return it.contains(document.elementFromPoint(...at)) ? at : null; })()"
         )

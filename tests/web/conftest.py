@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
-
-pytest.importorskip("tornado", reason="the page needs the extra `web`")
-# The pipeline's and the desk's tests have the doubles, the end-to-end tests the agent in a process of its own.
-sys.path[:0] = [str(TESTS), str(TESTS / "end_to_end")]
-
-from agent_process import Bench
-from beside import Beside
-from browser import Browser, find_chromium
-
 from agent.desk import NO_SAMPLE_YET
 from agent.domain import SampleState
+from tests.end_to_end.agent_process import Bench
+from tests.web.beside import Beside
+from tests.web.browser import Browser, find_chromium
 
 
 @pytest.fixture

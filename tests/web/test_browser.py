@@ -10,20 +10,28 @@ from typing import Any
 
 import cv2
 import pytest
-from agent_process import Agent, Bench, wait_until
-from beside import free_port
-from browser import DESKTOP, TABLET, UPRIGHT, Browser
-from test_operator import use_lively_slide
 
 from agent.camera.simulated import open_simulated
 from agent.config import CameraSection, Config, models_folder
 from agent.delivery.outbox import open_outbox
+from tests.end_to_end.agent_process import Agent, Bench, wait_until
+from tests.web.beside import free_port
+from tests.web.browser import DESKTOP, TABLET, UPRIGHT, Browser
 
 pytestmark = pytest.mark.skipif(
     not (models_folder(Config().models) / "manifest.json").exists(), reason="the shipped models are not in models/"
 )
 
 PASSWORD = "pa55word-of-the-page"
+
+SLIDE = {
+    "interval_s": 0.2,
+    "frame_width_px": 480,
+    "frame_height_px": 360,
+    "nucleated_cells_per_field": 2,
+    "red_cells_per_field": 6,
+}
+"""Lively, so that a test need not wait long for a cell."""
 
 
 def start(bench: Bench, browser: Browser, **web: Any) -> Agent:
@@ -52,7 +60,7 @@ def is_enabled(browser: Browser, name: str) -> bool:
 
 
 def test_a_sample_is_begun_watched_paused_reviewed_and_finished(bench: Bench, browser: Browser, tmp_path: Path) -> None:
-    use_lively_slide(bench)
+    bench.config["camera"] = {"kind": "simulated", "simulated": SLIDE}
     bench.config["sample"] = {"start": "command"}
     bench.config["review"] = {"max_margin": 1.0}  # every named cell is on the list
     agent = start(bench, browser)
@@ -138,7 +146,7 @@ def test_a_sample_is_begun_watched_paused_reviewed_and_finished(bench: Bench, br
 def test_a_picture_is_examined_and_an_agent_that_does_not_answer_makes_the_page_old(
     bench: Bench, browser: Browser, tmp_path: Path
 ) -> None:
-    use_lively_slide(bench)
+    bench.config["camera"] = {"kind": "simulated", "simulated": SLIDE}
     agent = start(bench, browser)
     browser.wait_for("!document.getElementById('frame').hidden")
     camera = open_simulated(CameraSection.model_validate({"simulated": {"interval_s": 0, "seed": 5}}))

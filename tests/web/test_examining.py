@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from beside import Beside
 
 from agent.camera.simulated import open_simulated
 from agent.config import CameraSection, Config, ModelsSection, WebSection, models_folder
@@ -20,6 +18,7 @@ from agent.domain import Pixels, SampleState
 from agent.inference.manifest import load_manifest
 from agent.web import examining
 from agent.web.examining import Examiner, ExaminerBusy, ExaminerFailed
+from tests.web.beside import Beside
 
 pytestmark = pytest.mark.skipif(
     not (models_folder(Config().models) / "manifest.json").exists(), reason="the shipped models are not in models/"
@@ -44,25 +43,21 @@ def as_file(pixels: Pixels, suffix: str = ".png") -> bytes:
     return bytes(cv2.imencode(suffix, pixels)[1].tobytes())
 
 
-@pytest.fixture
-def run() -> Iterator[Callable[[Callable[[Examiner], Awaitable[Any]]], Any]]:
+def run(work: Callable[[Examiner], Awaitable[None]], config: Callable[[], Config] = lambda: CONFIG) -> None:
     """Have something done with an examiner, in a loop of its own; the program is gone afterwards."""
 
-    def to_its_end(work: Callable[[Examiner], Awaitable[Any]], config: Callable[[], Config] = lambda: CONFIG) -> Any:
-        async def within() -> Any:
-            examiner = Examiner(config)
-            try:
-                return await work(examiner)
-            finally:
-                await examiner.close()
-                assert examiner._process is None
+    async def within() -> None:
+        examiner = Examiner(config)
+        try:
+            await work(examiner)
+        finally:
+            await examiner.close()
+            assert examiner._process is None
 
-        return asyncio.run(within())
-
-    yield to_its_end
+    asyncio.run(within())
 
 
-def test_a_field_and_a_crop_are_named_and_what_is_no_picture_is_told(run: Any, field: Pixels) -> None:
+def test_a_field_and_a_crop_are_named_and_what_is_no_picture_is_told(field: Pixels) -> None:
     async def work(examiner: Examiner) -> None:
         found, jpeg = await examiner.examine(as_file(field))
         assert found["size_px"] == [640, 480]
@@ -84,7 +79,7 @@ def test_a_field_and_a_crop_are_named_and_what_is_no_picture_is_told(run: Any, f
 
         for content, words in (
             (b"this is no picture", "picture"),
-            (as_file(field)[:5000], "PNG"),
+            (as_file(field)[:5000], "cut off"),
             (as_file(np.zeros((1001, 1000, 3), np.uint8)), "web.max_upload_megapixels"),
         ):
             said, nothing = await examiner.examine(content)
@@ -95,7 +90,7 @@ def test_a_field_and_a_crop_are_named_and_what_is_no_picture_is_told(run: Any, f
     run(work)
 
 
-def test_a_program_that_dies_at_a_picture_is_told_and_the_next_picture_starts_another(run: Any, field: Pixels) -> None:
+def test_a_program_that_dies_at_a_picture_is_told_and_the_next_picture_starts_another(field: Pixels) -> None:
     async def work(examiner: Examiner) -> None:
         await examiner.examine(b"to start it")
         process = examiner._process
@@ -115,7 +110,7 @@ def test_a_program_that_dies_at_a_picture_is_told_and_the_next_picture_starts_an
     run(work)
 
 
-def test_a_program_that_takes_too_long_is_ended(run: Any, field: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_takes_too_long_is_ended(field: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(examiner: Examiner) -> None:
         await examiner.examine(b"to start it")
         process = examiner._process
@@ -129,9 +124,7 @@ def test_a_program_that_takes_too_long_is_ended(run: Any, field: Pixels, monkeyp
     run(work)
 
 
-def test_it_knows_no_secret_stands_back_and_ends_when_nobody_needs_it(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_knows_no_secret_stands_back_and_ends_when_nobody_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEMATOVISION_WEB_PASSWORD", "tops3cret")
     monkeypatch.setenv("HEMATOVISION_BROKER_PASSWORD", "tops3cret")
     monkeypatch.setattr(examining, "IDLE_S", 0.5)
@@ -151,7 +144,7 @@ def test_it_knows_no_secret_stands_back_and_ends_when_nobody_needs_it(
     run(work)
 
 
-def test_other_settings_of_the_agent_start_another_one(run: Any) -> None:
+def test_other_settings_of_the_agent_start_another_one() -> None:
     configs = [CONFIG, CONFIG, CONFIG.model_copy(update={"models": ModelsSection(min_score=0.5)})]
 
     async def work(examiner: Examiner) -> None:

@@ -6,8 +6,6 @@ import socket
 
 import pytest
 
-pytest.importorskip("tornado", reason="the page needs the extra `web`")
-
 from agent.web.guard import (
     MOST_SESSIONS,
     MOST_WRONG,

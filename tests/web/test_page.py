@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from beside import Beside
 from test_pipeline import make_frame
 
 from agent.config import WebSection
@@ -26,6 +25,7 @@ from agent.review import CROPS_FOLDER, CropStore
 from agent.web import page as page_module
 from agent.web.handlers import ROUTES
 from agent.web.page import MOST_CONNECTIONS, Page
+from tests.web.beside import Beside
 
 Make = Callable[..., Beside]
 PASSWORD = "the page's own password"
@@ -457,7 +457,8 @@ def test_who_asks_without_end_is_slowed_and_then_refused(beside: Make, monkeypat
     assert b"HTTP/1.1 429 Too Many Requests" in said
 
 
-def test_the_stop_is_not_held_up_by_browsers_that_wait(beside: Make, no_thread_left: None) -> None:
+@pytest.mark.usefixtures("no_thread_left")
+def test_the_stop_is_not_held_up_by_browsers_that_wait(beside: Make) -> None:
     one = beside(start=False)
     one.start(with_pipeline=False)  # a command gets no answer
     host = f"127.0.0.1:{one.section.port}"

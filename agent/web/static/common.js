@@ -94,14 +94,14 @@ export function drawBoxes(layer, cells, sizePx, colours) {
       box.style.height = `${(100 * (bottom - top)) / height}%`;
       box.style.borderColor = cell.status === "unidentified" ? "#444" : (colours.get(cell.class) ?? "#444");
       if (top < 0.06 * height) box.classList.add("at-top");
-      if (left > 0.8 * width) box.classList.add("at-right");
+      if (left > 0.6 * width) box.classList.add("at-right");
       if (!cell.is_small) box.append(make("b", cellWords(cell)));
       return box;
     }),
   );
 }
 
-const STATUS_WORDS = { edge: " (at the edge)", duplicate: " (seen before)", artefact: " (no cell)" };
+const STATUS_WORDS = { edge: " (edge)", duplicate: " (seen before)", artefact: " (no cell)" };
 
 export function cellWords(cell) {
   const mark = cell.status === "unidentified" ? "?" : "";

@@ -3,7 +3,7 @@
 import { $, command, make, percent, say } from "./common.js";
 
 const KEYS = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "0", "q", "w", "e", "r", "t", "z", "u", "i", "o", "p"];
-const REASONS = { unidentified: "the model trusted no name", "low-margin": "two names were nearly as probable", answered: "answered unasked", gallery: "kept for the gallery" };
+const REASONS = { unidentified: "the model trusted no name", "low-margin": "its first two names are near each other", answered: "answered unasked", gallery: "kept for the gallery" };
 
 let cells = [];
 let names = [];

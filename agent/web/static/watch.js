@@ -152,9 +152,9 @@ const KINDS = {
   connected: "good", refused: "bad", ok: "good", stopped: "bad",
 };
 
-function stateWords(part, more = "") {
+function stateWords(part, more = "", kind = KINDS[part.state] ?? "") {
   const line = make("span");
-  line.append(make("span", part.state, `pill ${KINDS[part.state] ?? ""}`), ` ${more || part.detail}`);
+  line.append(make("span", part.state, `pill ${kind}`), ` ${more || part.detail}`);
   return line;
 }
 
@@ -167,7 +167,8 @@ function showHealth(state) {
   const oldest = outbox.oldest_age_s === null ? "" : `, the oldest ${Math.round(outbox.oldest_age_s)} s`;
   const facts = [
     ["camera", stateWords(health.camera)],
-    ["broker", stateWords(health.broker)],
+    // A broker that is merely away is no fault: results wait on disk.
+    ["broker", health.broker.state === "lost" ? stateWords(health.broker, "", "warn") : stateWords(health.broker)],
     ["outbox", stateWords(outbox, outbox.detail || `${outbox.depth} messages wait${oldest}`)],
     ["speed", `${health.fields_per_min.toFixed(1)} fields/min, ${health.fields} since the start`],
     ["disk free", health.disk_free_bytes === null ? "not known" : `${(health.disk_free_bytes / 1e9).toFixed(1)} GB`],
