@@ -436,7 +436,7 @@ class WebSection(Section):
     )
     """Address on which it listens: 127.0.0.1 = this computer alone; 0.0.0.0 = all networks, which needs a password."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8080
-    """TCP port."""
+    """TCP port on which it listens; below 1024 needs rights that the service has not."""
     password_file: Path | None = None
     """File that holds the page's password in one line, of 8 characters or more; null = the variable
     HEMATOVISION_WEB_PASSWORD, if set. Without one, whoever uses this computer may use the page."""

@@ -20,6 +20,7 @@ from agent.config import (
     models_folder,
     read_operator_key,
     read_secret,
+    read_web_password,
     state_folder,
 )
 from agent.delivery.certificates import read_expiries
@@ -38,6 +39,7 @@ from agent.errors import (
 )
 from agent.inference.models import open_models
 from agent.inference.selftest import GoldenTest
+from agent.supervisor import import_page
 
 FIRST_FRAME_TIMEOUT_S = 20.0
 """s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
@@ -67,6 +69,7 @@ def run_checks(config: Config) -> Iterator[Check]:
         ("camera", _try_camera),
         ("broker", _try_broker),
         ("outbox", _try_outbox),
+        ("page", _try_page),
     )
     for name, try_it in tries:
         try:
@@ -80,6 +83,7 @@ def _try_passwords(config: Config) -> str:
     secrets = {
         "broker": read_secret(config.broker.password_file, BROKER_PASSWORD_VARIABLE),
         "camera": read_secret(config.camera.network.password_file, CAMERA_PASSWORD_VARIABLE),
+        "page": read_web_password(config.web) if config.web.enabled else None,
     }
     given = [name for name, secret in secrets.items() if secret is not None]
     return f"of the {' and the '.join(given)}: can be read" if given else "none are named"
@@ -216,6 +220,22 @@ def _try_outbox(config: Config) -> str:
         return f"{folder} can be written"
     with open_outbox(folder, verify=False, create=False) as outbox:
         return f"{folder} can be written; {outbox.depth()} messages wait there"
+
+
+def _try_page(config: Config) -> str:
+    """Whether the page could be served: its extra, its certificate, and who could reach it."""
+    section = config.web
+    if not section.enabled:
+        return "not served (web.enabled)"
+    import_page()
+    from agent.web.page import tls_context
+
+    protocol = "http" if tls_context(section) is None else "https"
+    who = "this computer alone" if section.is_local else "every computer that reaches this one, with the password"
+    words = f"{protocol}://{section.host}:{section.port}, for {who}"
+    if not section.is_local and protocol == "http":
+        words += "; over http the password can be read on the way: see web.certificate_file"
+    return words
 
 
 def _nearest_existing(folder: Path) -> Path:

@@ -299,12 +299,8 @@ def make_page(
     open_another: Callable[[], Outbox],
 ) -> Page:
     """The local page, not yet started. Raises ConfigError: its extra is not installed, no password, no certificate."""
-    try:
-        from agent.web.page import Page
-        from agent.web.views import Sights
-    except ModuleNotFoundError as error:
-        fault = f"{error.name} is not installed; `pip install 'hematovision-agent[web]'` brings it, or set it to false"
-        raise ConfigError("web.enabled", (fault,)) from None
+    Page = import_page()  # noqa: N806 - a class
+    from agent.web.views import Sights
 
     def examined_with() -> Config:
         """As the agent works now, on one thread of the processor: the counting needs the others."""
@@ -328,6 +324,16 @@ def make_page(
         examined_with=examined_with,
     )
     return Page(config.web, read_web_password(config.web), sights)
+
+
+def import_page() -> type[Page]:
+    """The page's class, which needs an extra. Raises ConfigError where that is not installed."""
+    try:
+        from agent.web.page import Page
+    except ModuleNotFoundError as error:
+        fault = f"{error.name} is not installed; `pip install 'hematovision-agent[web]'` brings it, or set it to false"
+        raise ConfigError("web.enabled", (fault,)) from None
+    return Page
 
 
 def salvage_words(salvage: Salvage) -> str:

@@ -93,7 +93,7 @@ install_program() {
     install -d -m 755 "$program"
     make_venv "$python" "$venv"
     say "Installing from $source into $venv"
-    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade "$source" ||
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade "${source}[web]" ||
         fail "pip could not install the agent; its message stands above."
     if [ -f "$source" ]; then # pip leaves a wheel of the same version alone, changed or not
         "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --force-reinstall --no-deps "$source"

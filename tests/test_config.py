@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from agent.config import (
     BROKER_PASSWORD_VARIABLE,
+    WEB_PASSWORD_VARIABLE,
     Config,
     ModelsSection,
     OutboxSection,
+    WebSection,
     config_sha256,
     json_schema,
     load_config,
@@ -29,6 +31,7 @@ from agent.config import (
     models_folder,
     packaged_folder,
     read_secret,
+    read_web_password,
     state_folder,
     template,
 )
@@ -449,3 +452,30 @@ def test_what_names_one_sample_does_not_go_with_a_sample_for_each_slide(key: str
 def test_a_dilution_needs_a_chamber():
     with pytest.raises(ConfigError, match="chamber_depth_mm"):
         loads("differential: {dilution: 20}", "a text")
+
+
+# The page's password --------------------------------------------------------------------------------------------------
+
+
+def test_a_page_that_other_computers_reach_needs_a_password_and_one_for_this_computer_does_not(tmp_path: Path):
+    assert read_web_password(WebSection(), {}) is None
+    for host in ("0.0.0.0", "::", "192.168.1.7", "scope.lab"):
+        with pytest.raises(ConfigError, match="needs a password"):
+            read_web_password(WebSection(host=host), {})
+        assert read_web_password(WebSection(host=host), {WEB_PASSWORD_VARIABLE: "long enough"}) == "long enough"
+    section = WebSection(host="0.0.0.0", password_file=secret_file(tmp_path, b"from the file"))
+    assert read_web_password(section, {WEB_PASSWORD_VARIABLE: "long enough"}) == "from the file"
+
+
+def test_a_short_password_of_the_page_is_refused_without_showing_it(tmp_path: Path):
+    for section, environment in (
+        (WebSection(), {WEB_PASSWORD_VARIABLE: "hunter2"}),
+        (WebSection(password_file=secret_file(tmp_path, b"hunter2")), {}),
+    ):
+        with pytest.raises(ConfigError, match="8 characters or more") as caught:
+            read_web_password(section, environment)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_of_the_page_without_its_certificate_is_a_clash():
+    assert "web.certificate_file" in fault_of("web: {key_file: page.key}")

@@ -147,3 +147,15 @@ def test_the_laboratorys_reference_table_is_read(tmp_path: Path):
     found = check("reference", "differential: {reference_file: own.yaml}", tmp_path)
     assert (found.is_passed, "row 1" in found.words) == (False, True)
     assert check("reference", "", tmp_path).is_passed
+
+
+def test_the_page_is_tried_with_its_password_and_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HEMATOVISION_WEB_PASSWORD", raising=False)
+    assert "not served" in check("page", "", tmp_path).words
+    assert "for this computer alone" in check("page", "web: {enabled: true}", tmp_path).words
+    assert "can be read on the way" in check("page", "web: {enabled: true, host: 0.0.0.0}", tmp_path).words
+    assert not check("passwords", "web: {enabled: true, host: 0.0.0.0}", tmp_path).is_passed
+    (tmp_path / "page.pem").write_text("no certificate")
+    found = check("page", "web: {enabled: true, certificate_file: page.pem}", tmp_path)
+    assert not found.is_passed
+    assert "no certificate with its key" in found.words

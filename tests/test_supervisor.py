@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
 from agent.delivery.topics import Topics
 from agent.domain import AgentState, ModelIdentity, Provenance, SampleState
-from agent.errors import ModelError, OutboxError
+from agent.errors import ConfigError, ModelError, OutboxError
 from agent.health import Health, SelfTest
 from agent.reporting import Reporter
 from agent.signals import StopSignal, stop_on_signals
@@ -50,11 +51,15 @@ needs_models = pytest.mark.skipif(
 )
 
 
-def make_config(folder: Path, **sections: Any) -> Config:
-    """An agent on a short simulated slide whose broker is away."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        nobody = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def make_config(folder: Path, **sections: Any) -> Config:
+    """An agent on a short simulated slide whose broker is away."""
+    nobody = free_port()
     defaults = {
         "device": "dev",
         "camera": small_slide(fields=3, interval_s=0),
@@ -388,6 +393,7 @@ def test_a_damaged_outbox_is_set_aside_and_told(tmp_path: Path) -> None:
         ("camera", "agent.supervisor.open_unfinished"),
         ("pipeline", "agent.pipeline.process_frame"),
         ("publisher", "agent.delivery.publisher.Publisher._run"),
+        ("page", "agent.web.page.Page._make_server"),
     ],
 )
 def test_the_death_of_a_thread_ends_the_process_with_its_own_code(
@@ -397,11 +403,35 @@ def test_the_death_of_a_thread_ends_the_process_with_its_own_code(
         raise RuntimeError("a fault of ours")
 
     monkeypatch.setattr(place, fail)
-    assert run_agent(make_config(tmp_path)) == THREAD_DIED
+    web = {"enabled": name == "page", "port": free_port()}
+    assert run_agent(make_config(tmp_path, web=web)) == THREAD_DIED
     assert f"the {name} thread has died: a fault of ours" in caplog.text
     with open_outbox(tmp_path, device="dev", verify=False) as outbox:
         sample = outbox.sample_state()
-        assert sample is None or sample.fields == 0 or name == "publisher"
+        assert sample is None or sample.fields == 0 or name in ("publisher", "page")
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_a_page_whose_extra_is_missing_is_told_with_its_name_and_an_agent_without_a_page_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "tornado" or name.startswith("agent.web.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tornado", None)
+    with pytest.raises(ConfigError, match=r"web\.enabled.*\n.*hematovision-agent\[web\]"):
+        run_agent(make_config(tmp_path / "one", web={"enabled": True, "port": free_port()}))
+    assert run_agent(make_config(tmp_path / "two")) == 0
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_page_for_other_computers_without_a_password_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HEMATOVISION_WEB_PASSWORD", raising=False)
+    with pytest.raises(ConfigError, match="needs a password"):
+        run_agent(make_config(tmp_path, web={"enabled": True, "host": "0.0.0.0", "port": free_port()}))
 
 
 @pytest.mark.usefixtures("no_thread_left")

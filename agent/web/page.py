@@ -71,7 +71,7 @@ class Page(threading.Thread):
         self._section = section
         self._password = password
         self._sights = sights
-        self._tls = _tls_context(section)
+        self._tls = tls_context(section)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked_to_stop = threading.Event()
         self._stopping: asyncio.Event | None = None
@@ -182,7 +182,8 @@ class _Server(tornado.httpserver.HTTPServer):
             stream.close()
 
 
-def _tls_context(section: WebSection) -> ssl.SSLContext | None:
+def tls_context(section: WebSection) -> ssl.SSLContext | None:
+    """How the page is encrypted; None = it is not. Raises ConfigError for a certificate that is none."""
     if section.certificate_file is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
