@@ -953,9 +953,11 @@ class Outbox:
             found = self._connection.execute("SELECT payload FROM documents WHERE topic = ?", (topic,)).fetchone()
         return None if found is None else found[0]
 
-    def of_topic(self, stream: str, topic: str) -> Iterator[Row]:
-        """Every message of a topic that is here, confirmed or not, in order, for reports; read in portions."""
-        after_row = 0
+    def of_topic(self, stream: str, topic: str, after_row: int = 0) -> Iterator[Row]:
+        """Every message of a topic that is here, confirmed or not, in order, for reports; read in portions.
+
+        after_row: only those behind this one.
+        """
         while True:
             with self._explaining():
                 found = self._connection.execute(

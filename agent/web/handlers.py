@@ -9,6 +9,7 @@
 | GET  /api/frame/{number}.jpg    | the picture that a state speaks of                                               |
 | POST /api/command/{name}        | a command, as on cmd/{name}; its reply                                           |
 | GET  /api/review                | the review list                                                                  |
+| GET  /api/map                   | the map of the sample's slide                                                    |
 | GET  /api/crop/{sample}/{cell}  | the picture of a cell of it                                                      |
 | POST /api/picture               | an uploaded picture; what was found in it                                        |
 | GET  /api/picture/{id}.jpg      | that picture, as a browser can show it                                           |
@@ -247,6 +248,14 @@ class Review(Handler):
             self.refuse(503, f"the review list cannot be read now: {error}")
 
 
+class SlideMap(Handler):
+    async def get(self) -> None:
+        try:
+            self.answer(await self.parts.reader.slide_map())
+        except OutboxError as error:
+            self.refuse(503, f"the fields cannot be read now: {error}")
+
+
 class Crop(Handler):
     async def get(self, sid: str, cell_id: str) -> None:
         self.answer_picture(await self.parts.reader.crop(sid, cell_id), "the picture of this cell is not kept any more")
@@ -331,6 +340,7 @@ ROUTES: tuple[tuple[str, type[Handler]], ...] = (
     (r"/api/frame/([0-9]{1,12})\.jpg", FramePicture),
     (r"/api/command/([a-z.]{1,32})", SendCommand),
     (r"/api/review", Review),
+    (r"/api/map", SlideMap),
     (r"/api/crop/([a-z0-9-]{1,63})/([a-z0-9-]{1,80})", Crop),
     (r"/api/picture", Upload),
     (r"/api/picture/([0-9a-f]{16})\.jpg", UploadedPicture),

@@ -18,18 +18,23 @@ from datetime import datetime, timezone
 from typing import TypeVar
 
 from agent.analysis.crops import encode_jpeg
+from agent.delivery.messages import Body
 from agent.delivery.outbox import Outbox
 from agent.errors import OutboxError
 from agent.health import MachineReading
 from agent.latest import SeenFrame
 from agent.review import CROPS_FOLDER, CropStore
-from agent.web.views import Sights, review_body, shown_frame, state_body
+from agent.web.mapping import SampleMap
+from agent.web.views import Sights, class_bodies, review_body, shown_frame, state_body
 
 FRESH_S = 0.5
 """s; what was made since then is given again."""
 
 REVIEW_FRESH_S = 1.0
 """s; the same for the review list, which is read from the disk."""
+
+MAP_FRESH_S = 2.0
+"""s; the same for the map of the slide."""
 
 MACHINE_FRESH_S = 5.0
 """s; the same for disk, memory and temperature."""
@@ -51,6 +56,8 @@ class Reader:
         self._pictures: OrderedDict[int, bytes] = OrderedDict()
         self._state: tuple[float, bytes] = (-FRESH_S, b"")
         self._review: tuple[float, bytes] = (-REVIEW_FRESH_S, b"")
+        self._sample_map: SampleMap | None = None
+        self._map: tuple[float, bytes] = (-MAP_FRESH_S, b"")
         self._machine: tuple[float, MachineReading | None] = (-MACHINE_FRESH_S, None)
         self._beats: tuple[int | None, float] = (None, time.monotonic())
 
@@ -69,6 +76,10 @@ class Reader:
     async def crop(self, sid: str, cell_id: str) -> bytes:
         """The JPEG of a cell of the review list; empty where there is none."""
         return await self._on_thread(lambda: self._crops.read(sid, cell_id))
+
+    async def slide_map(self) -> bytes:
+        """The map of the sample's slide, as JSON. Raises OutboxError."""
+        return await self._on_thread(self._read_map)
 
     def forget(self) -> None:
         """A command has changed something: what was made before is not given again."""
@@ -99,7 +110,7 @@ class Reader:
             still_s=self._stands_still_s(now_s),
             machine=self._read_machine(now_s),
         )
-        self._state = (now_s, json.dumps(body, separators=(",", ":")).encode())
+        self._state = (now_s, _as_json(body))
         return self._state[1]
 
     def _draw(self, seen: SeenFrame | None) -> None:
@@ -128,16 +139,36 @@ class Reader:
         made_at_s, made = self._review
         if now_s - made_at_s < REVIEW_FRESH_S:
             return made
+        self._review = (now_s, _as_json(self._read_outbox(review_body)))
+        return self._review[1]
+
+    def _read_map(self) -> bytes:
+        now_s = time.monotonic()
+        made_at_s, made = self._map
+        if now_s - made_at_s < MAP_FRESH_S:
+            return made
+        sid = self._sights.sample().sid
+        if self._sample_map is None or self._sample_map.sid != sid:
+            self._sample_map = SampleMap(self._sights.topics, sid)
+        draw = self._sample_map.read
+        colours = {one["class"]: one["colour"] for one in class_bodies(self._sights.bench())}
+        self._map = (now_s, _as_json(self._read_outbox(lambda outbox: draw(outbox, colours))))
+        return self._map[1]
+
+    def _read_outbox(self, read: Callable[[Outbox], Body]) -> Body:
+        """What is read of the outbox; a connection that has failed is opened anew the next time."""
         try:
             self._outbox = self._outbox or self._sights.open_outbox()
-            body = review_body(self._outbox)
+            return read(self._outbox)
         except OutboxError:
             self._close_outbox()
             raise
-        self._review = (now_s, json.dumps(body, separators=(",", ":")).encode())
-        return self._review[1]
 
     def _close_outbox(self) -> None:
         outbox, self._outbox = self._outbox, None
         if outbox is not None:
             outbox.close()
+
+
+def _as_json(body: Body) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()

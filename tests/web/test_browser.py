@@ -87,6 +87,8 @@ def test_a_sample_is_begun_watched_paused_reviewed_and_finished(bench: Bench, br
     assert "still needed" in browser.text("#progress-words")
     assert browser.evaluate("document.querySelector('#chart svg') !== null")
     assert "Research use only" in browser.text("#notice")
+    browser.click("#map summary")
+    browser.wait_for("document.querySelector('#map-words').innerText.includes('fields')")
     for name, size in (("desktop", DESKTOP), ("tablet", TABLET), ("upright", UPRIGHT)):
         browser.resize(*size)
         assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"too wide: {name}"

@@ -31,7 +31,7 @@ Make = Callable[..., Beside]
 PASSWORD = "the page's own password"
 OPEN_ROUTES = (("GET", "/"), ("GET", "/static/main.js"), ("POST", "/login"), ("POST", "/logout"))
 CLOSED_ROUTES = (
-    *(("GET", path) for path in ("/api/state", "/api/frame/1.jpg", "/api/review", "/api/crop/s-1/s-1-1")),
+    *(("GET", path) for path in ("/api/state", "/api/frame/1.jpg", "/api/review", "/api/map", "/api/crop/s-1/s-1-1")),
     *(("POST", path) for path in ("/api/command/start", "/api/picture")),
     ("GET", "/api/picture/0123456789abcdef.jpg"),
 )
@@ -101,6 +101,28 @@ def test_a_finished_sample_frames_without_one_and_alerts_are_told(beside: Make) 
     assert state["health"]["state"] == "ready"
 
 
+def test_the_map_takes_in_each_field_once_and_begins_anew_with_another_sample(
+    beside: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.web.reading.MAP_FRESH_S", 0)
+    monkeypatch.setattr("agent.web.mapping.FIELDS_AT_ONCE", 2)
+    one = beside(sample=SampleState("s-1"))
+    assert one.get("/api/map").body["fields"] == 0
+    count(one, 1, 2, 3)
+    assert [one.get("/api/map").body["fields"] for _ in range(3)] == [2, 3, 3], "a long sample comes in portions"
+    told = one.get("/api/map").body
+    assert (told["sample"], told["is_full"]) == ("s-1", False)
+    assert sum(part["fields"] for part in told["parts"]) + told["unknown_places"] == 3
+    assert all(part["svg"].startswith("<svg") for part in told["parts"])
+    one.command("stop", "t-1")
+    one.wait_until(lambda: one.place.phase == "finished")
+    one.command("start", "t-2", sample="s-2")
+    assert (one.get("/api/map").body["sample"], one.get("/api/map").body["fields"]) == ("s-2", 0)
+    monkeypatch.setattr("agent.web.mapping.MOST_FIELDS", 1)
+    count(one, 4, 5)
+    assert (one.get("/api/map").body["fields"], one.get("/api/map").body["is_full"]) == (1, True)
+
+
 def test_a_counting_that_stands_still_is_told_while_the_page_itself_answers(beside: Make) -> None:
     one = beside(start=False)
     one.start(with_pipeline=False)
@@ -115,7 +137,7 @@ def test_looking_on_changes_nothing(beside: Make) -> None:
     one.wait_until(lambda: one.place.pipeline.sample.fields == 2)
     before = [(row.stream, row.payload) for row in one.outbox.pending(0, 1000)]
     picture = f"/api/frame/{one.state()['frame']['number']}.jpg"
-    for path in ("/", "/api/state", "/api/review", picture, "/static/main.js", "/static/page.css"):
+    for path in ("/", "/api/state", "/api/review", "/api/map", picture, "/static/main.js", "/static/page.css"):
         assert one.get(path).status == 200, path
     assert [(row.stream, row.payload) for row in one.outbox.pending(0, 1000)] == before
 

@@ -81,6 +81,12 @@ export function ask(words, yes) {
   });
 }
 
+/** A drawing of the report's: the agent made it, with every text escaped. Its width is the page's matter. */
+export function drawing(svg) {
+  const text = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(/ style="[^"]*"/, "");
+  return document.importNode(new DOMParser().parseFromString(text, "image/svg+xml").documentElement, true);
+}
+
 /** Boxes with names over a picture of `sizePx`; colours by class. */
 export function drawBoxes(layer, cells, sizePx, colours) {
   const [width, height] = sizePx;

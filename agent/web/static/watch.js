@@ -1,6 +1,6 @@
 // What is seen: the field, the decision about it, the differential, health. Everything comes from one state.
 
-import { $, ageWords, drawBoxes, fillFacts, make } from "./common.js";
+import { $, ageWords, drawBoxes, drawing, fillFacts, make, request } from "./common.js";
 
 let shownFrame = null;
 
@@ -110,7 +110,7 @@ function showDifferential(state) {
   status.textContent = words;
   status.className = `pill ${kind}`;
   const basis = made.basis === "unique" ? "each cell once" : "cells of fields at unknown places may be counted twice";
-  $("differential-n").textContent = `n = ${made.leukocytes} classified leukocytes, ${made.fields} fields; ${basis}.`;
+  $("differential-n").textContent = `n = ${made.leukocytes} classified leukocytes, ${made.fields} ${made.fields === 1 ? "field" : "fields"}; ${basis}.`;
   showChart(state.chart);
   const of = colours(state);
   $("shares").tBodies[0].replaceChildren(
@@ -138,12 +138,36 @@ function showDifferential(state) {
 
 let shownChart = "";
 
-/** The report's own drawing; the agent made it, with every text escaped. */
 function showChart(svg) {
   if (svg === shownChart) return;
   shownChart = svg;
-  const drawn = svg ? new DOMParser().parseFromString(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" '), "image/svg+xml") : null;
-  $("chart").replaceChildren(...(drawn ? [document.importNode(drawn.documentElement, true)] : []));
+  $("chart").replaceChildren(...(svg ? [drawing(svg)] : []));
+}
+
+const MAP_EVERY_MS = 3000;
+let mapTimer = 0;
+
+/** The map is asked for while it is open, and only then. */
+async function mapTurn() {
+  clearTimeout(mapTimer);
+  if ($("map").open && !document.hidden && !$("watch").hidden) {
+    try {
+      showMap(await request("/api/map"));
+    } catch (error) {
+      $("map-words").textContent = error.message;
+    }
+  }
+  mapTimer = setTimeout(mapTurn, MAP_EVERY_MS);
+}
+
+function showMap(map) {
+  const words = [`${map.fields} fields`];
+  if (map.is_full) words.push("later ones are not taken in");
+  if (map.parts_left_out) words.push(`${map.parts_left_out} smaller parts are not drawn`);
+  if (map.unknown_places) words.push(`${map.unknown_places} at an unknown place`);
+  if (map.cells_left_out) words.push(`${map.cells_left_out} more cells are not drawn`);
+  $("map-words").textContent = map.fields ? words.join(", ") : "No field of this sample is kept here yet.";
+  $("map-parts").replaceChildren(...map.parts.map((part) => drawing(part.svg)));
 }
 
 const KINDS = {
@@ -183,6 +207,8 @@ function showHealth(state) {
 }
 
 export function prepareWatch() {
+  $("map").addEventListener("toggle", mapTurn);
+  mapTurn();
   $("show-names").addEventListener("change", (event) => $("boxes").classList.toggle("no-names", !event.target.checked));
   $("show-small").addEventListener("change", (event) => $("boxes").classList.toggle("no-small", !event.target.checked));
 }
