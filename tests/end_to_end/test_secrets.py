@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from agent_process import START_S, Bench, wait_until
 
-SECRETS = {"broker": "tops3cret-of-the-broker", "camera": "tops3cret-of-the-camera"}
+SECRETS = {
+    "broker": "tops3cret-of-the-broker",
+    "camera": "tops3cret-of-the-camera",
+    "page": "tops3cret-of-the-page",
+}
 
 
 def holds_secret(content: bytes) -> bool:
@@ -49,11 +55,23 @@ def test_no_secret_is_in_the_log_the_messages_the_outbox_or_the_list_of_processe
     bench.use_broker(broker.port, username="scope", password_file=str(password))
     bench.use_folder(make_fields(2), watch=True, settle_s=0)
     bench.config["log"] = {"level": "debug"}
+    page_port = mosquitto(start=False).port
+    (bench.folder / "page-password").touch(mode=0o600)
+    (bench.folder / "page-password").write_text(SECRETS["page"] + "\n")
+    bench.config["web"] = {"enabled": True, "port": page_port, "password_file": "page-password"}
 
     agent = bench.start(HEMATOVISION_CAMERA_PASSWORD=SECRETS["camera"])
     ears.wait_for(lambda heard: sum(m.kind == "field" for m in heard) == 2, START_S)
     ears.wait_for(lambda heard: any(m.kind == "health" for m in heard), START_S)
     assert not holds_secret(command_lines())
+    for password_of_page, status in ((SECRETS["page"], 200), ("another one", 403)):
+        connection = http.client.HTTPConnection("127.0.0.1", page_port, timeout=START_S)
+        own = {"Origin": f"http://127.0.0.1:{page_port}"}
+        connection.request("POST", "/login", json.dumps({"password": password_of_page}), own)
+        answer = connection.getresponse()
+        assert answer.status == status
+        assert not holds_secret(str(answer.headers).encode() + answer.read())
+        connection.close()
     broker.stop()
     password.write_text(SECRETS["camera"] + "\n")
     broker.start()

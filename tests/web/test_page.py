@@ -240,6 +240,7 @@ def test_an_answer_amends_is_kept_beside_the_others_and_audited(beside: Make) ->
 
 def test_a_crop_lies_in_the_folder_of_crops_or_nowhere(beside: Make) -> None:
     one = beside()
+    CropStore(one.folder / CROPS_FOLDER).put("s-1", "s-1-1", b"\xff\xd8 for the page \xff\xd9")
     CropStore(one.folder).put("secrets", "s-1-1", b"\xff\xd8 not for the page \xff\xd9")
     for place in ("..%2fsecrets/s-1-1", "../secrets/s-1-1", "s-1/..", "s-1/%2e%2e%2fsecrets%2fs-1-1", "S_1/x"):
         assert one.get(f"/api/crop/{place}").status == 404, place
@@ -495,6 +496,7 @@ def test_the_stop_is_not_held_up_by_browsers_that_wait(beside: Make) -> None:
     begun_s = time.monotonic()
     assert one.page.stop(5)
     assert time.monotonic() - begun_s < 1.5
+    one.wait_until(lambda: all(map(_is_closed, waiting)))
     for client in waiting:
         client.close()
     one.place.pipeline.start()  # and a reply that comes too late harms nobody
