@@ -49,7 +49,7 @@ REASON_WORDS: Mapping[str, str] = MappingProxyType(
         "blurred": "Out of focus.",
         UNCHANGED: "The same place as the last field: move the stage on to count more.",
         FROZEN: "The camera gave the very same picture again.",
-        "no-sample": "Not counted: no sample is running.",
+        "no-sample": "No sample is running.",
         "unsayable": "The models gave no usable numbers for this picture; the log says more.",
     }
 )

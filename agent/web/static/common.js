@@ -26,7 +26,7 @@ export function say(element, text, kind = "") {
   element.className = `said ${kind}`;
 }
 
-export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
+export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
 
 export function ageWords(seconds) {
   if (seconds < 2) return "now";

@@ -3,7 +3,7 @@
 import { $, drawBoxes, make, percent, request, say } from "./common.js";
 
 const EXAMINED_WITHIN_MS = 150000;
-const COUNTED_AS = { accepted: "its class", unidentified: "unidentified", edge: "its class, at the edge", artefact: "nothing", duplicate: "seen before" };
+const VERDICTS = { accepted: "named", unidentified: "not trusted: unidentified", edge: "named, at the edge", artefact: "no cell" };
 
 let limits = { max_upload_mb: 20, max_upload_megapixels: 12 };
 let colours = new Map();
@@ -52,7 +52,7 @@ function show(found, name) {
       const mark = make("i");
       mark.style.background = colours.get(cell.class) ?? "#444";
       title.append(mark, cell.class);
-      row.append(title, make("td", percent(cell.probability)), make("td", COUNTED_AS[cell.status] ?? cell.status), make("td", cell.looks));
+      row.append(title, make("td", percent(cell.probability)), make("td", VERDICTS[cell.status] ?? cell.status), make("td", cell.looks));
       return row;
     }),
   );
