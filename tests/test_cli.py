@@ -410,6 +410,7 @@ def test_check_config_passes_where_all_is_well(
         ["pass", "camera"],
         ["pass", "broker"],
         ["pass", "outbox"],
+        ["pass", "page"],
     ]
     assert RESEARCH_USE_ONLY in out
     assert not (tmp_path / "state").exists(), "a check leaves nothing behind"
@@ -427,6 +428,7 @@ def test_check_config_tries_everything_and_says_what_fails(tmp_path: Path, call:
         ["FAIL", "camera"],
         ["FAIL", "broker"],
         ["FAIL", "outbox"],
+        ["pass", "page"],
     ]
 
 
