@@ -55,10 +55,7 @@ class Examiner:
         self._process: Process | None = None
         self._busy = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        return self._busy.locked()
+        self._ending: asyncio.Future[None] | None = None
 
     async def examine(self, content: bytes) -> tuple[dict[str, Any], bytes]:
         """What is found in a picture, and the picture as JPEG. Raises ExaminerBusy, ExaminerFailed."""
@@ -125,7 +122,7 @@ class Examiner:
 
     def _end_if_idle(self) -> None:
         if not self._busy.locked():
-            self._closing = asyncio.ensure_future(self.close())
+            self._ending = asyncio.ensure_future(self.close())  # kept: the loop alone does not hold it
 
 
 # ---------------------------------------------------------------------------------------------------- on the pipes
