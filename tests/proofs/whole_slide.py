@@ -95,15 +95,19 @@ def run(fields: int, told_every: int = TOLD_EVERY, tell: Callable[[str], None] =
     """Scan so many fields."""
     rng = np.random.default_rng(1)
     slide, figures = SlideMap("proof"), Figures()
-    true_once: set[int] = set()
+    before: set[int] = set()  # cells of the row before and of this one: no other row shows a cell again
+    here: set[int] = set()
     number, memory, at_first_mb = 1, psutil.Process(), 0.0
-    for place, (world, corner) in enumerate(scan(fields), start=1):
+    for place, (world, corner, begins_row) in enumerate(scan(fields), start=1):
+        if begins_row:
+            before, here = here, set()
         frame = take(world, Window(0, 0), SIZE_PX, rng, place)
         seen = truth_in(world, Window(0, 0), SIZE_PX)
         for true, box in seen:
-            if may_count(box, SIZE_PX) and true.identifier not in true_once:
-                true_once.add(true.identifier)
-                figures.truth[kind_of(true.class_name)] += 1
+            if may_count(box, SIZE_PX):
+                is_new = true.identifier not in before and true.identifier not in here
+                figures.truth[kind_of(true.class_name)] += is_new
+                here.add(true.identifier)
         cells = perfect_cells(seen, number, rng, UNREST_PX)
         number += len(cells)
         begun_s = time.perf_counter()
@@ -122,17 +126,16 @@ def run(fields: int, told_every: int = TOLD_EVERY, tell: Callable[[str], None] =
     return figures
 
 
-def scan(fields: int) -> Iterator[tuple[World, str]]:
-    """What each field shows, with its own corner at (0, 0), and where on the slide that is."""
+def scan(fields: int) -> Iterator[tuple[World, str, bool]]:
+    """What each field shows, with its own corner at (0, 0), where on the slide that is, and whether a row begins."""
     slide = SimulatedSlide(7, density=CellDensity.per_field(22, 4, 2.5, SIZE_PX[0] * SIZE_PX[1] / 12.5**2))
     step_px = [round(side * (1 - OVERLAP)) for side in SIZE_PX]
     columns = math.ceil(math.sqrt(fields))
     for index in range(fields):
-        row, column = divmod(index, columns)
-        if row % 2:
-            column = columns - 1 - column
+        row, step = divmod(index, columns)
+        column = columns - 1 - step if row % 2 else step
         left_px, top_px = column * step_px[0], row * step_px[1]
-        yield show(slide, left_px, top_px), f"column {column}, row {row}"
+        yield show(slide, left_px, top_px), f"column {column}, row {row}", step == 0
 
 
 def show(slide: SimulatedSlide, left_px: int, top_px: int) -> World:
