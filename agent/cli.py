@@ -185,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = add(
         "demo",
-        "show it: a broker, the agent on a simulated slide and a live table",
+        "show it: a broker, the agent on a simulated slide, a live table and the page",
         "Everything runs on this computer,\nreachable from it alone, and leaves nothing behind. Ctrl-C ends it.",
         "hematovision demo --source my-fields/",
     )

@@ -32,7 +32,7 @@ from agent.delivery.commands import COMMANDS
 from agent.delivery.messages import morphology_body, round_probabilities, serialise
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics
-from agent.demo import DemoOptions, run_demo
+from agent.demo import DemoAddresses, DemoOptions, run_demo
 from agent.errors import HematoVisionError, OutboxError
 from agent.inference.golden import ANSWERS_NAME
 from agent.inference.models import Models, open_models
@@ -112,10 +112,12 @@ def demo(arguments: argparse.Namespace) -> int:
     view = console.LiveCells()
     is_live = sys.stdout.isatty()
 
-    def on_start(broker: str, port: int) -> None:
+    def on_start(at: DemoAddresses) -> None:
+        page = "not here; it needs the extra `web`" if at.page is None else at.page
         view.heading = (
             f"HematoVision demo, agent {__version__}. {RESEARCH_USE_ONLY}",
-            f"broker: {broker}, listen yourself: mosquitto_sub -p {port} -t 'hv/1/#' -v     (Ctrl-C ends)",
+            f"broker: {at.broker}, listen yourself: mosquitto_sub -p {at.broker_port} -t 'hv/1/#' -v     (Ctrl-C ends)",
+            f"page:   {page}",
         )
         if not is_live:
             print("\n".join(view.heading), flush=True)

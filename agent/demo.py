@@ -1,8 +1,8 @@
 """The demo: a broker, the agent and a subscriber on this computer, started and ended together.
 
     demo (this process) --starts--> broker (child)  <--publishes-- agent (child: `run` with its own configuration)
-          ^                            |
-          +--------- subscribes -------+
+          ^                            |                               |
+          +--------- subscribes -------+                               +--> the local page, where its extra is there
 
 What is shown has gone the whole way: rendered or read, detected, named, stored, published, received.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.camera.replay import list_pictures
 from agent.child_process import ChildProcess
-from agent.config import VARIABLE_PREFIX
+from agent.config import VARIABLE_PREFIX, WebSection
 from agent.delivery.embedded_broker import open_embedded_broker
 from agent.delivery.outbox import open_outbox
 from agent.delivery.subscriber import Subscriber, open_subscriber
@@ -36,6 +37,7 @@ from agent.report.document import compose
 from agent.report.render import render
 from agent.report.signature import ENDING, KEY_NAME, open_key, sign
 from agent.review import CROPS_FOLDER, CropStore
+from agent.supervisor import import_page
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -69,14 +71,25 @@ class DemoOptions:
     report: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DemoAddresses:
+    """Where the demo can be met. broker: the program's name; broker_port: on 127.0.0.1; page: None = there is none."""
+
+    broker: str
+    broker_port: int
+    page: str | None
+
+
 def run_demo(
-    options: DemoOptions, on_start: Callable[[str, int], None], on_message: Callable[[str, Mapping[str, Any]], None]
+    options: DemoOptions,
+    on_start: Callable[[DemoAddresses], None],
+    on_message: Callable[[str, Mapping[str, Any]], None],
 ) -> list[Path]:
     """Run until the source ends, `fields` or a sample have been seen or a signal comes; leaves no process behind.
 
     Leaves no file behind either, but for the reports of a sample, which are returned.
 
-    on_start is told the broker's program and port, on_message the kind and body of all that the subscriber hears.
+    on_message is told the kind and body of all that the subscriber hears.
     """
     camera = _camera_section(options)
     with (
@@ -85,7 +98,9 @@ def run_demo(
         closing(open_embedded_broker(Path(name), options.port)) as broker,
         open_subscriber(broker.host, broker.port, f"hv/1/{SITE}/{DEVICE}/#") as subscriber,
     ):
-        on_start(broker.name, broker.port)
+        page_port = _page_port()
+        page = None if page_port is None else f"http://127.0.0.1:{page_port}"
+        on_start(DemoAddresses(broker.name, broker.port, page))
         config = {
             "site": SITE,
             "device": DEVICE,
@@ -93,6 +108,8 @@ def run_demo(
             "outbox": {"folder": str(Path(name) / "state")},
             "broker": {"host": broker.host, "port": broker.port},
         }
+        if page_port is not None:
+            config["web"] = {"enabled": True, "port": page_port}
         key = None
         if options.cells is not None:
             key = open_key(Path(name) / KEY_NAME, create=True)  # that it cannot is said before the counting
@@ -103,6 +120,21 @@ def run_demo(
         finally:
             agent.stop()
         return [] if key is None or options.report is None else _write_report(Path(name) / "state", options.report, key)
+
+
+def _page_port() -> int | None:
+    """Where the page can listen: its usual port if that is free. None where its extra is not installed."""
+    try:
+        import_page()
+    except ConfigError:
+        return None
+    for port in (WebSection().port, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return int(probe.getsockname()[1])
+    return None
 
 
 def _write_report(state: Path, folder: Path, key: Ed25519PrivateKey) -> list[Path]:

@@ -22,7 +22,7 @@ python=$(find_python)
 make_venv "$python" "$venv"
 if ! is_installed; then
     say "Installing HematoVision and what it needs (the first time takes a minute or two)"
-    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "${top}[demo]" ||
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "${top}[demo,web]" ||
         fail "pip could not install the agent; its message stands above. Without network, try again later."
     touch "$stamp"
 fi

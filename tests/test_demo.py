@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,9 +95,20 @@ def test_it_shows_the_cells_of_the_simulated_slide_and_ends_after_the_fields_ask
     lines = out.splitlines()
     assert RESEARCH_USE_ONLY in lines[0]
     assert re.search(r"mosquitto_sub -p \d+ -t 'hv/1/#'", lines[1])
+    assert re.fullmatch(r"page:   http://127\.0\.0\.1:\d+", lines[2])
     cells = [line for line in lines if re.match(CELL_LINE, line)]
     assert lines[-1].startswith(f"2 fields, {len(cells)} cells, each counted once: ")
     assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_its_page_shows_the_slide_while_it_is_counted(start: Callable[..., subprocess.Popen[str]]):
+    process = start()
+    page = wait_for_line(process, "^page: ").split()[1]
+    wait_for_line(process, CELL_LINE)
+    with urllib.request.urlopen(f"{page}/api/state", timeout=30) as answer:
+        told = json.load(answer)
+    assert (told["site"], told["sample"]["phase"]) == ("demo", "running")
+    assert told["sample"]["fields"] > 0
 
 
 def test_a_folder_as_source_is_read_to_its_end(start: Callable[..., subprocess.Popen[str]], tmp_path: Path):
