@@ -44,6 +44,23 @@ systemd-run --wait --quiet --pipe --property=User=hematovision --property=Capabi
     /opt/hematovision/venv/bin/python -c 'import ctypes
 print("clock_answer=%d" % ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)))' >>/probe/facts
 
+# The page within the unit's walls: what it shows, and the latest field as an uploaded picture, which another program examines.
+/opt/hematovision/venv/bin/python - >>/probe/facts <<'PYTHON'
+import json, time, urllib.request
+page = "http://127.0.0.1:8080"
+def ask(path, body=None):
+    request = urllib.request.Request(page + path, body, {"Origin": page})
+    return urllib.request.urlopen(request, timeout=90).read()
+for _ in range(20):
+    state = json.loads(ask("/api/state"))
+    if state["frame"] and state["frame"]["cells"]:
+        break
+    time.sleep(0.5)
+print("page_cells=%d" % len(state["frame"]["cells"]))
+picture = ask("/api/frame/%d.jpg" % state["frame"]["number"])
+print("page_examined_cells=%d" % len(json.loads(ask("/api/picture", picture))["cells"]))
+PYTHON
+
 # A frozen agent: the watchdog ends it, systemd starts it again, the boot counter goes on.
 kill -STOP "$pid"
 wait_for 90 has_restarted

@@ -71,7 +71,7 @@ def collect_wheels(checkout: Path, folder: Path) -> None:
     wanted = ["--only-binary=:all:", "--python-version", SUITE_PYTHON]
     tags = ["2014", *(f"_2_{minor}" for minor in range(5, SUITE_GLIBC_MINOR + 1))]
     wanted += [f"--platform=manylinux{tag}_{machine}" for tag in tags]
-    run(*pip, "download", "--quiet", "--dest", folder, *wanted, own, "hatchling")
+    run(*pip, "download", "--quiet", "--dest", folder, *wanted, f"{own}[web]", "hatchling")
     own.unlink()
 
 
@@ -121,12 +121,12 @@ def booted(system: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
         settings.write("# a line of the operator\n")
     logs.append(inside(system, "/srv/checkout/deploy/install.sh", "--device", "other"))
 
-    # Shortened for the test: the watchdog, and the pace of the simulated slide.
+    # Shortened for the test: the watchdog, and the pace of the simulated slide. The page is on, as an operator sets it.
     override = system / "etc/systemd/system/hematovision.service.d"
     override.mkdir(parents=True)
     (override / "test.conf").write_text(
         "[Service]\nWatchdogSec=8\nEnvironment=HEMATOVISION_CAMERA__SIMULATED__INTERVAL_S=0.5\n"
-        "Environment=HEMATOVISION_PUBLISH__HEALTH_INTERVAL_S=2\n"
+        "Environment=HEMATOVISION_PUBLISH__HEALTH_INTERVAL_S=2\nEnvironment=HEMATOVISION_WEB__ENABLED=true\n"
     )
     shutil.copy(Path(__file__).with_name("probe.sh"), system / "srv/probe.sh")
     (system / "etc/systemd/system/probe.service").write_text(PROBE_UNIT)
@@ -190,6 +190,11 @@ def test_under_the_units_settings_the_models_run_on_xnnpack_and_the_clock_is_rea
     assert info["delegate"] == "xnnpack"
     assert int(booted.facts["clock_answer"]) >= 0
     assert "Traceback" not in booted.journal, booted.journal
+
+
+def test_the_page_shows_the_slide_and_examines_a_picture_within_the_units_walls(booted: Installed) -> None:
+    assert int(booted.facts["page_cells"]) > 5, booted.journal
+    assert int(booted.facts["page_examined_cells"]) > 5, booted.journal
 
 
 def test_a_frozen_agent_is_ended_by_the_watchdog_and_started_again(booted: Installed) -> None:
