@@ -365,12 +365,12 @@ def test_random_looks_differ_and_stay_drawable() -> None:
 
 
 def test_a_field_is_drawn_in_time_for_five_fields_a_second() -> None:
-    """40 ms on one core of 2026; the best of five, so that a busy machine does not fail it."""
+    """40 ms on one core of 2026; the best of five, in processor time, so that a busy machine does not fail it."""
     slide = SimulatedSlide(1)
     slide.render(0, 0, 640, 480)
     took_s = []
     for step in range(1, 6):
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         slide.render(step * 51.2, 0, 640, 480)
-        took_s.append(time.perf_counter() - start_s)
+        took_s.append(time.thread_time() - start_s)
     assert min(took_s) < 0.15
