@@ -11,6 +11,7 @@ from typing import Any
 
 from .clauses import Findings
 from .ears import Access, Ears, Heard
+from .listening import RECEIVERS
 
 ANSWER_S = 15.0
 """A command is answered between two frames; a large frame on a slow board takes some seconds."""
@@ -261,7 +262,7 @@ def knock_off(access: Access, desk: Desk) -> None:
     if back is None:
         desk.findings.look("2.3", False, "the device did not come back within 90 s")
         return
-    after = [heard for heard in desk.ears.heard[since:] if heard.at_s >= back.at_s and heard.kind != "cmd"]
+    after = [heard for heard in desk.ears.heard[since:] if heard.at_s >= back.at_s and heard.kind not in RECEIVERS]
     first = [heard.kind for heard in after[:3]]
     desk.findings.look("2.3", set(first) == {"state", "info", "health"}, f"on the new connection came first: {first}")
 

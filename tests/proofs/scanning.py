@@ -120,7 +120,8 @@ def perfect_cells(seen: Sequence[tuple[TrueCell, Box]], first: int, rng: Generat
         edges = [box.x_min, box.y_min, box.x_max, box.y_max]
         for index, shake in enumerate(rng.normal(0, unrest_px, 4)):
             if edges[index] != round(edges[index]):  # the window's edges are whole numbers: there the box is cut
-                edges[index] = max(edges[index] + shake, 1.5 if index < 2 else edges[index - 2] + 1)
+                low, high = (1.5, edges[index + 2] - 1) if index < 2 else (edges[index - 2] + 1, np.inf)
+                edges[index] = max(low, min(high, edges[index] + shake))  # of a sliver too something is left
         detection = Detection(Box(*edges), true.class_name, 0.9)
         named = None if true.class_name == RED_CELL else Classification(true.class_name, 0.9, {true.class_name: 0.9})
         cells.append(Cell(f"proof-{number}", detection, true.class_name, 0.9, named, CellStatus.ACCEPTED))
