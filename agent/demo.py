@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from agent.camera.replay import list_pictures
 from agent.child_process import ChildProcess
 from agent.config import VARIABLE_PREFIX, WebSection
-from agent.delivery.embedded_broker import open_embedded_broker
+from agent.delivery.embedded_broker import LOOPBACK, free_port, open_embedded_broker
 from agent.delivery.outbox import open_outbox
 from agent.delivery.subscriber import Subscriber, open_subscriber
 from agent.delivery.topics import Topics
@@ -99,7 +98,7 @@ def run_demo(
         open_subscriber(broker.host, broker.port, f"hv/1/{SITE}/{DEVICE}/#") as subscriber,
     ):
         page_port = _page_port()
-        page = None if page_port is None else f"http://127.0.0.1:{page_port}"
+        page = None if page_port is None else f"http://{LOOPBACK}:{page_port}"
         on_start(DemoAddresses(broker.name, broker.port, page))
         config = {
             "site": SITE,
@@ -128,13 +127,10 @@ def _page_port() -> int | None:
         import_page()
     except ConfigError:
         return None
-    for port in (WebSection().port, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return int(probe.getsockname()[1])
-    return None
+    try:
+        return free_port(WebSection().port)
+    except OSError:
+        return free_port()
 
 
 def _write_report(state: Path, folder: Path, key: Ed25519PrivateKey) -> list[Path]:

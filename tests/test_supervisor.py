@@ -37,6 +37,7 @@ from agent.supervisor import (
     derive_state,
     run_agent,
 )
+from tests.brokers import free_port
 from tests.slides import small_slide
 
 TODAY = datetime(2026, 11, 23, 8, tzinfo=timezone.utc)
@@ -51,20 +52,13 @@ needs_models = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def make_config(folder: Path, **sections: Any) -> Config:
     """An agent on a short simulated slide whose broker is away."""
-    nobody = free_port()
     defaults = {
         "device": "dev",
         "camera": small_slide(fields=3, interval_s=0),
         "outbox": {"folder": folder, "min_free_mb": 0},
-        "broker": {"port": nobody, "max_backoff_s": 0.2},
+        "broker": {"port": free_port(), "max_backoff_s": 0.2},
         "models": {"threads": 1},
     }
     return Config.model_validate({**defaults, **sections})

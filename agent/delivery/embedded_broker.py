@@ -54,7 +54,10 @@ def open_embedded_broker(folder: Path, port: int | None = None) -> EmbeddedBroke
 
     Raises BrokerUnavailable where no broker program is installed, the port is taken or the program ends at once.
     """
-    port = _claimed(port)
+    try:
+        port = free_port(port or 0)
+    except OSError as error:
+        raise BrokerUnavailable(f"port {port} cannot be used: {error.strerror}; choose another --port") from error
     process = ChildProcess(_command(folder, port), folder / "broker.log")
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while process.is_running and time.monotonic() < deadline_s:
@@ -89,12 +92,9 @@ def _command(folder: Path, port: int) -> list[str]:
     raise BrokerUnavailable(HOW_TO_INSTALL)
 
 
-def _claimed(port: int | None) -> int:
-    """A port that nobody has at this moment: the wanted one, or any."""
+def free_port(port: int = 0) -> int:
+    """A port of LOOPBACK that nobody has at this moment: the wanted one, or with 0 any. Raises OSError: it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port or 0))
-        except OSError as error:
-            raise BrokerUnavailable(f"port {port} cannot be used: {error.strerror}; choose another --port") from error
+        probe.bind((LOOPBACK, port))
         return int(probe.getsockname()[1])

@@ -26,14 +26,9 @@ from agent.latest import Latest
 from agent.machine import read_machine
 from agent.web.page import Page
 from agent.web.views import Sights
+from tests.brokers import free_port
 
 PATIENCE_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import pytest
 from agent.camera.simulated import open_simulated
 from agent.config import CameraSection, Config, models_folder
 from agent.delivery.outbox import open_outbox
+from tests.brokers import free_port
 from tests.end_to_end.agent_process import Agent, Bench, wait_until
-from tests.web.beside import free_port
 from tests.web.browser import DESKTOP, TABLET, UPRIGHT, Browser
 
 pytestmark = pytest.mark.skipif(
