@@ -23,7 +23,7 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -240,20 +240,24 @@ class SendCommand(Handler):
         self.answer(body)
 
 
-class Review(Handler):
-    async def get(self) -> None:
+class FromOutbox(Handler):
+    """What is read from the disk, which may refuse."""
+
+    async def answer_with(self, reading: Awaitable[bytes], what: str) -> None:
         try:
-            self.answer(await self.parts.reader.review())
+            self.answer(await reading)
         except OutboxError as error:
-            self.refuse(503, f"the review list cannot be read now: {error}")
+            self.refuse(503, f"{what} cannot be read now: {error}")
 
 
-class SlideMap(Handler):
+class Review(FromOutbox):
     async def get(self) -> None:
-        try:
-            self.answer(await self.parts.reader.slide_map())
-        except OutboxError as error:
-            self.refuse(503, f"the fields cannot be read now: {error}")
+        await self.answer_with(self.parts.reader.review(), "the review list")
+
+
+class SlideMap(FromOutbox):
+    async def get(self) -> None:
+        await self.answer_with(self.parts.reader.slide_map(), "the fields")
 
 
 class Crop(Handler):

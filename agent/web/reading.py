@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from agent.analysis.crops import encode_jpeg
 from agent.delivery.messages import Body
@@ -45,6 +45,23 @@ KEPT_PICTURES = 4
 Answer = TypeVar("Answer")
 
 
+class _Fresh(Generic[Answer]):
+    """What is given again for a while instead of being made anew. for_s: for how long."""
+
+    def __init__(self, for_s: float) -> None:
+        self._for_s = for_s
+        self._made: tuple[float, Answer] | None = None
+
+    def get(self, make: Callable[[], Answer]) -> Answer:
+        now_s = time.monotonic()
+        if self._made is None or now_s - self._made[0] >= self._for_s:
+            self._made = (now_s, make())
+        return self._made[1]
+
+    def forget(self) -> None:
+        self._made = None
+
+
 class Reader:
     """Reads for the page; its methods are called on the page's loop, the work is done on the reader's thread."""
 
@@ -54,16 +71,16 @@ class Reader:
         self._outbox: Outbox | None = None
         self._crops = CropStore(sights.folder / CROPS_FOLDER)
         self._pictures: OrderedDict[int, bytes] = OrderedDict()
-        self._state: tuple[float, bytes] = (-FRESH_S, b"")
-        self._review: tuple[float, bytes] = (-REVIEW_FRESH_S, b"")
+        self._state = _Fresh[bytes](FRESH_S)
+        self._review = _Fresh[bytes](REVIEW_FRESH_S)
+        self._map = _Fresh[bytes](MAP_FRESH_S)
+        self._machine = _Fresh[MachineReading](MACHINE_FRESH_S)
         self._sample_map: SampleMap | None = None
-        self._map: tuple[float, bytes] = (-MAP_FRESH_S, b"")
-        self._machine: tuple[float, MachineReading | None] = (-MACHINE_FRESH_S, None)
         self._beats: tuple[int | None, float] = (None, time.monotonic())
 
     async def state(self) -> bytes:
         """All that is watched, as JSON."""
-        return await self._on_thread(self._read_state)
+        return await self._on_thread(lambda: self._state.get(self._read_state))
 
     async def picture(self, number: int) -> bytes | None:
         """The JPEG of the frame of this number; None where it is not kept any more."""
@@ -71,7 +88,7 @@ class Reader:
 
     async def review(self) -> bytes:
         """The review list, as JSON. Raises OutboxError."""
-        return await self._on_thread(self._read_review)
+        return await self._on_thread(lambda: self._review.get(lambda: self._read_outbox(review_body)))
 
     async def crop(self, sid: str, cell_id: str) -> bytes:
         """The JPEG of a cell of the review list; empty where there is none."""
@@ -79,11 +96,12 @@ class Reader:
 
     async def slide_map(self) -> bytes:
         """The map of the sample's slide, as JSON. Raises OutboxError."""
-        return await self._on_thread(self._read_map)
+        return await self._on_thread(lambda: self._map.get(self._read_map))
 
     def forget(self) -> None:
         """A command has changed something: what was made before is not given again."""
-        self._state, self._review = (-FRESH_S, b""), (-REVIEW_FRESH_S, b"")
+        self._state.forget()
+        self._review.forget()
 
     def close(self) -> None:
         """No more reading; what is being read is finished on its own."""
@@ -97,9 +115,6 @@ class Reader:
 
     def _read_state(self) -> bytes:
         now_s = time.monotonic()
-        made_at_s, made = self._state
-        if now_s - made_at_s < FRESH_S:
-            return made
         seen = self._sights.latest.read()
         self._draw(shown_frame(seen))
         body = state_body(
@@ -108,10 +123,9 @@ class Reader:
             at=datetime.now(timezone.utc),
             now_s=now_s,
             still_s=self._stands_still_s(now_s),
-            machine=self._read_machine(now_s),
+            machine=self._machine.get(self._sights.machine),
         )
-        self._state = (now_s, _as_json(body))
-        return self._state[1]
+        return _as_json(body)
 
     def _draw(self, seen: SeenFrame | None) -> None:
         if seen is None or seen.number in self._pictures:
@@ -127,39 +141,19 @@ class Reader:
             self._beats = (beats, now_s)
         return now_s - self._beats[1]
 
-    def _read_machine(self, now_s: float) -> MachineReading:
-        read_at_s, machine = self._machine
-        if machine is None or now_s - read_at_s >= MACHINE_FRESH_S:
-            machine = self._sights.machine()
-            self._machine = (now_s, machine)
-        return machine
-
-    def _read_review(self) -> bytes:
-        now_s = time.monotonic()
-        made_at_s, made = self._review
-        if now_s - made_at_s < REVIEW_FRESH_S:
-            return made
-        self._review = (now_s, _as_json(self._read_outbox(review_body)))
-        return self._review[1]
-
     def _read_map(self) -> bytes:
-        now_s = time.monotonic()
-        made_at_s, made = self._map
-        if now_s - made_at_s < MAP_FRESH_S:
-            return made
         sid = self._sights.sample().sid
         if self._sample_map is None or self._sample_map.sid != sid:
             self._sample_map = SampleMap(self._sights.topics, sid)
         draw = self._sample_map.read
         colours = {one["class"]: one["colour"] for one in class_bodies(self._sights.bench())}
-        self._map = (now_s, _as_json(self._read_outbox(lambda outbox: draw(outbox, colours))))
-        return self._map[1]
+        return self._read_outbox(lambda outbox: draw(outbox, colours))
 
-    def _read_outbox(self, read: Callable[[Outbox], Body]) -> Body:
-        """What is read of the outbox; a connection that has failed is opened anew the next time."""
+    def _read_outbox(self, read: Callable[[Outbox], Body]) -> bytes:
+        """What is read of the outbox, as JSON; a connection that has failed is opened anew the next time."""
         try:
             self._outbox = self._outbox or self._sights.open_outbox()
-            return read(self._outbox)
+            return _as_json(read(self._outbox))
         except OutboxError:
             self._close_outbox()
             raise
