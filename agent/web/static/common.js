@@ -87,6 +87,17 @@ export function drawing(svg) {
   return document.importNode(new DOMParser().parseFromString(text, "image/svg+xml").documentElement, true);
 }
 
+export const coloursOf = (state) => new Map(state.classes.map((one) => [one.class, one.colour]));
+
+const NO_COLOUR = "#444"; // of what is no class, as `unidentified`
+
+/** A mark in the colour of a class. */
+export function swatch(colours, name) {
+  const mark = make("i");
+  mark.style.background = colours.get(name) ?? NO_COLOUR;
+  return mark;
+}
+
 /** Boxes with names over a picture of `sizePx`; colours by class. */
 export function drawBoxes(layer, cells, sizePx, colours) {
   const [width, height] = sizePx;
@@ -98,7 +109,7 @@ export function drawBoxes(layer, cells, sizePx, colours) {
       box.style.top = `${(100 * top) / height}%`;
       box.style.width = `${(100 * (right - left)) / width}%`;
       box.style.height = `${(100 * (bottom - top)) / height}%`;
-      box.style.borderColor = cell.status === "unidentified" ? "#444" : (colours.get(cell.class) ?? "#444");
+      box.style.borderColor = colours.get(cell.status === "unidentified" ? "" : cell.class) ?? NO_COLOUR;
       if (top < 0.06 * height) box.classList.add("at-top");
       if (left > 0.6 * width) box.classList.add("at-right");
       if (!cell.is_small) box.append(make("b", cellWords(cell)));

@@ -1,6 +1,6 @@
 // An uploaded picture: sent, examined apart from the counting, drawn with what was found.
 
-import { $, drawBoxes, make, percent, request, say } from "./common.js";
+import { $, coloursOf, drawBoxes, make, percent, request, say, swatch } from "./common.js";
 
 const EXAMINED_WITHIN_MS = 150000;
 const VERDICTS = { accepted: "named", unidentified: "not trusted: unidentified", edge: "named, at the edge", artefact: "no cell" };
@@ -11,7 +11,7 @@ let isBusy = false;
 
 export function showPicture(state) {
   limits = state.page;
-  colours = new Map(state.classes.map((one) => [one.class, one.colour]));
+  colours = coloursOf(state);
   $("limits").textContent = `JPEG, PNG, BMP, TIFF or WebP, up to ${limits.max_upload_mb} MB and ${limits.max_upload_megapixels} megapixels. You can drop it here.`;
 }
 
@@ -49,9 +49,7 @@ function show(found, name) {
     ...named.map((cell) => {
       const row = make("tr");
       const title = make("td");
-      const mark = make("i");
-      mark.style.background = colours.get(cell.class) ?? "#444";
-      title.append(mark, cell.class);
+      title.append(swatch(colours, cell.class), cell.class);
       row.append(title, make("td", percent(cell.probability)), make("td", VERDICTS[cell.status] ?? cell.status), make("td", cell.looks));
       return row;
     }),

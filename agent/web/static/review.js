@@ -1,6 +1,6 @@
 // The review list: one cell large, one key or click for its name, the others in a strip.
 
-import { $, command, make, percent, say } from "./common.js";
+import { $, coloursOf, command, make, percent, say, swatch } from "./common.js";
 
 const KEYS = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "0", "q", "w", "e", "r", "t", "z", "u", "i", "o", "p"];
 const REASONS = { unidentified: "the model trusted no name", "low-margin": "its first two names are near each other", answered: "answered unasked", gallery: "kept for the gallery" };
@@ -32,15 +32,13 @@ export function showReview(list, state) {
 }
 
 function makeAnswers(state) {
-  const colours = new Map(state.classes.map((one) => [one.class, one.colour]));
+  const colours = coloursOf(state);
   $("answers").replaceChildren(
     ...names.map((name, number) => {
       const button = make("button");
       button.type = "button";
       button.dataset.name = name;
-      const mark = make("i");
-      mark.style.background = colours.get(name) ?? "#444";
-      button.append(make("kbd", KEYS[number] ?? ""), mark, name);
+      button.append(make("kbd", KEYS[number] ?? ""), swatch(colours, name), name);
       button.addEventListener("click", () => answer(name));
       return button;
     }),

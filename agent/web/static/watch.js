@@ -1,6 +1,6 @@
 // What is seen: the field, the decision about it, the differential, health. Everything comes from one state.
 
-import { $, ageWords, drawBoxes, drawing, fillFacts, make, request } from "./common.js";
+import { $, ageWords, coloursOf, drawBoxes, drawing, fillFacts, make, request, swatch } from "./common.js";
 
 let shownFrame = null;
 
@@ -25,8 +25,6 @@ function showAlerts(state) {
   still.hidden = state.still_s < 15;
   still.textContent = `The counting has not moved for ${Math.round(state.still_s)} s.`;
 }
-
-const colours = (state) => new Map(state.classes.map((one) => [one.class, one.colour]));
 
 function showFrame(state) {
   const frame = state.frame;
@@ -57,7 +55,7 @@ function showFrame(state) {
     $("frame").alt = `The latest field: ${frame.is_counted ? nucleatedWords(frame.cells) : frame.words}`;
     $("frame").hidden = false;
     $("no-frame").hidden = true;
-    drawBoxes($("boxes"), frame.cells, frame.size_px, colours(state));
+    drawBoxes($("boxes"), frame.cells, frame.size_px, coloursOf(state));
     shownFrame = frame.number;
   });
   picture.src = `/api/frame/${frame.number}.jpg`;
@@ -81,13 +79,11 @@ function showLegend(state, cells) {
     const name = cell.status === "unidentified" ? "unidentified" : cell.class;
     counts.set(name, (counts.get(name) ?? 0) + 1);
   }
-  const of = colours(state);
+  const colours = coloursOf(state);
   $("legend").replaceChildren(
     ...[...counts].map(([name, count]) => {
       const entry = make("span");
-      const mark = make("i");
-      mark.style.background = of.get(name) ?? "#444";
-      entry.append(mark, `${name} ${count}`);
+      entry.append(swatch(colours, name), `${name} ${count}`);
       return entry;
     }),
   );
@@ -112,14 +108,12 @@ function showDifferential(state) {
   const basis = made.basis === "unique" ? "each cell once" : "cells of fields at unknown places may be counted twice";
   $("differential-n").textContent = `n = ${made.leukocytes} classified leukocytes, ${made.fields} ${made.fields === 1 ? "field" : "fields"}; ${basis}.`;
   showChart(state.chart);
-  const of = colours(state);
+  const colours = coloursOf(state);
   $("shares").tBodies[0].replaceChildren(
     ...made.shares.map((share) => {
       const row = make("tr");
       const name = make("td");
-      const mark = make("i");
-      mark.style.background = of.get(share.class);
-      name.append(mark, share.class);
+      name.append(swatch(colours, share.class), share.class);
       const usual = share.reference ? `${share.reference.low_pct} to ${share.reference.high_pct}: ${state.flag_words[share.flag]}` : "–";
       const interval = `${share.low_pct.toFixed(1)} to ${share.high_pct.toFixed(1)}`;
       row.append(name, make("td", share.count), make("td", share.pct.toFixed(1)), make("td", interval), make("td", usual));
