@@ -41,13 +41,13 @@ def test_a_longer_sample_is_no_leak_and_what_stays_after_each_one_is() -> None:
 def test_a_piece_of_a_whole_slide_is_counted_once() -> None:
     figures = whole_slide.run(fields=25)
     assert figures.faults == [], str(figures)
-    assert figures.truth["red"] > 200
+    assert figures.score.truth["red"] > 200
 
 
 def test_the_proof_of_a_whole_slide_sees_a_map_that_grows_and_cells_that_count_twice() -> None:
     figures = whole_slide.Figures(memory_mb=[(5000, 70.0), (6000, 72.0), (7000, 90.0)])
-    figures.truth.update(nucleated=100, red=100)
-    figures.unique.update(nucleated=102, red=97)
+    figures.score.truth.update(nucleated=100, red=100)
+    figures.score.unique.update(nucleated=102, red=97)
     assert figures.faults == [
         "the map took 90.0 MB, the bound is 80",
         "it grows by 10.00 MB a thousand fields, the bound is 1",

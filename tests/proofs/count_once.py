@@ -37,6 +37,7 @@ from tests.proofs.degrading import real_fields
 from tests.proofs.scanning import (
     PLATELET,
     RED_CELL,
+    TrueCell,
     Window,
     World,
     may_count,
@@ -78,15 +79,45 @@ def kind_of(class_name: str) -> str:
     return {RED_CELL: "red", PLATELET: "platelet"}.get(class_name, "nucleated")
 
 
+class PerfectScan:
+    """True boxes through the map, field after field. score: what came of it; seconds: for counting once, of each."""
+
+    def __init__(self, size_px: tuple[int, int], rng: np.random.Generator) -> None:
+        self.score = Score()
+        self.seconds: list[float] = []
+        self._size_px = size_px
+        self._rng = rng
+        self._slide = SlideMap("proof")
+        self._next_cell = 1
+
+    def visit(self, world: World, window: Window, **known: object) -> list[TrueCell]:
+        """Look at a field; gives the cells that may count there. known: what the camera tells of its place."""
+        score = self.score
+        score.fields += 1
+        frame = take(world, window, self._size_px, self._rng, score.fields, **known)
+        seen = truth_in(world, window, self._size_px)
+        cells = perfect_cells(seen, self._next_cell, self._rng, UNREST_PX)
+        self._next_cell += len(cells)
+        begun_s = time.perf_counter()
+        observed = self._slide.observe(frame, cells)
+        self._slide.add(observed.trace)
+        self.seconds.append(time.perf_counter() - begun_s)
+        score.unknown += observed.place.source == "unknown"
+        for name, count in observed.unique_counts.items():
+            score.unique[kind_of(name)] += count
+        countable = [true for true, box in seen if may_count(box, self._size_px)]
+        score.raw.update(kind_of(true.class_name) for true in countable)
+        return countable
+
+
 def scan_perfect(
     world: World, windows: Iterable[Window], size_px: tuple[int, int], seed: int, *, um_per_px: float | None = None
 ) -> Score:
     """True boxes through the map. um_per_px: given = the stage tells each place, off by its slack."""
     rng = np.random.default_rng(seed)
-    slide, score = SlideMap("proof"), Score()
+    scan = PerfectScan(size_px, rng)
     true_once: dict[int, str] = {}
-    number = 1
-    for place, window in enumerate(windows, start=1):
+    for window in windows:
         known: dict[str, object] = {}
         if um_per_px is not None:
             slack = rng.uniform(-15, 15, 2)
@@ -94,21 +125,9 @@ def scan_perfect(
                 "um_per_px": um_per_px,
                 "stage_um": ((window.x + slack[0]) * um_per_px, (window.y + slack[1]) * um_per_px),
             }
-        frame = take(world, window, size_px, rng, place, **known)
-        seen = truth_in(world, window, size_px)
-        true_once |= {true.identifier: true.class_name for true, box in seen if may_count(box, size_px)}
-        cells = perfect_cells(seen, number, rng, UNREST_PX)
-        number += len(cells)
-        observed = slide.observe(frame, cells)
-        slide.add(observed.trace)
-        score.fields += 1
-        score.unknown += observed.place.source == "unknown"
-        for true, box in seen:
-            score.raw[kind_of(true.class_name)] += may_count(box, size_px)
-        for name, count in observed.unique_counts.items():
-            score.unique[kind_of(name)] += count
-    score.truth.update(kind_of(name) for name in true_once.values())
-    return score
+        true_once |= {true.identifier: true.class_name for true in scan.visit(world, window, **known)}
+    scan.score.truth.update(kind_of(name) for name in true_once.values())
+    return scan.score
 
 
 @dataclass(frozen=True, slots=True, eq=False)

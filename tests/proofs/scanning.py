@@ -28,6 +28,8 @@ LEAST_SEEN = 0.02
 
 @dataclass(frozen=True, slots=True)
 class TrueCell:
+    """identifier: the same in every piece of one slide."""
+
     identifier: int
     class_name: str
     box: Box
@@ -51,17 +53,26 @@ class Window:
     blur_px: float = 0.0
 
 
-def simulated_world(seed: int, width_px: int, height_px: int, nucleated_per_field: float = 4.0) -> World:
-    """A piece of the simulated slide, with more nucleated cells than usual."""
-    density = CellDensity.per_field(22, nucleated_per_field, 2.5, 640 * 480 / 12.5**2)
-    slide = SimulatedSlide(seed, density=density)
-    scale = slide.px_per_um
+def crowded_slide(seed: int, nucleated_per_field: float = 4.0) -> SimulatedSlide:
+    """A simulated slide with more nucleated cells than usual."""
+    return SimulatedSlide(seed, density=CellDensity.per_field(22, nucleated_per_field, 2.5, 640 * 480 / 12.5**2))
+
+
+def piece_of(slide: SimulatedSlide, left_px: int, top_px: int, size_px: tuple[int, int]) -> World:
+    """A piece of a simulated slide, with its own corner at (0, 0)."""
+    scale, (width_px, height_px) = slide.px_per_um, size_px
+    corner_um = (left_px / scale, top_px / scale)
     cells = []
-    for number, cell in enumerate(slide.cells_in(0, 0, width_px / scale, height_px / scale)):
+    for cell in slide.cells_in(*corner_um, (left_px + width_px) / scale, (top_px + height_px) / scale):
         area = cell.outline_area
-        box = Box(*(um * scale for um in (area.x_min_um, area.y_min_um, area.x_max_um, area.y_max_um)))
-        cells.append(TrueCell(number, cell.class_name, box))
-    return World(slide.render(0, 0, width_px, height_px), tuple(cells))
+        edges_um = (area.x_min_um, area.y_min_um, area.x_max_um, area.y_max_um)
+        box = Box(*(um * scale - corner for um, corner in zip(edges_um, (left_px, top_px) * 2, strict=True)))
+        cells.append(TrueCell(hash(cell.identifier), cell.class_name, box))
+    return World(slide.render(*corner_um, width_px, height_px), tuple(cells))
+
+
+def simulated_world(seed: int, width_px: int, height_px: int, nucleated_per_field: float = 4.0) -> World:
+    return piece_of(crowded_slide(seed, nucleated_per_field), 0, 0, (width_px, height_px))
 
 
 def world_of_fields(fields: Sequence[RealField], columns: int) -> World:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -23,12 +21,10 @@ from statistics import median
 import numpy as np
 import psutil
 
-from agent.analysis.duplicates import FIELDS_REMEMBERED, SlideMap
-from agent.camera.simulated import CellDensity, SimulatedSlide
-from agent.domain import Box
+from agent.analysis.duplicates import FIELDS_REMEMBERED
 from agent.machine import give_back_free_memory, keep_big_blocks_apart
-from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, UNREST_PX, kind_of
-from tests.proofs.scanning import TrueCell, Window, World, may_count, perfect_cells, take, truth_in
+from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, PerfectScan, Score, kind_of
+from tests.proofs.scanning import Window, World, crowded_slide, piece_of
 
 SIZE_PX = (640, 480)
 OVERLAP = 0.2
@@ -48,15 +44,9 @@ class Figures:
     memory_mb: (fields, MB more than after WARM_UP_FIELDS); seconds: for counting once, of each field.
     """
 
-    fields: int = 0
-    unknown: int = 0
+    score: Score = field(default_factory=Score)
     memory_mb: list[tuple[int, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    unique: Counter[str] = field(default_factory=Counter)
-    truth: Counter[str] = field(default_factory=Counter)
-
-    def error(self, kind: str) -> float:
-        return (self.unique[kind] - self.truth[kind]) / max(1, self.truth[kind])
 
     @property
     def mb_per_1000(self) -> float | None:
@@ -75,79 +65,54 @@ class Figures:
         if (growth := self.mb_per_1000) is not None and growth > MOST_MB_PER_1000:
             found.append(f"it grows by {growth:.2f} MB a thousand fields, the bound is {MOST_MB_PER_1000:g}")
         for kind, bound in (("nucleated", NUCLEATED_BOUND), ("red", RED_BOUND)):
-            if abs(self.error(kind)) > bound:
-                found.append(f"{kind} cells: {self.error(kind):+.2%}, the bound is {bound:.0%}")
+            if abs(self.score.error(kind)) > bound:
+                found.append(f"{kind} cells: {self.score.error(kind):+.2%}, the bound is {bound:.0%}")
         return found
 
     def __str__(self) -> str:
+        score = self.score
         counts = ", ".join(
-            f"{kind} {self.unique[kind]} of {self.truth[kind]} ({self.error(kind):+.2%})"
+            f"{kind} {score.unique[kind]} of {score.truth[kind]} ({score.error(kind):+.2%})"
             for kind in ("nucleated", "red")
         )
         memory = f"the map takes {self.memory_mb[-1][1]:.1f} MB; " if self.memory_mb else ""
         return (
-            f"{self.fields} fields, {self.unknown} at unknown places; {counts}; {memory}counting once"
+            f"{score.fields} fields, {score.unknown} at unknown places; {counts}; {memory}counting once"
             f" {median(self.seconds[-TOLD_EVERY:]) * 1000:.1f} ms a field"
         )
 
 
 def run(fields: int, told_every: int = TOLD_EVERY, tell: Callable[[str], None] = print) -> Figures:
     """Scan so many fields."""
-    rng = np.random.default_rng(1)
-    slide, figures = SlideMap("proof"), Figures()
+    scan = PerfectScan(SIZE_PX, np.random.default_rng(1))
+    figures = Figures(scan.score, seconds=scan.seconds)
     before: set[int] = set()  # cells of the row before and of this one: no other row shows a cell again
     here: set[int] = set()
-    number, memory, at_first_mb = 1, psutil.Process(), 0.0
-    for place, (world, corner, begins_row) in enumerate(scan(fields), start=1):
+    memory, at_first_mb = psutil.Process(), 0.0
+    for number, (world, corner, begins_row) in enumerate(walk(fields), start=1):
         if begins_row:
             before, here = here, set()
-        frame = take(world, Window(0, 0), SIZE_PX, rng, place)
-        seen = truth_in(world, Window(0, 0), SIZE_PX)
-        for true, box in seen:
-            if may_count(box, SIZE_PX):
-                is_new = true.identifier not in before and true.identifier not in here
-                figures.truth[kind_of(true.class_name)] += is_new
-                here.add(true.identifier)
-        cells = perfect_cells(seen, number, rng, UNREST_PX)
-        number += len(cells)
-        begun_s = time.perf_counter()
-        observed = slide.observe(frame, cells)
-        slide.add(observed.trace)
-        figures.seconds.append(time.perf_counter() - begun_s)
-        figures.fields += 1
-        figures.unknown += observed.place.source == "unknown"
-        for name, count in observed.unique_counts.items():
-            figures.unique[kind_of(name)] += count
-        if place == WARM_UP_FIELDS:
+        for true in scan.visit(world, Window(0, 0)):
+            scan.score.truth[kind_of(true.class_name)] += true.identifier not in before and true.identifier not in here
+            here.add(true.identifier)
+        if number == WARM_UP_FIELDS:
             at_first_mb = resident_mb(memory)
-        elif place > WARM_UP_FIELDS and place % told_every == 0:
-            figures.memory_mb.append((place, resident_mb(memory) - at_first_mb))
+        elif number > WARM_UP_FIELDS and number % told_every == 0:
+            figures.memory_mb.append((number, resident_mb(memory) - at_first_mb))
             tell(f"{corner}: {figures}")
     return figures
 
 
-def scan(fields: int) -> Iterator[tuple[World, str, bool]]:
+def walk(fields: int) -> Iterator[tuple[World, str, bool]]:
     """What each field shows, with its own corner at (0, 0), where on the slide that is, and whether a row begins."""
-    slide = SimulatedSlide(7, density=CellDensity.per_field(22, 4, 2.5, SIZE_PX[0] * SIZE_PX[1] / 12.5**2))
+    slide = crowded_slide(7)
     step_px = [round(side * (1 - OVERLAP)) for side in SIZE_PX]
     columns = math.ceil(math.sqrt(fields))
     for index in range(fields):
         row, step = divmod(index, columns)
         column = columns - 1 - step if row % 2 else step
-        left_px, top_px = column * step_px[0], row * step_px[1]
-        yield show(slide, left_px, top_px), f"column {column}, row {row}", step == 0
-
-
-def show(slide: SimulatedSlide, left_px: int, top_px: int) -> World:
-    scale = slide.px_per_um
-    cells = []
-    corner_um = (left_px / scale, top_px / scale)
-    for cell in slide.cells_in(*corner_um, (left_px + SIZE_PX[0]) / scale, (top_px + SIZE_PX[1]) / scale):
-        area = cell.outline_area
-        edges_um = (area.x_min_um, area.y_min_um, area.x_max_um, area.y_max_um)
-        box = Box(*(um * scale - corner for um, corner in zip(edges_um, (left_px, top_px) * 2, strict=True)))
-        cells.append(TrueCell(hash(cell.identifier), cell.class_name, box))
-    return World(slide.render(*corner_um, *SIZE_PX), tuple(cells))
+        piece = piece_of(slide, column * step_px[0], row * step_px[1], SIZE_PX)
+        yield piece, f"column {column}, row {row}", step == 0
 
 
 def resident_mb(process: psutil.Process) -> float:
