@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from agent.delivery.outbox import open_outbox
@@ -122,3 +123,11 @@ class Bench:
         for agent in self._agents:
             if agent.is_running:
                 agent.kill()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """A `Bench`; every agent that it started is gone when the test ends."""
+    made = Bench(tmp_path)
+    yield made
+    made.close()

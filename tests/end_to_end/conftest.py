@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import pytest
-from agent_process import Bench
+from agent_process import bench as bench  # a fixture
 
 from agent.camera.simulated import open_simulated
 from agent.config import CameraSection, Config, models_folder
+from tests.slides import SMALL_FIELD
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,21 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    """A `Bench`; every agent that it started is gone when the test ends."""
-    made = Bench(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def make_fields(tmp_path: Path) -> Callable[..., Path]:
     """Factory `make_fields(count, seed=1) -> Path` of a folder of rendered fields, 320 x 240, as PNG files."""
 
     def make(count: int, seed: int = 1) -> Path:
         folder = tmp_path / f"fields-{seed}"
         folder.mkdir()
-        simulated = {"fields": count, "seed": seed, "interval_s": 0, "frame_width_px": 320, "frame_height_px": 240}
+        simulated = {"fields": count, "seed": seed, "interval_s": 0, **SMALL_FIELD}
         camera = open_simulated(CameraSection.model_validate({"kind": "simulated", "simulated": simulated}))
         number = 0
         while (frame := camera.read()) is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from agent.desk import NO_SAMPLE_YET
 from agent.domain import SampleState
-from tests.end_to_end.agent_process import Bench
+from tests.end_to_end.agent_process import bench as bench  # a fixture
 from tests.web.beside import Beside
 from tests.web.browser import Browser, find_chromium
 
@@ -33,14 +33,6 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    """A place of work for agents, all of which are gone when the test ends."""
-    made = Bench(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
