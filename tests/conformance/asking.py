@@ -240,6 +240,11 @@ def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
         look("6.7", reason == "target-cells" and (report.body or {}).get("nucleated", 0) >= 1, f"ended by {reason}")
 
 
+def said_first(heard: Iterable[Heard], since_s: float) -> list[str]:
+    """The kinds of the first three messages of the device itself; others say things to it meanwhile."""
+    return [one.kind for one in heard if one.at_s >= since_s and one.kind not in RECEIVERS][:3]
+
+
 def knock_off(access: Access, desk: Desk) -> None:
     """2.2, 2.3: take the device's name, so that the broker throws its connection out, and see it come back."""
     site, device = desk.base.split("/")[2:4]
@@ -262,8 +267,7 @@ def knock_off(access: Access, desk: Desk) -> None:
     if back is None:
         desk.findings.look("2.3", False, "the device did not come back within 90 s")
         return
-    after = [heard for heard in desk.ears.heard[since:] if heard.at_s >= back.at_s and heard.kind not in RECEIVERS]
-    first = [heard.kind for heard in after[:3]]
+    first = said_first(desk.ears.heard[since:], back.at_s)
     desk.findings.look("2.3", set(first) == {"state", "info", "health"}, f"on the new connection came first: {first}")
 
 

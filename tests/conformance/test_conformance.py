@@ -23,6 +23,7 @@ from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.topics import Topics
 from tests.slides import small_slide
 
+from .asking import said_first
 from .clauses import Findings, read_clauses
 from .ears import Access, Ears, Heard
 from .listening import judge_all
@@ -138,6 +139,12 @@ def test_the_collector_keeps_the_clauses_for_receivers_at_every_broker(
         collector.terminate()
         collector.wait(30)
     assert (code, "3 pass, 0 FAIL" in text) == (0, True), text
+
+
+def test_what_a_receiver_says_meanwhile_is_not_taken_for_the_devices_first_word() -> None:
+    kinds = ("field", "state", "ack", "info", "cmd", "health", "fleet", "event")
+    heard = [Heard("", kind, b"", 1, False, None, None, float(at_s), None) for at_s, kind in enumerate(kinds)]
+    assert said_first(heard, since_s=1.0) == ["state", "info", "health"]
 
 
 def test_a_receiver_that_acknowledges_nothing_fails(mosquitto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
