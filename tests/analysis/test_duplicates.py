@@ -24,6 +24,7 @@ from agent.analysis.registration import Shift
 from agent.domain import Box, Cell, CellStatus, Detection, Frame
 from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, scan_perfect, scans
 from tests.proofs.scanning import (
+    TrueCell,
     Window,
     World,
     meander,
@@ -362,6 +363,16 @@ def test_a_trace_is_small(world: World) -> None:
     cells: Sequence[Cell] = [make_cell(n, (n * 10.0, 50, n * 10.0 + 70, 120)) for n in range(1, 31)]
     stage.visit(300, 300, cells)
     assert len(stage.texts[0]) < 8000
+
+
+def test_the_true_box_of_a_sliver_is_restless_and_stays_a_box() -> None:
+    """A box inside out, as the proof once drew it, matched with cells far away."""
+    sliver = TrueCell(1, "RBC", Box(100.3, 474.6, 190.4, 570.2))
+    seen = truth_in(World(np.zeros((600, 640, 3), np.uint8), (sliver,)), Window(0, 0), SIZE_PX)
+    boxes = [perfect_cells(seen, 1, np.random.default_rng(seed), 3.0)[0].detection.box for seed in range(200)]
+    assert len({box.y_min for box in boxes}) > 20
+    assert min(box.height_px for box in boxes) >= 1
+    assert {box.y_max for box in boxes} == {480.0}
 
 
 def test_a_small_simulated_slide_is_counted_once_within_the_bounds() -> None:
