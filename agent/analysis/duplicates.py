@@ -61,6 +61,10 @@ WITNESSES: Final = 3
 SAME_CUT: Final = 0.6
 """Share of a cut box that must lie in the other one."""
 
+SIDE_PX: Final = 8.0
+SIDE_SHARE: Final = 0.35
+"""Of the shorter of two boxes: how far apart the two may see one side of a cell; SIDE_PX at least."""
+
 CUT_BEYOND: Final = 0.3
 """Of a box's longer side: a field that shows so much more of a cut cell, beyond the edge, decides whether it is one."""
 
@@ -633,6 +637,9 @@ def match_boxes(
         ((is_thin_b & is_cut_b)[None], _inside(b, wide_a).T),
     ):
         score = np.where(is_sliver & (within >= SAME_CUT), np.maximum(score, 0.1 * within), score)
+    is_there = _reaches(new, region)[:, None] & _reaches(moved, region)[None]
+    is_one = _sides_agree(new, _shown(new, new_size_px), moved, _shown(old, old_size_px), region)
+    score = np.where(is_there & is_one, score, 0)
     pairs: list[tuple[int, int]] = []
     while True:
         index = int(score.argmax())
@@ -641,6 +648,36 @@ def match_boxes(
             return pairs
         pairs.append((row, column))
         score[row], score[:, column] = 0, 0
+
+
+def _sides_agree(
+    new: Boxes,
+    shown_new: NDArray[np.bool_],
+    old: Boxes,
+    shown_old: NDArray[np.bool_],
+    region: tuple[float, float, float, float],
+) -> NDArray[np.bool_]:
+    """Of each pair whether the sides that both fields show lie at one place: (n, m). Both in the new frame.
+
+    Only along an axis on which the region cuts one of the two: there the corner of one cell may lie within another one,
+    and yet they end elsewhere. Across that axis a sliver's box does not tell where its cell ends.
+    """
+    agree = np.ones((len(new), len(old)), bool)
+    for low, high in ((0, 2), (1, 3)):
+        cut_new, cut_old = (
+            (boxes[:, low] < region[low] + EDGE_PX) | (boxes[:, high] > region[high] - EDGE_PX) for boxes in (new, old)
+        )
+        shorter = np.minimum((new[:, high] - new[:, low])[:, None], (old[:, high] - old[:, low])[None])
+        for side in (low, high):
+            is_told = (cut_new[:, None] | cut_old[None]) & shown_new[:, side][:, None] & shown_old[:, side][None]
+            away = np.abs(new[:, side][:, None] - old[:, side][None])
+            agree &= ~is_told | (away <= np.maximum(SIDE_PX, SIDE_SHARE * shorter))
+    return agree
+
+
+def _shown(boxes: Boxes, size_px: tuple[int, int]) -> NDArray[np.bool_]:
+    """Of each box which sides are its cell's, (n, 4): not cut by the frame's edge, which a cut box hardly misses."""
+    return np.asarray((boxes > SIDE_PX) & (boxes < np.asarray(size_px * 2) - SIDE_PX))
 
 
 def boxes_agree(
@@ -712,6 +749,12 @@ def _cut(boxes: Boxes, left: float, top: float, right: float, bottom: float) -> 
 
 def _thickness(boxes: Boxes) -> NDArray[np.float64]:
     return np.asarray(np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]))
+
+
+def _reaches(boxes: Boxes, region: tuple[float, float, float, float]) -> NDArray[np.bool_]:
+    """Whether boxes come to a region, but for the slack."""
+    wide = boxes + SLACK_PX
+    return np.asarray(((wide[:, :2] <= region[2:]) & (wide[:, 2:] >= region[:2])).all(axis=1))
 
 
 def _inside(a: Boxes, b: Boxes) -> NDArray[np.float64]:

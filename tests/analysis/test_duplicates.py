@@ -261,6 +261,24 @@ def test_a_small_cell_on_a_large_one_is_not_the_large_one() -> None:
     assert match_boxes(new, SIZE_PX, old, SIZE_PX, Shift(0, 0)) == [(0, 0)]
 
 
+def test_a_cell_that_only_one_of_two_fields_can_show_is_none_of_the_other() -> None:
+    """Where a strip ends lies a cell of the one; level with it, but far beyond the strip, one of the other."""
+    beside = Shift(SIZE_PX[0] * 0.8, 0)
+    at_the_end = np.asarray([(SIZE_PX[0] - 90, 100, SIZE_PX[0], 190.0)])
+    beyond = np.asarray([(SIZE_PX[0] - 150, 110, SIZE_PX[0] - 60, 185.0)])
+    assert match_boxes(beyond, SIZE_PX, at_the_end, SIZE_PX, beside) == []
+
+
+def test_a_corner_of_one_cell_within_another_that_ends_elsewhere_is_not_that_cell() -> None:
+    beside = Shift(-SIZE_PX[0] * 0.8, 0)
+    strip = SIZE_PX[0] * 0.8
+    # Of the new field's cell the old one shows four pixels, on which a cell lies that goes on to the right.
+    corner, other = np.asarray([(strip - 170, 130, strip + 4, 270.0)]), np.asarray([(0, 60, 160, 220.0)])
+    assert match_boxes(corner, SIZE_PX, other, SIZE_PX, beside) == []
+    # What the old field shows of the same cell ends with it.
+    assert match_boxes(corner, SIZE_PX, np.asarray([(0, 150, 5, 220.0)]), SIZE_PX, beside) == [(0, 0)]
+
+
 def test_fields_without_a_place_say_so_and_count_by_the_two_sides_rule(world: World) -> None:
     stage = Stage(world)
     first = stage.visit(0, 0, [make_cell(1, (10, 10, 90, 90))], tells_place=False)

@@ -22,6 +22,9 @@ from tests.proofs.degrading import RealField
 
 RED_CELL, PLATELET = "RBC", "platelet"
 MARGIN_PX = 43
+SEAM_PX = 4
+"""A box that ends as near to a seam is taken to end there: by so much the detector's boxes are restless."""
+
 LEAST_SEEN = 0.02
 """Of a cell; nobody could find a smaller sliver."""
 
@@ -37,10 +40,20 @@ class TrueCell:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class World:
-    """pixels_bgr: the whole picture; cells: all that is in it."""
+    """pixels_bgr: the whole picture; cells: all that is in it. seams_px: x and y at which real fields meet."""
 
     pixels_bgr: Pixels
     cells: tuple[TrueCell, ...]
+    seams_px: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def is_at_seam(self, box: Box) -> bool:
+        """Whether the box reaches a seam, or nearly: what is there may be the half of a cell."""
+        sides = (box.x_min, box.x_max), (box.y_min, box.y_max)
+        return any(
+            low - SEAM_PX <= seam <= high + SEAM_PX
+            for (low, high), seams in zip(sides, self.seams_px, strict=True)
+            for seam in seams
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +89,7 @@ def simulated_world(seed: int, width_px: int, height_px: int, nucleated_per_fiel
 
 
 def world_of_fields(fields: Sequence[RealField], columns: int) -> World:
-    """Real fields of one device side by side. Where two meet, cells end: the detector sees such halves in any field."""
+    """Real fields of one device side by side. Where two meet, at the seams, cells end."""
     height, width = fields[0].pixels_bgr.shape[:2]
     alike = [field for field in fields if field.pixels_bgr.shape == fields[0].pixels_bgr.shape]
     rows = len(alike) // columns
@@ -89,7 +102,8 @@ def world_of_fields(fields: Sequence[RealField], columns: int) -> World:
         for class_name, box in field.cells:
             moved = Box(box.x_min + x, box.y_min + y, box.x_max + x, box.y_max + y)
             cells.append(TrueCell(len(cells), class_name, moved))
-    return World(picture, tuple(cells))
+    seams = tuple(column * width for column in range(1, columns)), tuple(row * height for row in range(1, rows))
+    return World(picture, tuple(cells), seams)
 
 
 def take(world: World, window: Window, size_px: tuple[int, int], rng: Generator, number: int, **known: object) -> Frame:
