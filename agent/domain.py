@@ -239,11 +239,22 @@ class ClockReading:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinedPart:
+    """A part that was found to be one with another: where its origin lies in that one, frame pixels and degrees."""
+
+    part: int
+    x_px: float
+    y_px: float
+    turn_deg: float
+
+
+@dataclass(frozen=True, slots=True)
 class SlidePlace:
     """Where a field lies on its slide: its upper left corner and turn within a part, in frame pixels and degrees.
 
     part: fields of one part lie in one system of coordinates; a field at an unknown place begins a new part.
-    confidence: 0 to 1, how well the overlapping pictures agree; 1 where the stage tells.
+    confidence: 0 to 1, how well the overlapping pictures agree; 1 where the stage tells. joins: the part that this
+        field shows to be one with its own.
     """
 
     source: Literal["stage", "registered", "unknown"]
@@ -252,6 +263,7 @@ class SlidePlace:
     y_px: float
     turn_deg: float
     confidence: float
+    joins: JoinedPart | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -55,6 +55,7 @@ from agent.domain import (
     FieldResult,
     Frame,
     FrameQuality,
+    JoinedPart,
     SampleState,
     SlidePlace,
 )
@@ -207,7 +208,7 @@ def on_its_slide(field: FieldResult, slide: SlideMap, watch: Stopwatch) -> tuple
     """The field with what it is on its slide, whose map is only read; the time for that is part of its total."""
     with watch.stage("place"):
         observed = slide.observe(field.frame, field.cells)
-    took_ms, shift = watch.timing_ms["place"], observed.place.shift
+    took_ms, shift, join = watch.timing_ms["place"], observed.place.shift, observed.trace.join
     place = SlidePlace(
         observed.place.source,
         observed.place.part,
@@ -215,6 +216,7 @@ def on_its_slide(field: FieldResult, slide: SlideMap, watch: Stopwatch) -> tuple
         shift.y,
         math.degrees(shift.turn),
         observed.place.confidence,
+        None if join is None else JoinedPart(join.part, join.shift.x, join.shift.y, math.degrees(join.shift.turn)),
     )
     is_dirt = {cell.cell_id for cell in observed.cells if cell.status is CellStatus.ARTEFACT}
     placed = replace(

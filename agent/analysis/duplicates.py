@@ -4,7 +4,8 @@
     its Trace            SlideMap.add(trace): only when the field is stored; from the traces the map can be made again
 
 Where a field lies: from the stage, where the camera tells it; else by registering it to the fields before it and around
-it (`agent.analysis.registration`); else its place is unknown, and it begins a part of the slide of its own.
+it (`agent.analysis.registration`); else its place is unknown, and it begins a part of the slide of its own. Two parts
+of which one field shows a place each are one from then on.
 
 What counts, in a stream in which nothing that was sent can be changed
   1. A cell that reaches over the right or the lower edge of a field is not counted there; one that reaches over the
@@ -29,8 +30,9 @@ import json
 import math
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -89,6 +91,12 @@ SEARCH_SIDE_PX: Final = 32
 SEARCH_BLOCK: Final = 256
 """Fields that are looked at together when a field is lost; 3 MB for as long as it takes, a few us a field."""
 SEARCH_BEST: Final = 4
+JOIN_TRIES: Final = 2
+"""Look-alikes in other parts that a field is compared with: each costs as much as the field before."""
+JOIN_WITHIN_PX: Final = 12.0
+"""px by which two fields may differ on where another part lies."""
+JOIN_NEW_SHARE: Final = 0.1
+"""Of a field's area; one that shows less new of its own part is not asked whether it lies in another one too."""
 
 DIRT_APPEARANCES: Final = 3
 """In a row. One cell in 500 lies on the pixels of one of the field before by chance; most of these look otherwise."""
@@ -115,6 +123,28 @@ class Place:
         return 0.0 if self.source == "unknown" else self.shift.agreement
 
 
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Another part that a field shows to be one with its own. shift: from that part's pixels to those of its own."""
+
+    part: int
+    shift: Shift
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Located:
+    """Where a field lies, and the fields around it with the shift to each. shown: how many of these its picture shows.
+
+    join: with this field two parts are one. hint: they may be; the next field may say the same.
+    """
+
+    place: Place
+    neighbours: list[tuple[Trace, Shift]]
+    shown: int = 0
+    join: Join | None = None
+    hint: Join | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
     """What the map keeps of one field.
@@ -137,6 +167,8 @@ class Trace:
     merged: tuple[tuple[int, int], ...] = ()
     withdrawn: tuple[int, ...] = ()
     stuck: tuple[tuple[int, ...], ...] = ()
+    join: Join | None = None
+    hint: Join | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,6 +196,7 @@ class SlideMap:
         self._count = 0
         self._grid: dict[tuple[int, int, int], list[int]] = {}
         self._parts = 1
+        self._fields_of_part: Counter[int] = Counter()
         self._views: OrderedDict[int, View] = OrderedDict()
         self._steps: list[Shift] = []
         # Of field n its spectrum stands in place n % FIELDS_REMEMBERED, counted through the blocks.
@@ -186,12 +219,12 @@ class SlideMap:
         view = take_view(frame.pixels_bgr)
         size_px = (frame.width_px, frame.height_px)
         boxes = _boxes(cells)
-        place, neighbours = self._locate(view, frame, boxes)
-        matches = self._match(boxes, size_px, neighbours)
-        stuck = self._find_stuck(view, boxes, place)
-        is_elsewhere = _goes_on_elsewhere(boxes, neighbours)
-        observation = self._settle(cells, boxes, size_px, view, place, matches, is_elsewhere, stuck)
-        return replace(observation, new_share=_new_share(size_px, neighbours))
+        located = self._locate(view, frame, boxes)
+        matches = self._match(boxes, size_px, located.neighbours)
+        stuck = self._find_stuck(view, boxes, located.place)
+        is_elsewhere = _goes_on_elsewhere(boxes, located.neighbours)
+        observation = self._settle(cells, boxes, size_px, view, located, matches, is_elsewhere, stuck)
+        return replace(observation, new_share=_new_share(size_px, located.neighbours))
 
     def _settle(
         self,
@@ -199,7 +232,7 @@ class SlideMap:
         boxes: Boxes,
         size_px: tuple[int, int],
         view: View,
-        place: Place,
+        located: Located,
         matches: Sequence[tuple[int, ...]],
         is_elsewhere: NDArray[np.bool_],
         stuck: Sequence[tuple[int, ...]],
@@ -274,7 +307,7 @@ class SlideMap:
             names.append(name)
             merits.append(round(merit, 3))
         trace = Trace(
-            place,
+            located.place,
             size_px,
             view.factor,
             to_jpeg(view),
@@ -287,13 +320,15 @@ class SlideMap:
             tuple(merged),
             tuple(withdrawn),
             tuple(stuck),
+            located.join,
+            located.hint,
         )
         return Observation(
             tuple(settled),
             MappingProxyType({name: count for name, count in sorted(added.items()) if count}),
             sum(cell.status is CellStatus.DUPLICATE for cell in settled),
             1.0,
-            place,
+            located.place,
             trace,
         )
 
@@ -322,11 +357,14 @@ class SlideMap:
             self._stands[other] = 0
         for root in trace.withdrawn:
             self._stands[root] = 0
+        if trace.join is not None:
+            self._move_part(trace.join, trace.place.part)
         if self._fields and self._last.place.part == trace.place.part and trace.place.source != "stage":
             step = trace.place.shift.then(self._last.place.shift.inverse())
             self._steps = [step, *(old for old in self._steps if math.hypot(old.x - step.x, old.y - step.y) > 40)]
             del self._steps[STEPS_REMEMBERED:]
         self._fields[field] = trace
+        self._fields_of_part[trace.place.part] += 1
         self._count += 1
         self._parts = max(self._parts, trace.place.part + 1)
         self._grid.setdefault(self._square(trace.place, trace.size_px), []).append(field)
@@ -337,15 +375,29 @@ class SlideMap:
     def _last(self) -> Trace:
         return self._fields[self._count - 1]
 
+    def _move_part(self, join: Join, part: int) -> None:
+        """Let the fields of a part lie in another one from now on."""
+        for field, trace in self._fields.items():
+            if trace.place.part == join.part:
+                self._leave_grid(field, trace)
+                place = replace(trace.place, part=part, shift=trace.place.shift.then(join.shift))
+                self._fields[field] = replace(trace, place=place)
+                self._grid.setdefault(self._square(place, trace.size_px), []).append(field)
+        self._fields_of_part[part] += self._fields_of_part.pop(join.part, 0)
+
     def _forget(self, field: int) -> None:
         """No longer look for this field, nor match with its boxes; what its cells count for stays."""
         trace = self._fields.pop(field, None)
         if trace is not None:
-            square = self._square(trace.place, trace.size_px)
-            self._grid[square].remove(field)
-            if not self._grid[square]:
-                del self._grid[square]
+            self._leave_grid(field, trace)
+            self._fields_of_part[trace.place.part] -= 1
             self._views.pop(field, None)
+
+    def _leave_grid(self, field: int, trace: Trace) -> None:
+        square = self._square(trace.place, trace.size_px)
+        self._grid[square].remove(field)
+        if not self._grid[square]:
+            del self._grid[square]
 
     def _grow(self, number: int) -> None:
         while len(self._root) <= number:
@@ -385,20 +437,58 @@ class SlideMap:
             return False
         return self._anchor(view, none, size_px) is None
 
-    def _locate(self, view: View, frame: Frame, boxes: Boxes) -> tuple[Place, list[tuple[Trace, Shift]]]:
-        """The field's place, and the fields around it with the shift to each."""
+    def _locate(self, view: View, frame: Frame, boxes: Boxes) -> Located:
         size_px = (frame.width_px, frame.height_px)
         told = _told_place(frame)
         if told is not None:
-            return told, self._around(told, size_px, self._measure(view, boxes, told, size_px, {}))
+            return Located(told, self._around(told, size_px, self._measure(view, boxes, told, size_px, {})))
         anchor = self._anchor(view, boxes, size_px)
         if anchor is None:
-            return Place("unknown", self._parts, Shift(0.0, 0.0)), []
-        field, shift = anchor
-        place = self._place_by([(field, shift)], size_px)
-        measured = self._measure(view, boxes, place, size_px, {field: shift})
+            return Located(Place("unknown", self._parts, Shift(0.0, 0.0)), [])
+        located = self._locate_by(anchor, view, boxes, size_px)
+        is_asked = _new_share(size_px, located.neighbours) >= JOIN_NEW_SHARE
+        return self._join(located, view, boxes, size_px) if is_asked else located
+
+    def _locate_by(self, anchor: tuple[int, Shift], view: View, boxes: Boxes, size_px: tuple[int, int]) -> Located:
+        """Where a field lies that was registered to another one: by all fields around it."""
+        place = self._place_by([anchor], size_px)
+        measured = self._measure(view, boxes, place, size_px, dict([anchor]))
         place = self._place_by(list(measured.items()), size_px)
-        return place, self._around(place, size_px, measured)
+        return Located(place, self._around(place, size_px, measured), len(measured))
+
+    def _join(self, located: Located, view: View, boxes: Boxes, size_px: tuple[int, int]) -> Located:
+        """Where a field lies if it shows a place of another part too: both parts are one then, with the older's pixels.
+
+        Only where the cells agree as well, and two fields say so, of the other part or of this one: a part at the wrong
+        place is worse than two parts.
+        """
+        own = located.place
+        others = {part for part, fields in self._fields_of_part.items() if fields} - {own.part, STAGE_PART}
+        if not others:
+            return located
+        for field in self._look_alikes(view, others)[:JOIN_TRIES]:
+            shift = register(view, self._view(field), witness=_only_sure(self._witness(boxes, size_px, field)))
+            if shift is None:
+                continue
+            beside = self._locate_by((field, shift), view, boxes, size_px)
+            hint = Join(beside.place.part, beside.place.shift.inverse().then(own.shift))
+            if beside.shown < 2 and not self._said_before(hint, beside.place):
+                return replace(located, hint=hint)
+            kept, moved = sorted((own, beside.place), key=lambda place: place.part)
+            join = Join(moved.part, moved.shift.inverse().then(kept.shift))
+            return replace(located, place=kept, neighbours=[*located.neighbours, *beside.neighbours], join=join)
+        return located
+
+    def _said_before(self, hint: Join, place: Place) -> bool:
+        """Whether one of the last fields has put the other part at the same place. place: of the field in that part."""
+        here = hint.shift.apply(place.shift.x, place.shift.y)
+        for field in range(self._count - 1, max(-1, self._count - 1 - RECENT), -1):
+            trace = self._fields[field]
+            if trace.hint is not None and trace.hint.part == hint.part and trace.place.part == self._last.place.part:
+                there = trace.hint.shift.apply(place.shift.x, place.shift.y)
+                if math.dist(here, there) <= JOIN_WITHIN_PX:
+                    return True
+        return False
 
     def _place_by(self, measured: Sequence[tuple[int, Shift]], size_px: tuple[int, int]) -> Place:
         """Where a field lies by the fields that it was registered to, the first of which is the surest.
@@ -529,16 +619,20 @@ class SlideMap:
             self._views.move_to_end(field)
         return view
 
-    def _look_alikes(self, view: View) -> list[int]:
-        """Fields whose small pictures correlate best with this one at any shift."""
+    def _look_alikes(self, view: View, parts: Container[int] | None = None) -> list[int]:
+        """Fields whose small pictures correlate best with this one at any shift, SEARCH_BEST at most.
+
+        parts: in which they are looked for; None = in all.
+        """
         wanted = _search_spectrum(view).conj()
         tops = np.concatenate(
             [np.fft.irfft2(block * wanted, (SEARCH_SIDE_PX, SEARCH_SIDE_PX)).max(axis=(1, 2)) for block in self._search]
         )[: len(self._fields)]
         # The place of a field in the blocks comes again with each FIELDS_REMEMBERED fields.
         oldest = self._count - len(self._fields)
-        best = np.argsort(tops)[::-1][:SEARCH_BEST]
-        return [oldest + (int(place) - oldest) % FIELDS_REMEMBERED for place in best]
+        fields = (oldest + (int(place) - oldest) % FIELDS_REMEMBERED for place in np.argsort(tops)[::-1])
+        alike = (field for field in fields if parts is None or self._fields[field].place.part in parts)
+        return list(islice(alike, SEARCH_BEST))
 
     def _remember_search(self, field: int) -> None:
         block, place = divmod(field % FIELDS_REMEMBERED, SEARCH_BLOCK)
@@ -589,6 +683,11 @@ class SlideMap:
             return False
         step = place.shift.then(self._last.place.shift.inverse())
         return math.hypot(step.x, step.y) > 0.05 * max(self._last.size_px)
+
+
+def _only_sure(witness: Witness) -> Witness:
+    """One that is against what it cannot tell."""
+    return lambda shift: witness(shift) is True
 
 
 def _told_place(frame: Frame) -> Place | None:
@@ -859,10 +958,9 @@ def _may_count(box: NDArray[np.float64], size_px: tuple[int, int]) -> bool:
 
 def trace_to_text(trace: Trace) -> str:
     """A trace as one line of JSON, some 5 kB."""
-    shift = trace.place.shift
     return json.dumps(
         {
-            "place": [trace.place.source, trace.place.part, shift.x, shift.y, shift.turn, shift.agreement],
+            "place": [trace.place.source, trace.place.part, *_shift_values(trace.place.shift)],
             "size_px": trace.size_px,
             "factor": trace.factor,
             "picture": base64.b64encode(trace.picture).decode("ascii"),
@@ -875,6 +973,8 @@ def trace_to_text(trace: Trace) -> str:
             "merged": trace.merged,
             "withdrawn": trace.withdrawn,
             "stuck": trace.stuck,
+            "join": _join_values(trace.join),
+            "hint": _join_values(trace.hint),
         },
         separators=(",", ":"),
     )
@@ -900,9 +1000,24 @@ def trace_from_text(text: str) -> Trace:
             tuple((first, second) for first, second in stored["merged"]),
             tuple(stored["withdrawn"]),
             tuple(tuple(views) for views in stored["stuck"]),
+            _join_of(stored.get("join")),
+            _join_of(stored.get("hint")),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not the trace of a field: {error}") from error
+
+
+def _shift_values(shift: Shift) -> tuple[float, float, float, float]:
+    return shift.x, shift.y, shift.turn, shift.agreement
+
+
+def _join_values(join: Join | None) -> list[float] | None:
+    return None if join is None else [join.part, *_shift_values(join.shift)]
+
+
+def _join_of(values: Sequence[float] | None) -> Join | None:
+    """None too where a version before this one has written the trace."""
+    return None if values is None else Join(int(values[0]), Shift(*values[1:]))
 
 
 def map_from_traces(sid: str, texts: Iterable[str]) -> SlideMap:

@@ -26,6 +26,7 @@ from agent.domain import (
     DriftReading,
     FieldResult,
     FrameColour,
+    JoinedPart,
     ModelIdentity,
     Provenance,
     SlidePlace,
@@ -478,13 +479,18 @@ def model_words(identity: ModelIdentity) -> str:
 
 
 def _place_body(place: SlidePlace) -> Body:
-    where = {"x_px": _rounded(place.x_px, 1), "y_px": _rounded(place.y_px, 1), "turn_deg": _rounded(place.turn_deg, 2)}
+    joins = place.joins
     return {
         "source": place.source,
         "part": int(place.part),
-        **({} if place.source == "unknown" else where),
+        **({} if place.source == "unknown" else _where_body(place)),
         "confidence": _rounded(min(1.0, max(0.0, place.confidence)), 3),
+        **({} if joins is None else {"joins": {"part": int(joins.part), **_where_body(joins)}}),
     }
+
+
+def _where_body(place: SlidePlace | JoinedPart) -> Body:
+    return {"x_px": _rounded(place.x_px, 1), "y_px": _rounded(place.y_px, 1), "turn_deg": _rounded(place.turn_deg, 2)}
 
 
 def _colour_body(colour: FrameColour) -> Body:

@@ -1,7 +1,8 @@
 """Where the fields of a sample and their cells lie on the slide: as values for JSON, from the messages alone.
 
 Fields that were registered to one another lie in one part, in its own coordinates (frame pixels, the first field at the
-origin). How parts lie to each other is not known: a part of a single field is a field at an unknown place.
+origin). How parts lie to each other is not known, until a field joins them: a part of a single field is a field at an
+unknown place.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class MapMaker:
         if place is not None:
             x, y = (float(place.get(key) or 0.0) for key in ("x_px", "y_px"))
             where = (int(place["part"]), x, y, float(place.get("turn_deg") or 0.0))
+            if "joins" in place:
+                self._join(where[0], place["joins"])
         self._fields.append(
             {
                 "seq": number,
@@ -64,6 +67,16 @@ class MapMaker:
             name = "unidentified" if cell["status"] == "unidentified" else cell["class"]
             spot = {"cell_id": cell["cell_id"], "class": names.get(cell["cell_id"], name), "part": where[0]}
             self._spots.append({**spot, "x_px": round(x, 1), "y_px": round(y, 1)})
+
+    def _join(self, part: int, joined: Mapping[str, Any]) -> None:
+        """Let what lies in another part lie in this one."""
+        where = (part, joined["x_px"], joined["y_px"], joined["turn_deg"])
+        for thing in (*self._fields, *self._spots):
+            if thing["part"] == joined["part"]:
+                x, y = _on_slide((thing["x_px"], thing["y_px"]), where)
+                thing |= {"part": part, "x_px": round(x, 1), "y_px": round(y, 1)}
+                if "turn_deg" in thing:
+                    thing["turn_deg"] = round(thing["turn_deg"] + where[3], 2)
 
     def finish(self, superseded: frozenset[str]) -> Body:
         """The map. superseded: cells of which a better view came later."""

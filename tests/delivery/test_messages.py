@@ -48,8 +48,10 @@ from agent.domain import (
     Frame,
     FrameColour,
     FrameQuality,
+    JoinedPart,
     ModelIdentity,
     Provenance,
+    SlidePlace,
 )
 from agent.errors import MessageRejected
 from agent.health import HealthSnapshot, MachineReading, SelfTest, StageTiming, Throttling
@@ -350,6 +352,19 @@ def test_the_colours_of_a_field_are_told_as_red_green_blue() -> None:
     bare = FrameQuality(True, (), 1.0, 0.0, FrameColour((200.0, 200.0, 200.0), None))
     assert told(quality=bare)["colour"]["stain_od_rgb"] is None
     assert "colour" not in told(quality=FrameQuality(True, (), 1.0, 0.0))
+
+
+def test_a_field_that_joins_two_parts_says_where_the_other_one_lies() -> None:
+    def told(**changes: Any) -> dict[str, Any]:
+        place = SlidePlace("registered", 1, 0.26, 2.0, 0.0, 0.9, **changes)
+        body = field_body(make_result(make_cell(), place=place), "scope-1", "lab-1", "s1")
+        where: dict[str, Any] = check("field", stamp(body, "scope-1", 1, 1))["place"]
+        return where
+
+    here = {"source": "registered", "part": 1, "x_px": 0.3, "y_px": 2.0, "turn_deg": 0.0, "confidence": 0.9}
+    assert told() == here
+    there = {"part": 3, "x_px": 120.0, "y_px": -431.5, "turn_deg": 0.12}
+    assert told(joins=JoinedPart(3, 120.04, -431.5, 0.123)) == {**here, "joins": there}
 
 
 def test_health_of_a_machine_that_tells_nothing_is_null_and_not_left_out() -> None:

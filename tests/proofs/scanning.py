@@ -203,6 +203,16 @@ def turned(windows: Sequence[Window], size_px: tuple[int, int], degrees: float) 
     return moved
 
 
+def after_a_jump(windows: Sequence[Window]) -> list[Window]:
+    """The upper half row by row; then the stage jumps to the far end, and comes back to what it has seen."""
+    rows = sorted({window.y for window in windows})
+    middle = rows[len(rows) // 2]
+    return [
+        *(window for window in windows if window.y < middle),
+        *reversed([window for window in windows if window.y >= middle]),
+    ]
+
+
 def with_revisits(windows: Sequence[Window], rng: Generator, share: float) -> Iterator[Window]:
     """Now and then the stage goes back to an earlier place, not quite exactly, and returns."""
     for index, window in enumerate(windows):

@@ -23,7 +23,7 @@ import psutil
 
 from agent.analysis.duplicates import FIELDS_REMEMBERED
 from agent.machine import give_back_free_memory, keep_big_blocks_apart
-from tests.proofs.count_once import NUCLEATED_BOUND, RED_BOUND, PerfectScan, Score, kind_of
+from tests.proofs.count_once import BOUNDS, PerfectScan, Score, kind_of
 from tests.proofs.scanning import Window, World, crowded_slide, piece_of
 
 SIZE_PX = (640, 480)
@@ -64,7 +64,7 @@ class Figures:
             found.append(f"the map took {most:.1f} MB, the bound is {MOST_MB:g}")
         if (growth := self.mb_per_1000) is not None and growth > MOST_MB_PER_1000:
             found.append(f"it grows by {growth:.2f} MB a thousand fields, the bound is {MOST_MB_PER_1000:g}")
-        for kind, bound in (("nucleated", NUCLEATED_BOUND), ("red", RED_BOUND)):
+        for kind, bound in BOUNDS.items():
             if abs(self.score.error(kind)) > bound:
                 found.append(f"{kind} cells: {self.score.error(kind):+.2%}, the bound is {bound:.0%}")
         return found

@@ -49,6 +49,24 @@ def test_a_field_alone_at_an_unknown_place_is_listed_and_not_drawn() -> None:
     assert [field["seq"] for field in found["unknown_places"]] == [3, 4]
 
 
+def test_parts_that_a_field_joins_are_drawn_as_one() -> None:
+    joins = {"part": 2, "x_px": 500.0, "y_px": 10.0, "turn_deg": 90.0}
+    fields = [
+        make_field(1, place=place(1, source="unknown")),
+        make_field(2, [make_cell(1)], place=place(2, source="unknown")),
+        make_field(3, [make_cell(2)], place={**place(1, 90.0), "joins": joins}),
+    ]
+    found = make_map(*fields)
+    (part,) = found["parts"]
+    assert [(field["x_px"], field["y_px"], field["turn_deg"]) for field in part["fields"]] == [
+        (0.0, 0.0, 0.0),
+        (500.0, 10.0, 90.0),
+        (90.0, 0.0, 0.0),
+    ]
+    assert [(cell["x_px"], cell["y_px"]) for cell in part["cells"]] == [(450.0, 60.0), (140.0, 50.0)]
+    assert found["unknown_places"] == []
+
+
 def test_other_views_dirt_and_red_cells_are_not_drawn_and_a_persons_name_is() -> None:
     cells = [make_cell(1), make_cell(2, status="duplicate", counted=False), make_cell(3, status="artefact")]
     cells += [make_cell(4, probabilities={}), make_cell(5, counted=False), make_cell(6)]
