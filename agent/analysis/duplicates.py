@@ -525,7 +525,10 @@ class SlideMap:
         nearest = [field for field in self._near(place, size_px, 1.5) if field != last][:3]
         for field in dict.fromkeys((*recent, *nearest, *self._look_alikes(view))):
             proposals = steps if field in recent else ()
-            shift = register(view, self._view(field), proposals, witness=self._witness(boxes, size_px, field))
+            # Of many that are tried one may fit by chance: cells, where there are some, must agree.
+            witness = self._witness(boxes, size_px, field)
+            witness = witness if len(boxes) < WITNESSES else _only_sure(witness)
+            shift = register(view, self._view(field), proposals, witness=witness)
             if shift is not None:
                 return field, shift
         return None

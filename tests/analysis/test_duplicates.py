@@ -55,6 +55,9 @@ def make_cell(
     return Cell(f"s-{number}", Detection(Box(*box), name, 0.9), name, probability, None, status)
 
 
+CELLS = tuple(make_cell(100 + n, (60 * n + 5, 50, 60 * n + 45, 90)) for n in range(5))
+
+
 class Stage:
     """Fields of a world, each with the cells that the test puts there; the stage tells its place."""
 
@@ -334,6 +337,21 @@ def test_parts_that_fields_show_to_be_one_are_joined_and_their_cells_are_counted
         assert (trace.place.part, off < 6) == (1, True), (window, off)
     again = map_from_traces("s", texts)
     assert [trace.place for trace in again._fields.values()] == [trace.place for trace in traces]
+
+
+def test_a_field_that_only_looks_like_another_one_begins_a_part_of_its_own(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the pictures fit and there are cells enough to ask, these must fit too."""
+    scan = PerfectScan(SIZE_PX, np.random.default_rng(3))
+    for x in (43, 443, 843):
+        scan.visit(world, Window(x, 43))
+    monkeypatch.setattr(duplicates, "boxes_agree", lambda *_: None)
+    observed = [
+        scan.slide.observe(take(world, Window(60, 50), SIZE_PX, np.random.default_rng(9), 9), cells)
+        for cells in ((), CELLS)
+    ]
+    assert [one.place.source for one in observed] == ["registered", "unknown"]
 
 
 def test_fields_of_different_slides_are_never_joined() -> None:
