@@ -35,6 +35,7 @@ def test_a_longer_sample_is_no_leak_and_what_stays_after_each_one_is() -> None:
     leak = memory.Figures(60, tuple(100 + second / 3600 * 1.2 for second in range(3300)), 1, 1, Counter(), 0)
     assert not leak.is_flat
     assert leak.mb_per_hour == pytest.approx(1.2, abs=0.1)
+    assert leak.medians_mb == pytest.approx((100.14, 100.41, 100.69, 100.96), abs=0.01)
 
 
 @pytest.mark.timeout(120)
