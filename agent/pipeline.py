@@ -32,13 +32,14 @@ from agent.analysis.differential import sum_areas
 from agent.analysis.drift import DriftMemory, DriftPlan, follow_end, follow_field, read_drift
 from agent.analysis.drift import from_text as drift_from_text
 from agent.analysis.drift import to_text as drift_to_text
-from agent.analysis.duplicates import Observation, SlideMap, Trace, map_from_traces, trace_to_text
+from agent.analysis.duplicates import Observation, SlideMap, map_from_traces
 from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import UNCHANGED, GateMemory, assess_frame
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, ENDED, reached_target
 from agent.analysis.slide_change import Sight, SlideWatch
+from agent.analysis.traces import Trace, trace_to_text
 from agent.bench import Bench
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
@@ -487,7 +488,7 @@ class Pipeline(threading.Thread):
             self._store_events()  # before a frame that is counted because of it
 
     def _process(self, frame: Frame) -> Outcome:
-        if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.fields > 0):
+        if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.places.count > 0):
             self._slide = SlideMap(self.sample.sid)
         outcome = process_frame(frame, self.sample, self._bench, read_clock(), self._gate, self._slide)
         if self._shows_another_slide(frame, outcome):
@@ -511,7 +512,8 @@ class Pipeline(threading.Thread):
             self._gate = replace(self._gate, last=gate.last)  # it learns from what is counted alone
             reason = FROZEN if frame.repeats_last else next(iter(quality.reasons), None)
         sight: Sight = "slide" if reason is None else "same" if reason in (FROZEN, UNCHANGED) else "nothing"
-        return self._slide_watch.is_another(frame.captured_monotonic_ns, sight, lambda: self._slide.is_lost(frame))
+        places = self._slide.places
+        return self._slide_watch.is_another(frame.captured_monotonic_ns, sight, lambda: places.is_lost(frame))
 
     def _on_another_slide(self, frame: Frame) -> Outcome:
         """The frame as the first field of a new sample; the end of the one before is stored along."""

@@ -10,17 +10,9 @@ from datetime import datetime, timezone
 import numpy as np
 import pytest
 
-from agent.analysis import duplicates
-from agent.analysis.duplicates import (
-    Observation,
-    SlideMap,
-    boxes_agree,
-    map_from_traces,
-    match_boxes,
-    trace_from_text,
-    trace_to_text,
-)
-from agent.analysis.registration import Shift
+from agent.analysis import placing
+from agent.analysis.duplicates import Observation, SlideMap, map_from_traces
+from agent.analysis.traces import trace_from_text, trace_to_text
 from agent.domain import Box, Cell, CellStatus, Detection, Frame
 from tests.proofs.count_once import BOUNDS, PerfectScan, scan_perfect, scans
 from tests.proofs.scanning import (
@@ -176,26 +168,14 @@ def test_cells_that_one_field_shows_beside_each_other_are_never_made_one() -> No
     assert stage.totals == {"RBC": 2}
 
 
-def test_cells_bear_witness_to_a_shift_or_against_it() -> None:
-    rng = np.random.default_rng(2)
-    corners = rng.uniform(20, (540, 380), (30, 2))
-    old = np.concatenate((corners, corners + 60), axis=1)
-    new = old - (500, 0, 500, 0)
-    new = new[new[:, 2] > 5].clip((0, 0, 0, 0))
-    assert boxes_agree(new, SIZE_PX, old, SIZE_PX, Shift(500, 0)) is True
-    assert boxes_agree(old, SIZE_PX, old + 45.0, SIZE_PX, Shift(0, 0)) is False
-    assert boxes_agree(old[:2], SIZE_PX, old[:2], SIZE_PX, Shift(0, 0)) is None
-    assert boxes_agree(old, SIZE_PX, old, SIZE_PX, Shift(640, 0)) is None
-
-
 def test_a_picture_that_does_not_fit_is_lost_whatever_the_stage_says(world: World) -> None:
     stage = Stage(world)
     stage.visit(100, 100, ())
     rng = np.random.default_rng(9)
     told = {"um_per_px": 1.0, "stage_um": (120.0, 100.0)}
-    assert not stage.slide.is_lost(take(world, Window(120, 100), SIZE_PX, rng, 7, **told))
-    assert stage.slide.is_lost(take(world, Window(900, 700), SIZE_PX, rng, 8, **told))
-    assert not SlideMap("s").is_lost(take(world, Window(120, 100), SIZE_PX, rng, 9, **told))
+    assert not stage.slide.places.is_lost(take(world, Window(120, 100), SIZE_PX, rng, 7, **told))
+    assert stage.slide.places.is_lost(take(world, Window(900, 700), SIZE_PX, rng, 8, **told))
+    assert not SlideMap("s").places.is_lost(take(world, Window(120, 100), SIZE_PX, rng, 9, **told))
 
 
 def test_the_errors_of_a_long_way_do_not_add_up_where_rows_lie_side_by_side(world: World) -> None:
@@ -214,7 +194,7 @@ def test_a_field_that_has_nothing_in_common_with_the_one_before_is_found_by_the_
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bubble in the oil hides the strip that it shares with the field before; with the row above it shares 30 px."""
-    monkeypatch.setattr(duplicates, "SEARCH_BEST", 0)  # on a slide of more than six fields others look more alike
+    monkeypatch.setattr(placing, "SEARCH_BEST", 0)  # on a slide of more than six fields others look more alike
     bubble = world.pixels_bgr.copy()
     bubble[450:930, 535:640] = world.pixels_bgr[450:930, 900:1005]
     places = ((0, 0), (535, 0), (1050, 0), (1050, 450), (535, 450), (0, 450))
@@ -257,30 +237,6 @@ def test_a_name_takes_the_place_of_unidentified_and_never_the_reverse() -> None:
     stage.visit(100, 0, [make_cell(2, (300, 100, 380, 180), "monocyte", probability=0.8)])
     stage.visit(200, 0, [make_cell(3, (200, 100, 280, 180), "monocyte", CellStatus.UNIDENTIFIED, 0.4)])
     assert +stage.totals == {"monocyte": 1}
-
-
-def test_a_small_cell_on_a_large_one_is_not_the_large_one() -> None:
-    old = np.asarray([[100.0, 100, 180, 180]])
-    new = np.asarray([[101.0, 100, 180, 181], [150, 150, 170, 170]])
-    assert match_boxes(new, SIZE_PX, old, SIZE_PX, Shift(0, 0)) == [(0, 0)]
-
-
-def test_a_cell_that_only_one_of_two_fields_can_show_is_none_of_the_other() -> None:
-    """Where a strip ends lies a cell of the one; level with it, but far beyond the strip, one of the other."""
-    beside = Shift(SIZE_PX[0] * 0.8, 0)
-    at_the_end = np.asarray([(SIZE_PX[0] - 90, 100, SIZE_PX[0], 190.0)])
-    beyond = np.asarray([(SIZE_PX[0] - 150, 110, SIZE_PX[0] - 60, 185.0)])
-    assert match_boxes(beyond, SIZE_PX, at_the_end, SIZE_PX, beside) == []
-
-
-def test_a_corner_of_one_cell_within_another_that_ends_elsewhere_is_not_that_cell() -> None:
-    beside = Shift(-SIZE_PX[0] * 0.8, 0)
-    strip = SIZE_PX[0] * 0.8
-    # Of the new field's cell the old one shows four pixels, on which a cell lies that goes on to the right.
-    corner, other = np.asarray([(strip - 170, 130, strip + 4, 270.0)]), np.asarray([(0, 60, 160, 220.0)])
-    assert match_boxes(corner, SIZE_PX, other, SIZE_PX, beside) == []
-    # What the old field shows of the same cell ends with it.
-    assert match_boxes(corner, SIZE_PX, np.asarray([(0, 150, 5, 220.0)]), SIZE_PX, beside) == [(0, 0)]
 
 
 def test_fields_without_a_place_say_so_and_count_by_the_two_sides_rule(world: World) -> None:
@@ -329,14 +285,14 @@ def test_parts_that_fields_show_to_be_one_are_joined_and_their_cells_are_counted
     true_once = {true.identifier: true.class_name for window in windows for true in scan.visit(world, window)}
     # What two fields of different parts show before the join stays counted twice: strips too narrow to know them by.
     assert 0 <= sum(scan.score.unique.values()) - len(true_once) <= 1
-    traces = list(scan.slide._fields.values())
+    traces = list(scan.slide.places.fields.values())
     assert [trace.join.part for trace in traces if trace.join] == [2], "one jump, one join"
     for trace, window in zip(traces, windows, strict=True):
         at = trace.place.shift
         off = np.hypot(at.x - window.x + windows[0].x, at.y - window.y + windows[0].y)
         assert (trace.place.part, off < 6) == (1, True), (window, off)
     again = map_from_traces("s", texts)
-    assert [trace.place for trace in again._fields.values()] == [trace.place for trace in traces]
+    assert [trace.place for trace in again.places.fields.values()] == [trace.place for trace in traces]
 
 
 def test_a_field_that_only_looks_like_another_one_begins_a_part_of_its_own(
@@ -346,7 +302,7 @@ def test_a_field_that_only_looks_like_another_one_begins_a_part_of_its_own(
     scan = PerfectScan(SIZE_PX, np.random.default_rng(3))
     for x in (43, 443, 843):
         scan.visit(world, Window(x, 43))
-    monkeypatch.setattr(duplicates, "boxes_agree", lambda *_: None)
+    monkeypatch.setattr(placing, "boxes_agree", lambda *_: None)
     observed = [
         scan.slide.observe(take(world, Window(60, 50), SIZE_PX, np.random.default_rng(9), 9), cells)
         for cells in ((), CELLS)
@@ -360,8 +316,8 @@ def test_fields_of_different_slides_are_never_joined() -> None:
         world = simulated_world(seed, *WORLD_PX)
         for window in meander(world, SIZE_PX, 0.3):
             scan.visit(world, window)
-    assert [trace.join for trace in scan.slide._fields.values() if trace.join] == []
-    assert len({trace.place.part for trace in scan.slide._fields.values()}) >= 3
+    assert [trace.join for trace in scan.slide.places.fields.values() if trace.join] == []
+    assert len({trace.place.part for trace in scan.slide.places.fields.values()}) >= 3
 
 
 def test_one_field_that_shows_another_part_joins_it_only_when_the_next_one_says_the_same(world: World) -> None:
@@ -370,7 +326,7 @@ def test_one_field_that_shows_another_part_joins_it_only_when_the_next_one_says_
     between = [(1000, 420), (900, 420)]
     for x, y in (*upper, *lower, *between):
         scan.visit(world, Window(x, y))
-    traces = list(scan.slide._fields.values())
+    traces = list(scan.slide.places.fields.values())
     assert [trace.hint is not None for trace in traces] == [False, False, False, False, True, False]
     assert [trace.join is not None for trace in traces] == [False, False, False, False, False, True]
     assert {trace.place.part for trace in traces} == {1}
@@ -395,15 +351,15 @@ def test_the_map_made_again_from_its_traces_goes_on_like_the_one_before(world: W
 def test_a_map_remembers_the_newest_fields_only_and_still_finds_them(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "FIELDS_REMEMBERED", 8)
-    monkeypatch.setattr(duplicates, "SEARCH_BLOCK", 4)
+    monkeypatch.setattr(placing, "FIELDS_REMEMBERED", 8)
+    monkeypatch.setattr(placing, "SEARCH_BLOCK", 4)
     stage = Stage(world)
     places = [(160.0 * n, 0.0) for n in range(7)] + [(160.0 * n, 800.0) for n in range(7)]
     for number, (x, y) in enumerate(places, start=1):
         stage.visit(x, y, [make_cell(number, (200, 200, 240, 240))], tells_place=False)
     slide = stage.slide
-    assert (slide.fields, len(slide._fields), len(slide._search)) == (14, 8, 2)
-    assert sum(map(len, slide._grid.values())) == 8
+    assert (slide.places.count, len(slide.places.fields), len(slide.places._search)) == (14, 8, 2)
+    assert sum(map(len, slide.places._grid.values())) == 8
     # A leap back: to a field that is remembered, found by its picture, and to one that is not.
     assert stage.visit(320.0, 800.0, [make_cell(15, (200, 200, 240, 240))], tells_place=False).duplicates == 1
     forgotten = stage.visit(0.0, 0.0, [make_cell(16, (200, 200, 240, 240))], tells_place=False)
@@ -413,14 +369,14 @@ def test_a_map_remembers_the_newest_fields_only_and_still_finds_them(
 def test_the_newest_fields_are_looked_for_however_many_there_were(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "FIELDS_REMEMBERED", 5)
-    monkeypatch.setattr(duplicates, "SEARCH_BLOCK", 2)
+    monkeypatch.setattr(placing, "FIELDS_REMEMBERED", 5)
+    monkeypatch.setattr(placing, "SEARCH_BLOCK", 2)
     stage = Stage(world)
     for number in range(1, 13):
         stage.visit(90.0 * number, 0.0, [make_cell(number, (200, 200, 240, 240))], tells_place=False)
-        view = stage.slide._view(stage.slide.fields - 1)
-        assert stage.slide._look_alikes(view)[0] == stage.slide.fields - 1
-        assert set(stage.slide._look_alikes(view)) <= set(stage.slide._fields)
+        view = stage.slide.places.view(stage.slide.places.count - 1)
+        assert stage.slide.places._look_alikes(view)[0] == stage.slide.places.count - 1
+        assert set(stage.slide.places._look_alikes(view)) <= set(stage.slide.places.fields)
 
 
 def test_looking_at_a_field_changes_nothing_until_it_is_stored(world: World) -> None:
@@ -428,7 +384,7 @@ def test_looking_at_a_field_changes_nothing_until_it_is_stored(world: World) -> 
     frame = take(world, Window(100, 100), SIZE_PX, np.random.default_rng(0), 1)
     cells = (make_cell(1, (300, 200, 380, 280)),)
     first, second = slide.observe(frame, cells), slide.observe(frame, cells)
-    assert slide.fields == 0
+    assert slide.places.count == 0
     assert first.unique_counts == second.unique_counts == {"RBC": 1}
 
 

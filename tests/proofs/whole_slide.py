@@ -21,7 +21,7 @@ from statistics import median
 import numpy as np
 import psutil
 
-from agent.analysis.duplicates import FIELDS_REMEMBERED
+from agent.analysis.placing import FIELDS_REMEMBERED
 from agent.machine import give_back_free_memory, keep_big_blocks_apart
 from tests.proofs.count_once import BOUNDS, PerfectScan, Score, kind_of
 from tests.proofs.scanning import Window, World, crowded_slide, piece_of
@@ -32,7 +32,7 @@ TOLD_EVERY = 1000
 WARM_UP_FIELDS = 100
 """Until then the slide's own drawings, some 16 MB, and the libraries come into memory."""
 MOST_MB = 80.0
-"""12 kB for each of the FIELDS_REMEMBERED fields and half as much again; see `agent.analysis.duplicates`."""
+"""12 kB for each of the FIELDS_REMEMBERED fields and half as much again; see `agent.analysis.placing`."""
 MOST_MB_PER_1000 = 1.0
 """Of a field that is forgotten its cells' 13 bytes each stay: 0.1 MB a thousand fields."""
 
