@@ -169,19 +169,19 @@ class Places:
                 continue
             beside = self._locate_by((field, shift), view, boxes, size_px)
             hint = Join(beside.place.part, beside.place.shift.inverse().then(own.shift))
-            if beside.shown < 2 and not self._said_before(hint, beside.place):
+            if beside.shown < 2 and not self._said_before(hint, own.part, beside.place):
                 return replace(located, hint=hint)
             kept, moved = sorted((own, beside.place), key=lambda place: place.part)
             join = Join(moved.part, moved.shift.inverse().then(kept.shift))
             return replace(located, place=kept, neighbours=[*located.neighbours, *beside.neighbours], join=join)
         return located
 
-    def _said_before(self, hint: Join, place: Place) -> bool:
-        """Whether one of the last fields has put the other part at the same place. place: of the field in that part."""
+    def _said_before(self, hint: Join, own_part: int, place: Place) -> bool:
+        """Whether one of the last fields of this part put the other one there too. place: in that one."""
         here = hint.shift.apply(place.shift.x, place.shift.y)
         for field in range(self.count - 1, max(-1, self.count - 1 - RECENT), -1):
             trace = self.fields[field]
-            if trace.hint is not None and trace.hint.part == hint.part and trace.place.part == self.last.place.part:
+            if trace.hint is not None and trace.hint.part == hint.part and trace.place.part == own_part:
                 there = trace.hint.shift.apply(place.shift.x, place.shift.y)
                 if math.dist(here, there) <= JOIN_WITHIN_PX:
                     return True
