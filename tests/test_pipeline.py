@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -563,10 +564,13 @@ def test_a_full_outbox_still_takes_the_word_that_it_is_full(tmp_path: Path) -> N
         runner = Runner(outbox, make_bench(make_models(cells)))
         runner.pipeline.start()
         try:
-            for seed in range(1, 60):
-                if not runner.frames.put_waiting(make_frame(seed), 0.5):
-                    break
-            runner.wait_until(lambda: runner.health.snapshot().outbox == "stopped")
+            seeds = itertools.count(1)
+
+            def is_stopped_by_another_frame() -> bool:
+                runner.frames.put_waiting(make_frame(next(seeds)), 0.1)  # refused by a queue that is full
+                return runner.health.snapshot().outbox == "stopped"
+
+            runner.wait_until(is_stopped_by_another_frame, 60)
             runner.wait_until(lambda: bool(runner.told))
             assert "outbox.max_mb" in runner.told[0]["message"]
             # The broker takes all that is there: intake goes on.
