@@ -68,11 +68,7 @@ def match_boxes(
         return []
     a, b = _cut(new, *region), _cut(moved, *region)
     size_a, size_b = _area(a), _area(b)
-    width = np.minimum(a[:, None, 2], b[None, :, 2]) - np.maximum(a[:, None, 0], b[None, :, 0])
-    height = np.minimum(a[:, None, 3], b[None, :, 3]) - np.maximum(a[:, None, 1], b[None, :, 1])
-    both = np.clip(width, 0, None) * np.clip(height, 0, None)
-    union = size_a[:, None] + size_b[None] - both
-    overlap = both / np.maximum(union, 1e-6)
+    both, overlap = _overlaps(a, b)
     is_cut_a = (size_a < 0.98 * _area(new)) | _touches(new, new_size_px)
     is_cut_b = (size_b < 0.98 * _area(old)) | _touches(old, old_size_px)
     # A cut box must lie in the other, which shows more of the cell; a sliver's box does not tell the cell's height.
@@ -150,7 +146,7 @@ def boxes_agree(
     fewer = min(len(a), len(b))
     if fewer < WITNESSES:
         return None
-    overlap = _overlaps(a, b)
+    _, overlap = _overlaps(a, b)
     met = min(int((overlap.max(axis=axis) >= SAME_PIECE).sum()) for axis in (0, 1))
     if met >= max(WITNESSES, 0.6 * fewer):
         return True
@@ -174,12 +170,13 @@ def _seen_in(boxes: Boxes, region: tuple[float, float, float, float]) -> Boxes:
     return cut[_thickness(cut) >= LEAST_SEEN_PX]
 
 
-def _overlaps(a: Boxes, b: Boxes) -> NDArray[np.float64]:
-    """Intersection over union of each with each: (len(a), len(b))."""
+def _overlaps(a: Boxes, b: Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Intersection, px², and intersection over union of each with each: (len(a), len(b))."""
     width = np.minimum(a[:, None, 2], b[None, :, 2]) - np.maximum(a[:, None, 0], b[None, :, 0])
     height = np.minimum(a[:, None, 3], b[None, :, 3]) - np.maximum(a[:, None, 1], b[None, :, 1])
     both = np.clip(width, 0, None) * np.clip(height, 0, None)
-    return np.asarray(both / np.maximum(_area(a)[:, None] + _area(b)[None] - both, 1e-6))
+    union = _area(a)[:, None] + _area(b)[None] - both
+    return both, both / np.maximum(union, 1e-6)
 
 
 def _moved(boxes: Boxes, shift: Shift) -> Boxes:

@@ -111,9 +111,7 @@ class Places:
         anchor = self._anchor(view, boxes, size_px)
         if anchor is None:
             return Located(Place("unknown", self._parts, Shift(0.0, 0.0)), [])
-        located = self._locate_by(anchor, view, boxes, size_px)
-        is_asked = new_share(size_px, located.neighbours) >= JOIN_NEW_SHARE
-        return self._join(located, view, boxes, size_px) if is_asked else located
+        return self._join(self._locate_by(anchor, view, boxes, size_px), view, boxes, size_px)
 
     def is_lost(self, frame: Frame) -> bool:
         """Whether the frame's picture is found nowhere on this slide, and there is something to compare it with.
@@ -160,8 +158,8 @@ class Places:
         place is worse than two parts.
         """
         own = located.place
-        others = {part for part, fields in self._fields_of_part.items() if fields} - {own.part, STAGE_PART}
-        if not others:
+        others = self._fields_of_part.keys() - {own.part, STAGE_PART}
+        if not others or new_share(size_px, located.neighbours) < JOIN_NEW_SHARE:
             return located
         for field in self._look_alikes(view, others)[:JOIN_TRIES]:
             shift = register(view, self.view(field), witness=_only_sure(self._witness(boxes, size_px, field)))
@@ -340,6 +338,8 @@ class Places:
         if trace is not None:
             self._leave_grid(field, trace)
             self._fields_of_part[trace.place.part] -= 1
+            if not self._fields_of_part[trace.place.part]:
+                del self._fields_of_part[trace.place.part]
             self._views.pop(field, None)
 
     def _leave_grid(self, field: int, trace: Trace) -> None:

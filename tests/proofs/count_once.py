@@ -280,6 +280,8 @@ def main() -> int:
     print(f"{'':<58} field  unk   nucleated: true, seen, counted, error   red: true, seen, counted, error")
     totals = {"perfect detections": Total()}
     shares: list[float] = []
+    config = Config()
+    bench = make_bench(config, open_models(config.models)) if arguments.detector else None
     for world_name, (world, size_px) in worlds(is_quick=arguments.quick).items():
         if arguments.only not in (None, world_name):
             continue
@@ -288,10 +290,8 @@ def main() -> int:
             totals["perfect detections"].add(f"{world_name}, {way}", scan_perfect(world, windows, size_px, seed=3))
         score = scan_perfect(world, meander(world, size_px, 0.2), size_px, seed=3, um_per_px=0.08)
         totals["perfect detections"].add(f"{world_name}, overlap 20 %, stage tells", score)
-        if arguments.detector:
+        if bench is not None:
             total = totals.setdefault("shipped detector", Total())
-            config = Config()
-            bench = make_bench(config, open_models(config.models))
             labels = Labels(world)
             for way, windows in ways.items():
                 score = scan_detected(world, windows, size_px, 3, bench, labels)

@@ -72,8 +72,7 @@ class Figures:
     def __str__(self) -> str:
         score = self.score
         counts = ", ".join(
-            f"{kind} {score.unique[kind]} of {score.truth[kind]} ({score.error(kind):+.2%})"
-            for kind in ("nucleated", "red")
+            f"{kind} {score.unique[kind]} of {score.truth[kind]} ({score.error(kind):+.2%})" for kind in BOUNDS
         )
         memory = f"the map takes {self.memory_mb[-1][1]:.1f} MB; " if self.memory_mb else ""
         return (
