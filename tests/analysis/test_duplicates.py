@@ -364,6 +364,8 @@ def test_a_map_remembers_the_newest_fields_only_and_still_finds_them(
     assert stage.visit(320.0, 800.0, [make_cell(15, (200, 200, 240, 240))], tells_place=False).duplicates == 1
     forgotten = stage.visit(0.0, 0.0, [make_cell(16, (200, 200, 240, 240))], tells_place=False)
     assert (forgotten.place.source, forgotten.duplicates) == ("unknown", 0)
+    # Nor are parts of which nothing is left.
+    assert slide.places._fields_of_part.keys() == {trace.place.part for trace in slide.places.fields.values()} == {2, 3}
 
 
 def test_the_newest_fields_are_looked_for_however_many_there_were(
