@@ -170,11 +170,15 @@ def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Exam
 
 
 class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
-    """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1)."""
+    """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1).
 
-    def __init__(self, examples: Sequence[Example], side_px: int):
+    plain_share: of the crops, keeps the look of its own laboratory.
+    """
+
+    def __init__(self, examples: Sequence[Example], side_px: int, plain_share: float = 0.125):
         self.examples = examples
         self.side_px = side_px
+        self.plain_share = plain_share
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -182,7 +186,8 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor, float]:
         rng = np.random.default_rng(torch.randint(2**62, ()).item())
         example = self.examples[index]
-        crop = vary_look(random_crop(example.pixels, example.box, self.side_px, rng), rng)
+        crop = random_crop(example.pixels, example.box, self.side_px, rng)
+        crop = vary_look(crop, rng, plain_share=self.plain_share)
         if example.is_ruined:
             crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
         return picture_tensor(crop), example.label, torch.tensor(example.attributes), float(example.is_cell)

@@ -26,7 +26,7 @@ from models.classifier.locate import read_boxes
 from models.common.checkpoints import load_fitting
 from models.common.labels import CellImage, attribute_values, cell_classes, read_attributes, read_cells
 from models.common.simulated import simulated_crops
-from models.common.training import Run
+from models.common.training import Run, bfloat16
 from models.common.warm_start import FileDoesNotFit, load_shipped
 from models.nets.cellnet import BACKBONES, Answers, CellNet
 
@@ -43,7 +43,9 @@ class RunFile:
     weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how much
     more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
     undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
-    the PBC pictures as the study draws it; None = as given.
+    the PBC pictures as the study draws it; None = as given. plain_share: of the crops, keeps the look of its own
+    laboratory; the others get another stain, lamp and optics. bf16: convolve in bfloat16 where the processor can:
+    quicker for nets of full convolutions, slower for convolutions in depth.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -64,6 +66,8 @@ class RunFile:
     balance: str = "root"
     undersample: int | None = None
     random_split: int | None = None
+    plain_share: float = 0.125
+    bf16: bool = False
     label_smoothing: float = 0.05
     seed: int = 1
     threads: int = 2
@@ -104,11 +108,12 @@ def main() -> None:
         losses = []
         for pixels, labels, attributes, are_cells in loader:
             x = pixels.to(memory_format=torch.channels_last).float() / 255
-            answers = net(x)
+            with bfloat16(is_wanted=settings.bf16):
+                answers = Answers(*(part.float() for part in net(x)))
             parts = loss_parts(answers, labels, attributes, are_cells, wording, settings.label_smoothing)
             if teacher is not None:
-                with torch.inference_mode():
-                    told = teacher(x)
+                with torch.inference_mode(), bfloat16():
+                    told = Answers(*(part.float() for part in teacher(x)))
                 parts |= teacher_losses(answers, told, labels, are_cells, wording)
             run.step(sum(weights[name] * part for name, part in parts.items()))
             losses.append({name: part.item() for name, part in parts.items()})
@@ -215,7 +220,7 @@ def train_loader(
         weights.append(share * each / each.sum())
         all_examples += examples[kind]
     sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
-    dataset = crops.TrainingCrops(all_examples, settings.side_px)
+    dataset = crops.TrainingCrops(all_examples, settings.side_px, settings.plain_share)
     return DataLoader(
         dataset,
         settings.batch,

@@ -92,9 +92,9 @@ def vary_optics(pixels: Rgb, rng: Generator) -> Rgb:
     return pixels
 
 
-def vary_look(pixels: Rgb, rng: Generator, strength: float = 1.0) -> Rgb:
-    """The whole chain as training uses it; one picture in eight stays as it was."""
-    if rng.random() < 0.125:
+def vary_look(pixels: Rgb, rng: Generator, strength: float = 1.0, plain_share: float = 0.125) -> Rgb:
+    """The whole chain as training uses it. plain_share: of the pictures, stays as it was."""
+    if rng.random() < plain_share:
         return pixels
     if rng.random() < 0.7:
         pixels = vary_stain(pixels, rng, strength)

@@ -155,6 +155,29 @@ def read_boxes(field: FieldImage, width_px: int, height_px: int) -> NDArray[np.f
     return read_label_file(field.path.parents[1] / "labels" / f"{field.path.stem}.txt", width_px, height_px)
 
 
+def mistakes(data: Path, split: str) -> dict[Path, NDArray[np.float32]]:
+    """By field the boxes, (boxes, 4), that its label file calls nucleated and we saw to be red cells."""
+    found: dict[Path, list[tuple[float, float, float, float]]] = {}
+    for cell in read_foreign_cells(data, (split,)):
+        if cell.class_name is None:
+            found.setdefault(cell.path, []).append(cell.box)
+    return {path: np.array(boxes, np.float32) for path, boxes in found.items()}
+
+
+def put_right(boxes: NDArray[np.float32], wrong: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """The boxes of a field, (boxes, 5), with those of `mistakes` as red cells; their corners are whole px there."""
+    if wrong is None:
+        return boxes
+    is_near = np.abs(boxes[:, None, 1:] - wrong[None]).max(2) < SAME_CORNER_PX
+    is_wrong = is_near.any(1) & (boxes[:, 0] == DETECTOR_CLASSES.index("WBC"))
+    righted = boxes.copy()
+    righted[is_wrong, 0] = DETECTOR_CLASSES.index("RBC")
+    return righted
+
+
+SAME_CORNER_PX = 2.0
+
+
 def read_published_boxes(field: FieldImage, width_px: int, height_px: int) -> NDArray[np.float32]:
     """The same of a BCCD field as its authors published it; about half of the red cells have no box there."""
     file = field.path.parents[2] / "bccd-original-labels" / f"{field.path.stem}.txt"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,19 @@ from torch.utils.data import DataLoader
 from agent.inference.letterbox import letterbox
 from models.common.checkpoints import load_fitting
 from models.common.datasets import AugmentedFields, LabelledField, collate_fields, load_fields
-from models.common.labels import DETECTOR_CLASSES, CellImage, Rgb, read_cells, read_fields, read_foreign_cells, read_rgb
-from models.common.metrics import FieldBoxes, box_overlaps, detection_figures, merge_boxes, middle_score
+from models.common.labels import (
+    DETECTOR_CLASSES,
+    CellImage,
+    Rgb,
+    mistakes,
+    put_right,
+    read_cells,
+    read_fields,
+    read_rgb,
+)
+from models.common.metrics import FieldBoxes, detection_figures, merge_boxes, middle_score
 from models.common.simulated import simulated_fields
-from models.common.training import Run
+from models.common.training import Run, bfloat16
 from models.common.warm_start import load_shipped
 from models.detector.label_pictures import SURE, load_pictures
 from models.detector.loss import head_loss
@@ -39,8 +48,6 @@ VAL_CELLS_EVERY = (
     6  # of the 1,671 pictures of `val`: enough to see a class that is lost, quick enough at every fifth epoch
 )
 SAME_CELL_IOU = 0.6  # of boxes that overlap by more the best stands, as later in the agent
-SAME_BOX = 0.9
-"""IoU; a box that we named by eye is this near to its box in the label file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +101,6 @@ def main() -> None:
     pools = [(train, 1 - settings.pictures_share - settings.simulated_share)]
     pools += [(pictures, settings.pictures_share), (simulated, settings.simulated_share)]
     batches, drawn_so = None, None
-    is_bf16_fast = "avx512_bf16" in Path("/proc/cpuinfo").read_text()  # elsewhere it is emulated, ten times slower
     run.schedule.start()
     while not run.is_finished:
         size_px = settings.small_px if run.schedule.progress < settings.small_share else SIZE_PX
@@ -110,7 +116,7 @@ def main() -> None:
         losses = []
         for pixels, targets, real in itertools.islice(batches, settings.steps):
             x = (pixels.float() / 255).to(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16_fast):
+            with bfloat16():
                 many, one = net.forward_both(x)
             loss = head_loss(many, centres, strides, targets, real, CLAIMS)
             loss = loss + head_loss(one, centres, strides, targets, real, 1)
@@ -145,14 +151,11 @@ def training_fields(data: Path, sources: tuple[str, ...]) -> list[LabelledField]
     Red cells that the label files call nucleated (we looked at each nucleated box of two sources) are put right.
     """
     chosen = [field for field in read_fields(data, "train") if field.is_complete and field.source in sources]
-    wrong = [cell for cell in read_foreign_cells(data, ("train",)) if cell.class_name is None]
-    fields = load_fields(chosen)
-    for field, loaded in zip(chosen, fields, strict=True):
-        boxes = np.array([cell.box for cell in wrong if cell.path == field.path], np.float32).reshape(-1, 4)
-        if len(boxes):
-            is_wrong = (box_overlaps(loaded.boxes[:, 1:], boxes) > SAME_BOX).any(1) & (loaded.boxes[:, 0] == 0)
-            loaded.boxes[is_wrong, 0] = DETECTOR_CLASSES.index("RBC")
-    return fields
+    wrong = mistakes(data, "train")
+    return [
+        replace(loaded, boxes=put_right(loaded.boxes, wrong.get(field.path)))
+        for field, loaded in zip(chosen, load_fields(chosen), strict=True)
+    ]
 
 
 def begin_with(net: YoloV10n, settings: RunFile, fields: list[LabelledField]) -> None:

@@ -42,3 +42,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     described = ["path,nucleus_shape", "pbc/neutrophil/0.png,segmented-multilobed", "pbc/monocyte/0.png,irregular"]
     (folder / "attributes.csv").write_text("\n".join(described))
     return folder
+
+
+REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The labelled data itself."""
+    if not (REAL_DATA / "fields.csv").exists():
+        pytest.skip(f"needs the labelled data in {REAL_DATA}")
+    return REAL_DATA

@@ -54,6 +54,16 @@ def test_a_rare_class_is_drawn_as_the_recipe_asks(balance: str, share: float) ->
     assert drawn_share_of_the_rare_class(balance) == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.parametrize(("plain_share", "looks"), [(1.0, 1), (0.0, 40)])
+def test_the_share_of_plain_crops_keeps_the_look_of_its_own_laboratory(plain_share: float, looks: int) -> None:
+    pixels = np.full((40, 40, 3), (90, 60, 140), np.uint8)
+    example = crops.Example(pixels, (20, 20, 20, 20), 0, (-1,))
+    dataset = crops.TrainingCrops([example], 32, plain_share)
+    torch.manual_seed(1)
+    means = {tuple(dataset[0][0].float().mean((1, 2)).round().tolist()) for _ in range(50)}
+    assert len(means) == 1 if looks == 1 else len(means) >= looks
+
+
 def test_undersampling_leaves_so_many_of_each_class() -> None:
     cells = [CellImage(f"{k}", Path(), "basophil" if k % 5 else "platelet", "train") for k in range(50)]
     kept = undersampled(cells, 12, np.random.default_rng(1))
