@@ -258,12 +258,13 @@ def analyse_frame(
     with watch.stage("detect"):
         detections = models.detector.detect(pixels_bgr, bench.min_score)
     red_cell_px = typical_red_cell_px(detections, classified, size_px)
+    cutter = models.cutter(pixels_bgr)
     cells = []
     for number, detection in enumerate(detections, start=sample.next_cell_number):
         classification = None
         if detection.class_name in classified:
             with watch.stage("crop"):
-                crop = cut_crop(pixels_bgr, detection.box, models.manifest.classifier.crop.margin)
+                crop = cutter.around(detection.box)
             with watch.stage("classify"):
                 classification = models.classifier.classify(crop)
         cells.append(

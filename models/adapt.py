@@ -28,7 +28,7 @@ from agent.errors import FrameUnreadable, ModelError
 from agent.inference.models import Models, open_models
 from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
-from models.common.labels import read_cells
+from models.common.labels import Rgb, read_cells
 from models.common.warm_start import FileDoesNotFit
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.finetune import PICTURES, CropsUnfit
@@ -55,11 +55,11 @@ def adapt(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     cells = find_cells(models, args.images, tuning.wording_of(models.manifest.classifier))
     base = tuning.open_base(args.models, cells)
-    move_norms(base.net, cells, base.side_px)
-    taught = sure_cells(base.net, cells, base.side_px)
+    move_norms(base.net, [tuning.agent_square(base.entry, cell) for cell in cells])
+    taught = sure_cells(base, cells)
     known = known_cells(args, base.wording)
     if taught:
-        tuning.tune(base.net, taught + known, base.side_px, args.minutes, args.rate)
+        tuning.tune(base, taught + known, args.minutes, args.rate)
     work = args.output.with_name(args.output.name + ".part")
     chosen = cells + known
     new = tuning.write_models(base, chosen[:: max(1, len(chosen) // 200)], work, "adapted", {})
@@ -89,19 +89,20 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
             print(f"left out: {error}", file=sys.stderr)
             continue
         rgb = np.ascontiguousarray(pixels[..., ::-1])
+        gains = crops.gains_of(rgb)
         for detection in models.detector.detect(pixels):
             if detection.class_name in classified:
                 box = (*detection.box.centre_px, detection.box.width_px, detection.box.height_px)
-                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes))
+                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes, gains=gains))
     if len(found) < FEWEST_CELLS:
         raise CropsUnfit(f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least")
     return found
 
 
-def move_norms(net: CellNet, cells: Sequence[crops.Example], side_px: int) -> None:
+def move_norms(net: CellNet, squares: Sequence[Rgb]) -> None:
     """Each norm's statistics become a mean of the old ones and those of the new cells, by their numbers."""
-    squares = torch.stack([crops.picture_tensor(crops.square(e.pixels, e.box, side_px)) for e in cells]).float() / 255
-    share = len(cells) / (len(cells) + SOURCE_WEIGHT)
+    pictures = torch.stack([crops.picture_tensor(square) for square in squares]).float() / 255
+    share = len(squares) / (len(squares) + SOURCE_WEIGHT)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     old = [(norm.running_mean.clone(), norm.running_var.clone(), norm.momentum) for norm in norms]
     for norm in norms:
@@ -109,7 +110,7 @@ def move_norms(net: CellNet, cells: Sequence[crops.Example], side_px: int) -> No
         norm.momentum = None  # a plain mean over the batches
     net.train()
     with torch.no_grad():
-        for batch in squares.split(64):
+        for batch in pictures.split(64):
             if len(batch) > 1:
                 net(batch)
     net.eval()
@@ -120,13 +121,13 @@ def move_norms(net: CellNet, cells: Sequence[crops.Example], side_px: int) -> No
 
 
 @torch.inference_mode()
-def sure_cells(net: CellNet, cells: Sequence[crops.Example], side_px: int) -> list[crops.Example]:
+def sure_cells(base: tuning.Base, cells: Sequence[crops.Example]) -> list[crops.Example]:
     """Cells whose name is the same and sure, as a mean over turned and mirrored views, with that name as label."""
     taught = []
     for cell in cells:
-        square = crops.picture_tensor(crops.square(cell.pixels, cell.box, side_px)).float() / 255
+        square = crops.picture_tensor(tuning.agent_square(base.entry, cell)).float() / 255
         views = [square.rot90(k % 4, (1, 2)) if k < 4 else square.flip(k - 3) for k in range(VIEWS)]
-        shares = net(torch.stack(views)).classes.softmax(1)
+        shares = base.net(torch.stack(views)).classes.softmax(1)
         mean = shares.mean(0)
         if float(mean.max()) >= SURE and bool((shares.argmax(1) == mean.argmax()).all()):
             taught.append(dataclasses.replace(cell, label=int(mean.argmax())))

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.analysis.crops import central_detection, cut_crop
+from agent.analysis.crops import central_detection
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Classification
@@ -34,7 +34,7 @@ from models.common.labels import read_cells, read_fields
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.boxes import boxes_of, found_boxes
-from models.evaluation.names import cells_of_fields, classify_box
+from models.evaluation.names import cells_of_fields, classify_box, classify_place
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 NOTHING = np.empty((0, 5), np.float32)
@@ -162,8 +162,7 @@ def pbc_answers(models: Models, data: Path) -> list[tuple[str, Classification]]:
         height, width = pixels.shape[:2]
         found = central_detection(models.detector.detect(pixels), models.manifest.detector.classified, width, height)
         if found is not None:
-            crop = cut_crop(pixels, found.box, models.manifest.classifier.crop.margin)
-            answers.append((cell.class_name, models.classifier.classify(crop)))
+            answers.append((cell.class_name, classify_place(models, pixels, found.box)))
     return answers
 
 

@@ -52,7 +52,7 @@ def finetune(args: argparse.Namespace) -> None:
     base = tuning.open_base(args.models, learnt)
     torch.manual_seed(1)
     examples = learnt + rehearsal(args, wording, len(learnt))
-    tuning.tune(base.net, examples, base.side_px, args.minutes, args.rate)
+    tuning.tune(base, examples, args.minutes, args.rate)
     named = [e for e in judged if e.is_cell]
     before = tuning.share_of_right(open_models(ModelsSection(folder=args.models)), named)
     facts = {"crops_learnt": len(learnt), "crops_judged": len(named), "accuracy_before": before}
@@ -93,7 +93,8 @@ def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example
             height, width = pixels.shape[:2]
             box = (width / 2, height / 2, width / (1 + crops.MARGIN), height / (1 + crops.MARGIN))
             label = crops.UNKNOWN if place.name == NO_CELL else wording.classes.index(place.name)
-            example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=place.name != NO_CELL)
+            is_cell, gains = place.name != NO_CELL, crops.gains_of(pixels)
+            example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=is_cell, gains=gains)
             kept_back = hashlib.sha256(path.read_bytes()).digest()[0] < 64
             (judged if kept_back else learnt).append(example)
     if len(learnt) < FEWEST or not any(e.is_cell for e in judged):

@@ -18,7 +18,7 @@ import pytest
 
 from agent.analysis.cells import NamingRules
 from agent.analysis.control_charts import Plan
-from agent.analysis.crops import cut_crop
+from agent.analysis.crops import CropCutter, cut_crop
 from agent.analysis.differential import Rules
 from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.preprocessing import preprocess
@@ -103,6 +103,7 @@ def make_models(detections: tuple[Detection, ...], answer: Callable[[Pixels], Cl
             detector=SimpleNamespace(classified=("white",)),
             classifier=SimpleNamespace(crop=SimpleNamespace(margin=0.2)),
         ),
+        cutter=lambda pixels: CropCutter(pixels, 0.2, None),
         runtime="double 1.0",
         delegate="none",
     )
@@ -211,6 +212,23 @@ def test_stages_that_had_nothing_to_do_took_no_time() -> None:
     outcome = process_frame(make_frame(), SampleState("s-1"), make_bench(make_models((RED,))), CLOCK)
     assert outcome.field is not None
     assert outcome.field.timing_ms["crop"] == outcome.field.timing_ms["classify"] == 0
+
+
+def test_the_classifier_sees_the_ground_that_the_manifest_asks_for_and_messages_the_frame_as_it_came() -> None:
+    seen: list[Pixels] = []
+
+    def classify(crop: Pixels) -> Classification:
+        seen.append(crop)
+        return Classification("round", 0.75, {"round": 0.75, "lobed": 0.25})
+
+    models = make_models((WHITE,), classify)
+    models.cutter = lambda pixels: CropCutter(pixels, 0.2, (200.0, 100.0, 50.0))
+    frame = make_frame()
+    outcome = process_frame(frame, SampleState("s-1"), make_bench(models), CLOCK)
+    assert outcome.field is not None
+    assert np.array_equal(seen[0], CropCutter(frame.pixels_bgr, 0.2, (200.0, 100.0, 50.0)).around(WHITE.box))
+    assert not np.array_equal(seen[0], cut_crop(frame.pixels_bgr, WHITE.box, 0.2))
+    assert np.array_equal(outcome.field.frame.pixels_bgr, make_pixels(1))
 
 
 def test_the_models_see_the_preprocessed_frame_and_everybody_else_the_frame_as_it_came() -> None:

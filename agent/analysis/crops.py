@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import cached_property
 from typing import cast
 
 import cv2
 import numpy as np
 
+from agent.analysis.preprocessing import Gains, ground_gains, scale_channels
 from agent.domain import Box, Detection, Pixels
 
 
@@ -27,6 +29,34 @@ def cut_crop(pixels_bgr: Pixels, box: Box, margin: float) -> Pixels:
     if not (before_x or before_y or after_x or after_y):
         return part
     return np.asarray(cv2.copyMakeBorder(part, before_y, after_y, before_x, after_x, cv2.BORDER_REPLICATE), np.uint8)
+
+
+class CropCutter:
+    """Cuts what is to be classified from one picture: squares around boxes, under the lamp of the training pictures.
+
+    pixels_bgr: uint8, (height, width, 3), B G R. margin: as in `cut_crop`. ground_bgr: grey levels that the ground of
+    the whole picture is brought to, channel by channel; None = the light stays as it is.
+    """
+
+    def __init__(self, pixels_bgr: Pixels, margin: float, ground_bgr: tuple[float, float, float] | None) -> None:
+        self._pixels_bgr = pixels_bgr
+        self._margin = margin
+        self._ground_bgr = ground_bgr
+
+    def around(self, box: Box) -> Pixels:
+        """The square crop of one cell, (side, side, 3)."""
+        return self._lit(cut_crop(self._pixels_bgr, box, self._margin))
+
+    def whole(self) -> Pixels:
+        """The picture itself as one crop."""
+        return self._lit(whole_crop(self._pixels_bgr))
+
+    def _lit(self, crop: Pixels) -> Pixels:
+        return crop if self._gains is None else scale_channels(crop, self._gains)
+
+    @cached_property
+    def _gains(self) -> Gains | None:
+        return None if self._ground_bgr is None else ground_gains(self._pixels_bgr, self._ground_bgr)
 
 
 def whole_crop(pixels_bgr: Pixels) -> Pixels:

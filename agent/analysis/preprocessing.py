@@ -6,6 +6,7 @@ costs, measured on clean and on spoilt fields: docs/preprocessing.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import cv2
@@ -21,6 +22,9 @@ models.robustness --reference`)."""
 
 LOOK_LAB: Final = ((202.0, 41.6), (139.0, 9.8), (135.4, 14.8))
 """Mean and standard deviation of L, a and b in the same fields, as `look_lab` gives them."""
+
+Gains = tuple[float, float, float]
+"""Of B, G and R."""
 
 MOST_GAIN: Final = 2.5
 """A ground that needs more than this is no lamp's colour but a fault that the gate should see."""
@@ -56,8 +60,20 @@ def denoise(pixels_bgr: Pixels, levels: float) -> Pixels:
 
 def balance_white(pixels_bgr: Pixels) -> Pixels:
     """Each channel scaled so that the ground between the cells has the colour of GROUND_BGR."""
-    gains = np.clip(np.array(GROUND_BGR) / ground_colour(pixels_bgr), 1 / MOST_GAIN, MOST_GAIN)
-    tables = np.clip(np.arange(256)[:, None] * gains + 0.5, 0, 255).astype(np.uint8)
+    return scale_channels(pixels_bgr, ground_gains(pixels_bgr, GROUND_BGR))
+
+
+def ground_gains(pixels_bgr: Pixels, goal_bgr: Sequence[float]) -> Gains:
+    """By what B, G and R must be scaled for the ground between the cells to have this colour; 1 / MOST_GAIN to
+    MOST_GAIN.
+    """
+    gains = np.clip(np.array(goal_bgr) / ground_colour(pixels_bgr), 1 / MOST_GAIN, MOST_GAIN)
+    return float(gains[0]), float(gains[1]), float(gains[2])
+
+
+def scale_channels(pixels_bgr: Pixels, gains: Gains) -> Pixels:
+    """Each channel times its gain, in 0 to 255."""
+    tables = np.clip(np.arange(256)[:, None] * np.array(gains) + 0.5, 0, 255).astype(np.uint8)
     return np.asarray(cv2.LUT(pixels_bgr, tables.reshape(1, 256, 3)), np.uint8)
 
 

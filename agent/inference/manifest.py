@@ -83,10 +83,15 @@ class ClassifierThresholds(ManifestPart):
     """A cell named with less is looked at from four sides; 0 = none is."""
 
 
+GreyLevel = Annotated[float, Field(ge=1, le=255)]
+
+
 class Crop(ManifestPart):
     """How the classifier's crop is cut from a frame: a square around the box, wider by `margin` of its longer side."""
 
     margin: Annotated[float, Field(ge=0, le=4)]
+    ground_bgr: tuple[GreyLevel, GreyLevel, GreyLevel] | None = None
+    """Grey levels of B, G, R that the ground between the cells is brought to; None = the light stays as it is."""
 
 
 class Morphology(ManifestPart):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agent.analysis.cells import NamingRules
-from agent.analysis.crops import central_detection, cut_crop, whole_crop
+from agent.analysis.crops import CropCutter, central_detection
 from agent.analysis.morphology import describe
 from agent.config import ModelsSection, models_folder
 from agent.domain import Classification, Pixels
@@ -49,9 +49,13 @@ class Models:
         central = central_detection(
             self.detector.detect(pixels_bgr, CENTRAL_CELL_SCORE), self.manifest.detector.classified, width, height
         )
-        if central is None:
-            return self.classifier.classify(whole_crop(pixels_bgr))
-        return self.classifier.classify(cut_crop(pixels_bgr, central.box, self.manifest.classifier.crop.margin))
+        cutter = self.cutter(pixels_bgr)
+        return self.classifier.classify(cutter.whole() if central is None else cutter.around(central.box))
+
+    def cutter(self, pixels_bgr: Pixels) -> CropCutter:
+        """Cuts the classifier's crops from a picture as the manifest says. pixels_bgr: (height, width, 3), B G R."""
+        crop = self.manifest.classifier.crop
+        return CropCutter(pixels_bgr, crop.margin, crop.ground_bgr)
 
     def describe(self, classification: Classification) -> str:
         """A cell's looks in words; empty where the model does not tell any, or is sure of none."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.analysis.crops import cut_crop
 from agent.domain import Pixels
 from agent.errors import ModelError
 from agent.inference.golden import (
@@ -149,12 +148,12 @@ def answer(models: Models, pixels_bgr: Pixels) -> GoldenField:
     """What the models say to a field, with the manifest's thresholds and whatever the configuration says."""
     detections = models.detector.detect(pixels_bgr)
     detector = _digests(models.detector.last_input, models.detector.last_outputs)
+    cutter = models.cutter(pixels_bgr)
     inputs, outputs, cells = hashlib.sha256(), hashlib.sha256(), []
     for detection in detections:
         classification = None
         if detection.class_name in models.manifest.detector.classified:
-            crop = cut_crop(pixels_bgr, detection.box, models.manifest.classifier.crop.margin)
-            classification = models.classifier.classify(crop)
+            classification = models.classifier.classify(cutter.around(detection.box))
             inputs.update(models.classifier.last_input)
             outputs.update(models.classifier.last_outputs)
         cells.append(golden_cell(detection, classification))

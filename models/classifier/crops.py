@@ -5,8 +5,8 @@ Cut as the agent cuts them: a square around a box, the box being a little wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -16,6 +16,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from agent.analysis.preprocessing import GROUND_BGR, Gains, ground_gains, scale_channels
 from models.common.augment import vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
 from models.common.labels import (
@@ -48,6 +49,7 @@ class Example:
 
     box: where it is. label: class index, or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell:
     whether a crop of it is to be taken for one. is_ruined: it is a cell, and is to be blurred until it has no name.
+    gains: what brings the ground of its picture to GROUND_BGR, as the agent does; None = it is left as it is.
     """
 
     pixels: Rgb
@@ -56,6 +58,7 @@ class Example:
     attributes: tuple[int, ...]
     is_cell: bool = True
     is_ruined: bool = False
+    gains: Gains | None = None
 
 
 class Wording:
@@ -88,7 +91,8 @@ def pbc_examples(
         pixels = read_rgb(cell.path)
         box = boxes.get(cell.key) or central_box(pixels)
         label = wording.classes.index(cell.class_name)
-        examples.append(Example(pixels, tuple(box), label, wording.attribute_indices(attributes.get(cell.key))))
+        described = wording.attribute_indices(attributes.get(cell.key))
+        examples.append(Example(pixels, tuple(box), label, described, gains=gains_of(pixels)))
     return examples
 
 
@@ -104,15 +108,18 @@ def field_platelets(data: Path, sources: Sequence[str], splits: Sequence[str], w
 
 def named_examples(cells: Sequence[NamedBox], sources: Sequence[str], wording: Wording) -> list[Example]:
     """The cells of these sources, in their fields."""
-    pictures: dict[Path, Rgb] = {}
+    pictures: dict[Path, tuple[Rgb, Gains]] = {}
     examples = []
     for cell in cells:
         if cell.source in sources:
             if cell.path not in pictures:
-                pictures[cell.path] = read_rgb(cell.path)
+                decoded = read_rgb(cell.path)
+                pictures[cell.path] = decoded, gains_of(decoded)
+            pixels, gains = pictures[cell.path]
             label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
             box = middle_of(cell.box)
-            examples.append(Example(pictures[cell.path], box, label, wording.no_attributes, is_cell=label != UNKNOWN))
+            is_cell = label != UNKNOWN
+            examples.append(Example(pixels, box, label, wording.no_attributes, is_cell=is_cell, gains=gains))
     return examples
 
 
@@ -140,6 +147,7 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
     fields = [field for field in read_fields(data, "train") if field.is_complete and field.source in sources]
     examples = []
     for field in load_fields(fields):
+        gains = gains_of(field.pixels)
         red = field.boxes[field.boxes[:, 0] == 1]
         chosen = [red[k, 1:] for k in rng.permutation(len(red))[:3]]
         height, width = field.pixels.shape[:2]
@@ -148,7 +156,10 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
         chosen.append(np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2]))
         for box in chosen:
             if covered(field, box) <= MOST_OVERLAP:
-                examples.append(Example(field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False))
+                place = middle_of(box)
+                examples.append(
+                    Example(field.pixels, place, UNKNOWN, wording.no_attributes, is_cell=False, gains=gains)
+                )
     return examples
 
 
@@ -164,7 +175,7 @@ def covered(field: LabelledField, box: np.ndarray) -> float:
 def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Example]:
     """Some of the cells once more, to be blurred until they have no name."""
     return [
-        Example(e.pixels, e.box, UNKNOWN, (UNKNOWN,) * len(e.attributes), is_cell=False, is_ruined=True)
+        replace(e, label=UNKNOWN, attributes=(UNKNOWN,) * len(e.attributes), is_cell=False, is_ruined=True)
         for e in (examples[k] for k in rng.permutation(len(examples))[:count])
     ]
 
@@ -172,13 +183,16 @@ def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Exam
 class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
     """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1).
 
-    plain_share: of the crops, keeps the look of its own laboratory.
+    plain_share: of the crops, keeps the look of its own laboratory. balanced_share: has its ground balanced before.
     """
 
-    def __init__(self, examples: Sequence[Example], side_px: int, plain_share: float = 0.125):
+    def __init__(
+        self, examples: Sequence[Example], side_px: int, plain_share: float = 0.125, balanced_share: float = 0.0
+    ):
         self.examples = examples
         self.side_px = side_px
         self.plain_share = plain_share
+        self.balanced_share = balanced_share
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -187,6 +201,8 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         rng = np.random.default_rng(torch.randint(2**62, ()).item())
         example = self.examples[index]
         crop = random_crop(example.pixels, example.box, self.side_px, rng)
+        if rng.random() < self.balanced_share:
+            crop = balanced(crop, example.gains)
         crop = vary_look(crop, rng, plain_share=self.plain_share)
         if example.is_ruined:
             crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
@@ -208,6 +224,16 @@ def random_crop(pixels: Rgb, box: CentredBox, side_px: int, rng: Generator) -> R
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     turn = np.array([[cos * stretch, -sin], [sin, cos / stretch]]) @ np.diag([rng.choice((-1, 1)), 1])
     return warp(pixels, turn, x, y, side_px)
+
+
+def gains_of(pixels: Rgb) -> Gains:
+    """What brings the ground of a picture to GROUND_BGR, for B, G and R."""
+    return ground_gains(np.ascontiguousarray(pixels[..., ::-1]), GROUND_BGR)
+
+
+def balanced(crop: Rgb, gains: Gains | None) -> Rgb:
+    """A crop under the lamp of the training fields."""
+    return crop if gains is None else scale_channels(crop, gains[::-1])
 
 
 def square(pixels: Rgb, box: CentredBox, side_px: int) -> Rgb:
@@ -241,10 +267,11 @@ class View:
     are_cells: Tensor
 
 
-def make_view(examples: Sequence[Example], side_px: int, change: Callable[[Rgb], Rgb] = lambda crop: crop) -> View:
-    """Crops as the agent cuts them. change: what another laboratory's look would make of them."""
+def make_view(examples: Sequence[Example], side_px: int, *, is_balanced: bool = False) -> View:
+    """Crops as the agent cuts them. is_balanced: under the lamp of the training fields."""
+    squares = (balanced(square(e.pixels, e.box, side_px), e.gains if is_balanced else None) for e in examples)
     return View(
-        torch.stack([picture_tensor(change(square(e.pixels, e.box, side_px))) for e in examples]),
+        torch.stack([picture_tensor(crop) for crop in squares]),
         torch.tensor([e.label for e in examples]),
         torch.tensor([e.attributes for e in examples]),
         torch.tensor([float(e.is_cell) for e in examples]),

@@ -16,6 +16,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from agent.analysis.preprocessing import GROUND_BGR
 from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.classifier.train import load_net
@@ -95,7 +96,7 @@ def write_entry(
         input={**entry, "meaning": "the square crop of one cell, real values 0 to 1", "colour_order": "RGB"},
         outputs=described,
         classes=wording.classes,
-        crop={"margin": crops.MARGIN},
+        crop={"margin": crops.MARGIN, "ground_bgr": GROUND_BGR},
         thresholds={
             "min_probability": 0.5,
             "temperature": 1.0,
@@ -121,7 +122,7 @@ def calibration(
     examples = crops.pbc_examples(data, chosen, read_boxes(boxes), wording)
     others = crops.foreign_examples(data, settings.get("foreign", ()), ("train",), wording)
     examples += [others[k] for k in rng.permutation(len(others))[: count // 3]]
-    training = crops.TrainingCrops(examples, side_px)
+    training = crops.TrainingCrops(examples, side_px, balanced_share=0.5)
     for index in range(len(training)):
         yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 
@@ -134,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
     parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
     parser.add_argument("--file", default=None, help="name of the file without its ending; default: the net's")
-    parser.add_argument("--version", default="0.3.0")
+    parser.add_argument("--version", default="0.4.0")
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
     return parser.parse_args()
 

@@ -44,7 +44,8 @@ class RunFile:
     more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
     undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
     the PBC pictures as the study draws it; None = as given. plain_share: of the crops, keeps the look of its own
-    laboratory; the others get another stain, lamp and optics. bf16: convolve in bfloat16 where the processor can:
+    laboratory; the others get another stain, lamp and optics. balanced_share: has its ground brought to one colour
+    before, as the agent does with what it classifies. bf16: convolve in bfloat16 where the processor can:
     quicker for nets of full convolutions, slower for convolutions in depth.
     """
 
@@ -67,6 +68,7 @@ class RunFile:
     undersample: int | None = None
     random_split: int | None = None
     plain_share: float = 0.125
+    balanced_share: float = 0.5
     bf16: bool = False
     label_smoothing: float = 0.05
     seed: int = 1
@@ -220,7 +222,7 @@ def train_loader(
         weights.append(share * each / each.sum())
         all_examples += examples[kind]
     sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
-    dataset = crops.TrainingCrops(all_examples, settings.side_px, settings.plain_share)
+    dataset = crops.TrainingCrops(all_examples, settings.side_px, settings.plain_share, settings.balanced_share)
     return DataLoader(
         dataset,
         settings.batch,
@@ -276,14 +278,13 @@ def divergence(logits: Tensor, told: Tensor) -> Tensor:
 def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: crops.Wording) -> dict[str, crops.View]:
     """PBC `val`, and each source that we named by eye: its `val` where it is learnt from, all of it where it is not."""
     cells = read_cells(data, "val", settings.random_split)
-    views = {"pbc": crops.make_view(crops.pbc_examples(data, cells, boxes, wording), settings.side_px)}
+    found = {"pbc": crops.pbc_examples(data, cells, boxes, wording)}
     for source in FOREIGN_SOURCES:
         splits = ("val",) if source in settings.foreign else ("train", "val", "test")
-        found = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
-        views[source] = crops.make_view(found, settings.side_px)
-    platelets = crops.field_platelets(data, FOREIGN_SOURCES, ("val",), wording)
-    views["platelets"] = crops.make_view(platelets, settings.side_px)
-    return views
+        found[source] = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
+    found["platelets"] = crops.field_platelets(data, FOREIGN_SOURCES, ("val",), wording)
+    is_balanced = settings.balanced_share > 0
+    return {name: crops.make_view(each, settings.side_px, is_balanced=is_balanced) for name, each in found.items()}
 
 
 FOREIGN_SOURCES = ("bccd", "raabin")

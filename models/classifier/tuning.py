@@ -26,6 +26,7 @@ from agent.inference.models import Models, open_models
 from agent.inference.selftest import make_answers
 from models.classifier import crops
 from models.classifier.export import ChannelsLast
+from models.common.labels import Rgb
 from models.common.quantize import export_float, quantize_file, renew_entry
 from models.common.warm_start import load_shipped, save_norms
 from models.nets.cellnet import CellNet
@@ -57,10 +58,15 @@ def open_base(folder: Path, pictures: Sequence[crops.Example]) -> Base:
     entry = load_manifest(folder).classifier
     wording = wording_of(entry)
     net = CellNet(entry.name, len(entry.classes), wording.sizes)
-    side_px = entry.input.shape[1]
-    squares = [crops.picture_tensor(crops.square(e.pixels, e.box, side_px)) for e in pictures[:256]]
+    squares = [crops.picture_tensor(agent_square(entry, e)) for e in pictures[:256]]
     load_shipped(net, folder / entry.file, (torch.stack(squares).float() / 255).split(64))
     return Base(folder, entry, wording, net)
+
+
+def agent_square(entry: ClassifierEntry, example: crops.Example) -> Rgb:
+    """The crop as the agent cuts and lights it for this classifier, of its input's size."""
+    crop = crops.square(example.pixels, example.box, entry.input.shape[1])
+    return crop if entry.crop.ground_bgr is None else crops.balanced(crop, example.gains)
 
 
 def wording_of(entry: ClassifierEntry) -> crops.Wording:
@@ -71,19 +77,21 @@ def wording_of(entry: ClassifierEntry) -> crops.Wording:
 
 
 def tune(
-    net: CellNet,
+    base: Base,
     examples: Sequence[crops.Example],
-    side_px: int,
     minutes: float,
     rate: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Teach a net, in place, with its norms' statistics held: a few hundred cells are too few to learn those from.
+    """Teach the net, in place, with its norms' statistics held: a few hundred cells are too few to learn those from.
 
     The rate falls to zero over `minutes`; early layers learn a third as fast.
     """
+    net = base.net
     old = copy.deepcopy(net).eval().requires_grad_(False)
-    loader = DataLoader(crops.TrainingCrops(examples, side_px), BATCH, shuffle=True, drop_last=len(examples) > BATCH)
+    balanced_share = 0.0 if base.entry.crop.ground_bgr is None else 1.0
+    dataset = crops.TrainingCrops(examples, base.side_px, balanced_share=balanced_share)
+    loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(examples) > BATCH)
     early, late = list(net.backbone.parameters()), [p for m in (net.classes, net.is_cell) for p in m.parameters()]
     optimiser = torch.optim.AdamW([{"params": early, "lr": rate / 3}, {"params": late, "lr": rate}], weight_decay=0.02)
     peaks = [group["lr"] for group in optimiser.param_groups]
@@ -139,7 +147,7 @@ def write_models(
     file = output / base.entry.file
     float_file = file.with_suffix(".float.tflite")
     export_float(ChannelsLast(base.net), base.side_px, float_file)
-    squares = (crops.square(e.pixels, e.box, base.side_px) for e in calibration)
+    squares = (agent_square(base.entry, e) for e in calibration)
     quantize_file(float_file, file, (s[None].astype(np.float32) / 255 for s in squares))
     float_file.unlink()
     save_norms(base.net, file)
@@ -168,6 +176,5 @@ def share_of_right(models: Models, examples: Sequence[crops.Example]) -> float:
 def answer_of(models: Models, example: crops.Example) -> tuple[int, float, float]:
     """Class index, probability and cell probability that the agent would give."""
     entry = models.manifest.classifier
-    crop = crops.square(example.pixels, example.box, entry.input.shape[1])
-    answer = models.classifier.classify(np.ascontiguousarray(crop[..., ::-1]))
+    answer = models.classifier.classify(np.ascontiguousarray(agent_square(entry, example)[..., ::-1]))
     return entry.classes.index(answer.class_name), answer.probability, answer.cell_probability

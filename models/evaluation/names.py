@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.analysis.crops import cut_crop
+from agent.analysis.crops import CropCutter
 from agent.camera.decoding import decode_file
 from agent.domain import Attribute, Box, Classification, Pixels
 from agent.inference.models import Models
@@ -186,7 +186,7 @@ def classify_box(models: Models, path: Path, box: tuple[float, float, float, flo
 
 def classify_place(models: Models, pixels: Pixels, box: Box) -> Classification:
     """The same for decoded pixels."""
-    return models.classifier.classify(cut_crop(pixels, box, models.manifest.classifier.crop.margin))
+    return models.classifier.classify(models.cutter(pixels).around(box))
 
 
 def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
     rng = np.random.default_rng(11)
     for field in progress([f for f in read_fields(data, split) if f.is_complete], "fields"):
         pixels = decode_file(field.path, MAX_MEGAPIXELS)
-        for kind, crop in kinds_of_crops(pixels, field, models.manifest.classifier.crop.margin, rng):
+        for kind, crop in kinds_of_crops(pixels, field, models.cutter(pixels), rng):
             answer = models.classifier.classify(crop)
             scores[kind].append(answer.cell_probability)
             accepted[kind].append(rules.believes(answer))
@@ -215,24 +215,24 @@ def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
 
 
 def kinds_of_crops(
-    pixels: Pixels, field: FieldImage, margin: float, rng: np.random.Generator
+    pixels: Pixels, field: FieldImage, cutter: CropCutter, rng: np.random.Generator
 ) -> Iterator[tuple[str, Pixels]]:
     """Nucleated cells of a field, the same ruined by blur, two of its red cells, one place without any box."""
     height, width = pixels.shape[:2]
     boxes = read_boxes(field, width, height)
     nucleated, red = boxes[boxes[:, 0] == 0, 1:], boxes[boxes[:, 0] == 1, 1:]
     for corners in nucleated:
-        crop = cut_crop(pixels, Box(*(float(v) for v in corners)), margin)
+        crop = cutter.around(Box(*(float(v) for v in corners)))
         yield "cell", crop
         yield "ruined cell", np.asarray(cv2.GaussianBlur(crop, (0, 0), crop.shape[0] * RUIN_SHARE), np.uint8)
     for index in rng.permutation(len(red))[:2]:
         box = red[index]
         if not len(nucleated) or box_overlaps(box[None], nucleated).max() < 0.02:
-            yield "red cell", cut_crop(pixels, Box(*(float(v) for v in box)), margin)
+            yield "red cell", cutter.around(Box(*(float(v) for v in box)))
     for _ in range(50):
         side = rng.uniform(30, 120)
         x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
         place = np.array([[x, y, x + side, y + side]], np.float32)
         if box_overlaps(place, boxes[:, 1:]).max(initial=0) < 0.01:
-            yield "background", cut_crop(pixels, Box(x, y, x + side, y + side), margin)
+            yield "background", cutter.around(Box(x, y, x + side, y + side))
             return

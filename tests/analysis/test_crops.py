@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.analysis.crops import central_detection, cut_crop, whole_crop
+from agent.analysis.crops import CropCutter, central_detection, cut_crop, whole_crop
 from agent.domain import Box, Detection
 
 
@@ -43,3 +43,29 @@ def test_the_central_cell_is_the_nearest_whose_box_holds_the_middle() -> None:
     red = Detection(Box(45, 45, 55, 55), "RBC", 0.9)
     assert central_detection((wide, near, aside, red), ("WBC", "platelet"), 100, 100) is near
     assert central_detection((aside, red), ("WBC", "platelet"), 100, 100) is None
+
+
+GROUND = (201.0, 227.0, 253.0)
+CELL = Box(24, 16, 36, 28)
+
+
+def smear(lamp_bgr: tuple[float, float, float]) -> np.ndarray:
+    """A dark cell on bright ground under a lamp of this colour, grey levels of the ground."""
+    pixels = np.full((80, 80, 3), lamp_bgr, float)
+    pixels[16:28, 24:36] *= (0.8, 0.4, 0.6)
+    return pixels.astype(np.uint8)
+
+
+@pytest.mark.parametrize("lamp", [(201, 227, 253), (150, 190, 250), (240, 235, 200)])
+def test_what_is_classified_has_one_ground_whatever_the_lamp(lamp: tuple[float, float, float]) -> None:
+    cutter = CropCutter(smear(lamp), 0.2, GROUND)
+    expected = cut_crop(smear(GROUND), CELL, 0.2)
+    assert np.abs(cutter.around(CELL).astype(int) - expected).max() <= 3
+    assert np.abs(cutter.whole().astype(int) - smear(GROUND)).max() <= 3
+
+
+def test_without_a_ground_in_the_manifest_the_light_stays_as_it_is() -> None:
+    pixels = smear((150, 190, 250))
+    cutter = CropCutter(pixels, 0.2, None)
+    assert np.array_equal(cutter.around(CELL), cut_crop(pixels, CELL, 0.2))
+    assert np.array_equal(cutter.whole(), whole_crop(pixels))

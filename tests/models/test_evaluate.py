@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 import pytest
 
-from agent.analysis.crops import cut_crop
 from agent.bench import make_bench
 from agent.camera.simulated import render_training_crop
 from agent.config import Config, ModelsSection
@@ -91,7 +90,7 @@ def test_boxes_of_eight_classes_count_when_place_and_name_are_right(tmp_path: Pa
     (found,) = [
         d for d in models.detector.detect(pixels, 0.3) if d.class_name == "WBC" and 120 < d.box.centre_px[0] < 180
     ]
-    named = models.classifier.classify(cut_crop(pixels, found.box, models.manifest.classifier.crop.margin)).class_name
+    named = models.classifier.classify(models.cutter(pixels).around(found.box)).class_name
     other = next(name for name in CLASSES if name != named)
     for truth, expected in ((named, 1.0), (other, 0.0)):
         write_field(tmp_path / truth, truth, [(0, found.box)], pixels)
@@ -109,7 +108,7 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
     nucleated = [d for d in models.detector.detect(pixels, 0.3) if d.class_name == "WBC"]
     middle = min(nucleated, key=lambda d: abs(d.box.centre_px[0] - 300))
     away = max(nucleated, key=lambda d: abs(d.box.centre_px[0] - 300))
-    named = models.classifier.classify(cut_crop(pixels, middle.box, models.manifest.classifier.crop.margin)).class_name
+    named = models.classifier.classify(models.cutter(pixels).around(middle.box)).class_name
     write_field(tmp_path, named, [(0, middle.box), (0, away.box)], pixels)
     (field,) = read_fields(tmp_path, "test")
     answer = named_boxes(models, field, named)

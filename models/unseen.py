@@ -1,0 +1,135 @@
+"""What a microscope that was never seen costs the classifier, and what a laboratory can win back with its own cells.
+
+    python -m models.classifier.train models/classifier/recipes/unseen/without-bccd.yaml
+    python -m models.unseen bccd runs/without-bccd/best.pt [--json]
+
+The source took no part in that run. Its net becomes int8 as the shipped one does; then a laboratory with this
+microscope does what `models/README.md` tells it to: `models.adapt` on the fields of `train`, `models.finetune` on the
+crops of `train` that we named by eye. Figures: the named cells of `val` and `test`, cut as the agent cuts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from agent.analysis.crops import CropCutter, cut_crop
+from agent.camera.decoding import decode_file
+from agent.config import ModelsSection
+from agent.domain import Box
+from agent.inference.manifest import load_manifest
+from agent.inference.models import Models, open_models
+from models.choose_thresholds import change_thresholds
+from models.common.labels import NamedBox, read_fields, read_foreign_cells
+from models.common.quantize import begin_folder
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
+from models.evaluation.names import trust_figures
+
+JUDGED = ("val", "test")
+
+
+def main() -> None:
+    args = parse()
+    work = args.work / args.source
+    shutil.rmtree(work, ignore_errors=True)
+    fields, crops = work / "fields", work / "crops"
+    gather_fields(args.data, args.source, fields)
+    gather_crops(named_cells(args.data, args.source, ("train",)), crops)
+    begin_folder(args.models, work / "begun")
+    shipped = load_manifest(args.models).classifier.thresholds
+    run("models.classifier.export", str(args.checkpoint), f"--models={work}/begun", f"--float-models={work}/float")
+    change_thresholds(work / "begun", "classifier", shipped.model_dump())
+    minutes = f"--minutes={args.minutes:g}"
+    known = (f"--data={args.data}", f"--boxes={args.boxes}")
+    folders = {"as it is": work / "begun"}
+    for name, module, given in (("adapted", "adapt", f"--images={fields}"), ("tuned", "finetune", str(crops))):
+        output = work / name
+        run(f"models.{module}", given, f"--models={work}/begun", f"--output={output}", minutes, *known)
+        # A folder that the command did not sign off is measured all the same.
+        folders[name] = output if output.exists() else work / f"{name}.part"
+    cells = named_cells(args.data, args.source, JUDGED)
+    figures: dict[str, Any] = {"source": args.source, "rows": {}}
+    for name, folder in folders.items():
+        models = open_models(ModelsSection(folder=folder))
+        if name == "as it is":
+            figures["rows"]["without balancing the ground"] = judge(models, cells, None)
+        figures["rows"][name] = judge(models, cells, models.manifest.classifier.crop.ground_bgr)
+    show(figures, is_json=args.json)
+
+
+def run(module: str, *arguments: str) -> None:
+    """One of the documented commands; what it says goes to standard error."""
+    print(f"{module} {' '.join(arguments)}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", module, *arguments], stdout=sys.stderr, check=module.endswith("export"))
+
+
+def named_cells(data: Path, source: str, splits: Sequence[str]) -> list[NamedBox]:
+    return [c for c in read_foreign_cells(data, splits) if c.source == source and c.class_name is not None]
+
+
+def gather_fields(data: Path, source: str, folder: Path) -> None:
+    """Links to the source's `train` fields."""
+    folder.mkdir(parents=True)
+    for field in read_fields(data, "train"):
+        if field.source == source:
+            (folder / field.path.name).symlink_to(field.path.resolve())
+
+
+def gather_crops(cells: Sequence[NamedBox], folder: Path) -> None:
+    """Crops as the agent cuts them, in a folder for each class."""
+    for number, cell in enumerate(cells):
+        place = folder / str(cell.class_name)
+        place.mkdir(parents=True, exist_ok=True)
+        crop = cut_crop(decode_file(cell.path, MAX_MEGAPIXELS), Box(*cell.box), 0.2)
+        cv2.imwrite(str(place / f"{number}.png"), crop)
+
+
+def judge(models: Models, cells: Sequence[NamedBox], ground_bgr: tuple[float, float, float] | None) -> dict[str, Any]:
+    """Names of cells in their fields. ground_bgr: as in `CropCutter`."""
+    rules, margin = models.naming_rules(), models.manifest.classifier.crop.margin
+    is_right, is_accepted = [], []
+    for cell in progress(cells, "cells"):
+        cutter = CropCutter(decode_file(cell.path, MAX_MEGAPIXELS), margin, ground_bgr)
+        answer = models.classifier.classify(cutter.around(Box(*cell.box)))
+        is_right.append(answer.class_name == cell.class_name)
+        is_accepted.append(rules.believes(answer))
+    return trust_figures(np.array(is_right), np.array(is_accepted))
+
+
+def show(figures: dict[str, Any], *, is_json: bool) -> None:
+    if is_json:
+        print(json.dumps(figures))
+        return
+    table = Table(f"{figures['source']}, never seen", "cells", "accuracy", "accepted", "accuracy of accepted")
+    for name, found in figures["rows"].items():
+        values = (found[key] for key in ("accuracy", "accepted", "accuracy_of_accepted"))
+        table.add_row(name, str(found["n"]), *("-" if v is None else f"{v:.3f}" for v in values))
+    Console().print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=("bccd", "raabin"))
+    parser.add_argument("checkpoint", type=Path, help="best.pt of a run without that source")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="the shipped folder: detector, thresholds")
+    parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
+    parser.add_argument("--work", type=Path, default=Path("runs/unseen"), help="where the folders of models are made")
+    parser.add_argument("--minutes", type=float, default=4, help="of adapting, and of tuning")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
