@@ -89,11 +89,11 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
             print(f"left out: {error}", file=sys.stderr)
             continue
         rgb = np.ascontiguousarray(pixels[..., ::-1])
-        gains = crops.gains_of(rgb)
+        relook = crops.relook_of(rgb)
         for detection in models.detector.detect(pixels):
             if detection.class_name in classified:
                 box = (*detection.box.centre_px, detection.box.width_px, detection.box.height_px)
-                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes, gains=gains))
+                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes, relook=relook))
     if len(found) < FEWEST_CELLS:
         raise CropsUnfit(f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least")
     return found

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.analysis.crops import CropCutter, cut_crop
+from agent.analysis.preprocessing import TAUGHT_LOOK, Look
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Box
@@ -63,8 +64,8 @@ def main() -> None:
     for name, folder in folders.items():
         models = open_models(ModelsSection(folder=folder))
         if name == "as it is":
-            figures["rows"]["without balancing the ground"] = judge(models, cells, None)
-        figures["rows"][name] = judge(models, cells, models.manifest.classifier.crop.ground_bgr)
+            figures["rows"]["light and stain as they are"] = judge(models, cells, None)
+        figures["rows"][name] = judge(models, cells, TAUGHT_LOOK)
     show(figures, is_json=args.json)
 
 
@@ -95,12 +96,12 @@ def gather_crops(cells: Sequence[NamedBox], folder: Path) -> None:
         cv2.imwrite(str(place / f"{number}.png"), crop)
 
 
-def judge(models: Models, cells: Sequence[NamedBox], ground_bgr: tuple[float, float, float] | None) -> dict[str, Any]:
-    """Names of cells in their fields. ground_bgr: as in `CropCutter`."""
+def judge(models: Models, cells: Sequence[NamedBox], look: Look | None) -> dict[str, Any]:
+    """Names of cells in their fields. look: as in `CropCutter`."""
     rules, margin = models.naming_rules(), models.manifest.classifier.crop.margin
     is_right, is_accepted = [], []
     for cell in progress(cells, "cells"):
-        cutter = CropCutter(decode_file(cell.path, MAX_MEGAPIXELS), margin, ground_bgr)
+        cutter = CropCutter(decode_file(cell.path, MAX_MEGAPIXELS), margin, look)
         answer = models.classifier.classify(cutter.around(Box(*cell.box)))
         is_right.append(answer.class_name == cell.class_name)
         is_accepted.append(rules.believes(answer))

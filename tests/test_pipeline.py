@@ -21,7 +21,7 @@ from agent.analysis.control_charts import Plan
 from agent.analysis.crops import CropCutter, cut_crop
 from agent.analysis.differential import Rules
 from agent.analysis.drift import DriftMemory, DriftPlan
-from agent.analysis.preprocessing import preprocess
+from agent.analysis.preprocessing import TAUGHT_LOOK, preprocess
 from agent.analysis.quality import from_text
 from agent.bench import Bench
 from agent.bench import make_bench as bench_from_config
@@ -214,7 +214,7 @@ def test_stages_that_had_nothing_to_do_took_no_time() -> None:
     assert outcome.field.timing_ms["crop"] == outcome.field.timing_ms["classify"] == 0
 
 
-def test_the_classifier_sees_the_ground_that_the_manifest_asks_for_and_messages_the_frame_as_it_came() -> None:
+def test_the_classifier_sees_the_look_that_the_manifest_asks_for_and_messages_the_frame_as_it_came() -> None:
     seen: list[Pixels] = []
 
     def classify(crop: Pixels) -> Classification:
@@ -222,11 +222,11 @@ def test_the_classifier_sees_the_ground_that_the_manifest_asks_for_and_messages_
         return Classification("round", 0.75, {"round": 0.75, "lobed": 0.25})
 
     models = make_models((WHITE,), classify)
-    models.cutter = lambda pixels: CropCutter(pixels, 0.2, (200.0, 100.0, 50.0))
+    models.cutter = lambda pixels: CropCutter(pixels, 0.2, TAUGHT_LOOK)
     frame = make_frame()
     outcome = process_frame(frame, SampleState("s-1"), make_bench(models), CLOCK)
     assert outcome.field is not None
-    assert np.array_equal(seen[0], CropCutter(frame.pixels_bgr, 0.2, (200.0, 100.0, 50.0)).around(WHITE.box))
+    assert np.array_equal(seen[0], CropCutter(frame.pixels_bgr, 0.2, TAUGHT_LOOK).around(WHITE.box))
     assert not np.array_equal(seen[0], cut_crop(frame.pixels_bgr, WHITE.box, 0.2))
     assert np.array_equal(outcome.field.frame.pixels_bgr, make_pixels(1))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import cast
+from typing import Final, cast
 
 import cv2
 import numpy as np
 
-from agent.analysis.preprocessing import Gains, ground_gains, scale_channels
+from agent.analysis.preprocessing import Look, Relook
 from agent.domain import Box, Detection, Pixels
 
 
@@ -32,31 +32,37 @@ def cut_crop(pixels_bgr: Pixels, box: Box, margin: float) -> Pixels:
 
 
 class CropCutter:
-    """Cuts what is to be classified from one picture: squares around boxes, under the lamp of the training pictures.
+    """Cuts what is to be classified from one picture: squares around boxes, in the look of the training pictures.
 
-    pixels_bgr: uint8, (height, width, 3), B G R. margin: as in `cut_crop`. ground_bgr: grey levels that the ground of
-    the whole picture is brought to, channel by channel; None = the light stays as it is.
+    pixels_bgr: uint8, (height, width, 3), B G R. margin: as in `cut_crop`. look: what the picture is brought to; None =
+    light and stain stay as they are.
     """
 
-    def __init__(self, pixels_bgr: Pixels, margin: float, ground_bgr: tuple[float, float, float] | None) -> None:
+    def __init__(self, pixels_bgr: Pixels, margin: float, look: Look | None) -> None:
         self._pixels_bgr = pixels_bgr
         self._margin = margin
-        self._ground_bgr = ground_bgr
+        self._look = look
 
     def around(self, box: Box) -> Pixels:
         """The square crop of one cell, (side, side, 3)."""
-        return self._lit(cut_crop(self._pixels_bgr, box, self._margin))
+        crop = cut_crop(self._pixels_bgr, box, self._margin)
+        if self._relook is None:
+            return crop
+        is_field = max(box.width_px, box.height_px) < LARGEST_SHARE * min(self._pixels_bgr.shape[:2])
+        return self._relook.light_and_stain(crop) if is_field else self._relook.light(crop)
 
     def whole(self) -> Pixels:
         """The picture itself as one crop."""
-        return self._lit(whole_crop(self._pixels_bgr))
-
-    def _lit(self, crop: Pixels) -> Pixels:
-        return crop if self._gains is None else scale_channels(crop, self._gains)
+        crop = whole_crop(self._pixels_bgr)
+        return crop if self._relook is None else self._relook.light(crop)
 
     @cached_property
-    def _gains(self) -> Gains | None:
-        return None if self._ground_bgr is None else ground_gains(self._pixels_bgr, self._ground_bgr)
+    def _relook(self) -> Relook | None:
+        return None if self._look is None else Relook.of(self._pixels_bgr, self._look)
+
+
+LARGEST_SHARE: Final = 0.75
+"""Of a picture that one cell fills the stain cannot be told: a lymphocyte's would be all nucleus."""
 
 
 def whole_crop(pixels_bgr: Pixels) -> Pixels:

@@ -6,7 +6,7 @@ costs, measured on clean and on spoilt fields: docs/preprocessing.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import cv2
@@ -16,6 +16,12 @@ from agent.analysis.quality import ground_colour
 from agent.config import PreprocessingSection
 from agent.domain import Pixels
 
+Triple = tuple[float, float, float]
+"""For B, G and R."""
+
+LabLook = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+"""Mean and spread of L, a and b."""
+
 GROUND_BGR: Final = (201.1, 226.7, 253.2)
 """Grey levels of B, G, R where no cell lies, as the gate finds them: the median of the PBC training fields (`python -m
 models.robustness --reference`)."""
@@ -23,8 +29,6 @@ models.robustness --reference`)."""
 LOOK_LAB: Final = ((202.0, 41.6), (139.0, 9.8), (135.4, 14.8))
 """Mean and standard deviation of L, a and b in the same fields, as `look_lab` gives them."""
 
-Gains = tuple[float, float, float]
-"""Of B, G and R."""
 
 MOST_GAIN: Final = 2.5
 """A ground that needs more than this is no lamp's colour but a fault that the gate should see."""
@@ -63,7 +67,7 @@ def balance_white(pixels_bgr: Pixels) -> Pixels:
     return scale_channels(pixels_bgr, ground_gains(pixels_bgr, GROUND_BGR))
 
 
-def ground_gains(pixels_bgr: Pixels, goal_bgr: Sequence[float]) -> Gains:
+def ground_gains(pixels_bgr: Pixels, goal_bgr: Triple) -> Triple:
     """By what B, G and R must be scaled for the ground between the cells to have this colour; 1 / MOST_GAIN to
     MOST_GAIN.
     """
@@ -71,9 +75,9 @@ def ground_gains(pixels_bgr: Pixels, goal_bgr: Sequence[float]) -> Gains:
     return float(gains[0]), float(gains[1]), float(gains[2])
 
 
-def scale_channels(pixels_bgr: Pixels, gains: Gains) -> Pixels:
+def scale_channels(pixels_bgr: Pixels, gains_bgr: Triple) -> Pixels:
     """Each channel times its gain, in 0 to 255."""
-    tables = np.clip(np.arange(256)[:, None] * np.array(gains) + 0.5, 0, 255).astype(np.uint8)
+    tables = np.clip(np.arange(256)[:, None] * np.array(gains_bgr) + 0.5, 0, 255).astype(np.uint8)
     return np.asarray(cv2.LUT(pixels_bgr, tables.reshape(1, 256, 3)), np.uint8)
 
 
@@ -83,18 +87,72 @@ def normalise_stain(pixels_bgr: Pixels) -> Pixels:
     Source: Reinhard et al., "Color transfer between images", 2001, in CIELAB as usual in histology. Macenko's two
     stains were tried and are not here: on blood films their directions jump from field to field.
     """
+    return restain(pixels_bgr, look_lab(pixels_bgr), LOOK_LAB)
+
+
+def restain(pixels_bgr: Pixels, look: LabLook, goal: LabLook) -> Pixels:
+    """Pixels of a picture of one look in another: `normalise_stain` for a part of a picture."""
     lab = cv2.cvtColor(pixels_bgr, cv2.COLOR_BGR2LAB)
     tables = np.empty((256, 3), np.uint8)
-    for channel, ((mean, spread), (goal, goal_spread)) in enumerate(zip(look_lab(pixels_bgr), LOOK_LAB, strict=True)):
+    for channel, ((mean, spread), (goal_mean, goal_spread)) in enumerate(zip(look, goal, strict=True)):
         scale = np.clip(goal_spread / max(spread, 1e-6), 1 / MOST_GAIN, MOST_GAIN)
-        tables[:, channel] = np.clip((np.arange(256) - mean) * scale + goal + 0.5, 0, 255)
+        tables[:, channel] = np.clip((np.arange(256) - mean) * scale + goal_mean + 0.5, 0, 255)
     return np.asarray(cv2.cvtColor(cv2.LUT(lab, tables.reshape(1, 256, 3)), cv2.COLOR_LAB2BGR), np.uint8)
 
 
-def look_lab(pixels_bgr: Pixels) -> list[tuple[float, float]]:
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Light and stain of the pictures that a classifier was taught on.
+
+    ground_bgr: grey levels where no cell lies. lab: mean and spread of the whole picture, as `look_lab` gives them.
+    """
+
+    ground_bgr: Triple
+    lab: LabLook
+
+
+TAUGHT_LOOK: Final = Look(GROUND_BGR, LOOK_LAB)
+
+
+@dataclass(frozen=True, slots=True)
+class Relook:
+    """How the pixels of one picture come to another look: first its light, then its stain.
+
+    gains_bgr: for its ground. lab: its look under the new light. goal: what it is brought to.
+    """
+
+    gains_bgr: Triple
+    lab: LabLook
+    goal: LabLook
+
+    @classmethod
+    def of(cls, pixels_bgr: Pixels, look: Look) -> Relook:
+        """From a whole picture, uint8 (height, width, 3), B G R."""
+        shrink = min(1.0, LOOK_SIDE_PX / max(pixels_bgr.shape[:2]))
+        if shrink < 1:
+            small = cv2.resize(pixels_bgr, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+            pixels_bgr = np.asarray(small, np.uint8)
+        gains = ground_gains(pixels_bgr, look.ground_bgr)
+        return cls(gains, look_lab(scale_channels(pixels_bgr, gains)), look.lab)
+
+    def light(self, part_bgr: Pixels) -> Pixels:
+        """A part of the picture under the new light, its stain as it is."""
+        return scale_channels(part_bgr, self.gains_bgr)
+
+    def light_and_stain(self, part_bgr: Pixels) -> Pixels:
+        """A part of the picture in the new look."""
+        return restain(self.light(part_bgr), self.lab, self.goal)
+
+
+LOOK_SIDE_PX: Final = 640
+"""Larger frames are shrunk to this before their look is taken: the training fields are no larger."""
+
+
+def look_lab(pixels_bgr: Pixels) -> LabLook:
     """Mean and standard deviation of L, a and b, each as OpenCV stores it in 0 to 255."""
     means, spreads = cv2.meanStdDev(cv2.cvtColor(pixels_bgr, cv2.COLOR_BGR2LAB))
-    return [(float(mean), float(spread)) for mean, spread in zip(means.ravel(), spreads.ravel(), strict=True)]
+    (l_mean, a_mean, b_mean), (l_spread, a_spread, b_spread) = means.ravel().tolist(), spreads.ravel().tolist()
+    return (l_mean, l_spread), (a_mean, a_spread), (b_mean, b_spread)
 
 
 def level_contrast(pixels_bgr: Pixels, clip: float) -> Pixels:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agent.analysis.differential import CellKind
+from agent.analysis.preprocessing import Look
 from agent.domain import ModelIdentity
 from agent.errors import ModelError
 
@@ -83,15 +84,29 @@ class ClassifierThresholds(ManifestPart):
     """A cell named with less is looked at from four sides; 0 = none is."""
 
 
-GreyLevel = Annotated[float, Field(ge=1, le=255)]
+Level = Annotated[float, Field(ge=0, le=255)]
+Spread = tuple[Level, Annotated[float, Field(gt=0, le=255)]]
+
+
+class CropLook(ManifestPart):
+    """What the pictures looked like that the classifier was taught on.
+
+    ground_bgr: grey levels of B, G, R where no cell lies. lab: mean and spread of L, a, b as OpenCV stores them.
+    """
+
+    ground_bgr: tuple[Level, Level, Level]
+    lab: tuple[Spread, Spread, Spread]
+
+    def as_look(self) -> Look:
+        return Look(self.ground_bgr, self.lab)
 
 
 class Crop(ManifestPart):
     """How the classifier's crop is cut from a frame: a square around the box, wider by `margin` of its longer side."""
 
     margin: Annotated[float, Field(ge=0, le=4)]
-    ground_bgr: tuple[GreyLevel, GreyLevel, GreyLevel] | None = None
-    """Grey levels of B, G, R that the ground between the cells is brought to; None = the light stays as it is."""
+    look: CropLook | None = None
+    """Light and stain that the picture is brought to before; None = they stay as they are."""
 
 
 class Morphology(ManifestPart):

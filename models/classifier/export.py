@@ -6,6 +6,7 @@ python -m models.classifier.export runs/distilled/best.pt --data ../shared/data
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agent.analysis.preprocessing import GROUND_BGR
+from agent.analysis.preprocessing import TAUGHT_LOOK
 from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.classifier.train import load_net
@@ -96,7 +97,7 @@ def write_entry(
         input={**entry, "meaning": "the square crop of one cell, real values 0 to 1", "colour_order": "RGB"},
         outputs=described,
         classes=wording.classes,
-        crop={"margin": crops.MARGIN, "ground_bgr": GROUND_BGR},
+        crop={"margin": crops.MARGIN, "look": dataclasses.asdict(TAUGHT_LOOK)},
         thresholds={
             "min_probability": 0.5,
             "temperature": 1.0,
@@ -122,7 +123,7 @@ def calibration(
     examples = crops.pbc_examples(data, chosen, read_boxes(boxes), wording)
     others = crops.foreign_examples(data, settings.get("foreign", ()), ("train",), wording)
     examples += [others[k] for k in rng.permutation(len(others))[: count // 3]]
-    training = crops.TrainingCrops(examples, side_px, balanced_share=0.5)
+    training = crops.TrainingCrops(examples, side_px, normalised_share=0.5)
     for index in range(len(training)):
         yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 

@@ -44,8 +44,8 @@ class RunFile:
     more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
     undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
     the PBC pictures as the study draws it; None = as given. plain_share: of the crops, keeps the look of its own
-    laboratory; the others get another stain, lamp and optics. balanced_share: has its ground brought to one colour
-    before, as the agent does with what it classifies. bf16: convolve in bfloat16 where the processor can:
+    laboratory; the others get another stain, lamp and optics. normalised_share: is brought to one light and
+    stain before, as the agent does with what it classifies. bf16: convolve in bfloat16 where the processor can:
     quicker for nets of full convolutions, slower for convolutions in depth.
     """
 
@@ -68,7 +68,7 @@ class RunFile:
     undersample: int | None = None
     random_split: int | None = None
     plain_share: float = 0.125
-    balanced_share: float = 0.5
+    normalised_share: float = 0.5
     bf16: bool = False
     label_smoothing: float = 0.05
     seed: int = 1
@@ -222,7 +222,7 @@ def train_loader(
         weights.append(share * each / each.sum())
         all_examples += examples[kind]
     sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
-    dataset = crops.TrainingCrops(all_examples, settings.side_px, settings.plain_share, settings.balanced_share)
+    dataset = crops.TrainingCrops(all_examples, settings.side_px, settings.plain_share, settings.normalised_share)
     return DataLoader(
         dataset,
         settings.batch,
@@ -283,8 +283,8 @@ def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: 
         splits = ("val",) if source in settings.foreign else ("train", "val", "test")
         found[source] = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
     found["platelets"] = crops.field_platelets(data, FOREIGN_SOURCES, ("val",), wording)
-    is_balanced = settings.balanced_share > 0
-    return {name: crops.make_view(each, settings.side_px, is_balanced=is_balanced) for name, each in found.items()}
+    is_normalised = settings.normalised_share > 0
+    return {name: crops.make_view(each, settings.side_px, is_normalised=is_normalised) for name, each in found.items()}
 
 
 FOREIGN_SOURCES = ("bccd", "raabin")

@@ -66,7 +66,7 @@ def open_base(folder: Path, pictures: Sequence[crops.Example]) -> Base:
 def agent_square(entry: ClassifierEntry, example: crops.Example) -> Rgb:
     """The crop as the agent cuts and lights it for this classifier, of its input's size."""
     crop = crops.square(example.pixels, example.box, entry.input.shape[1])
-    return crop if entry.crop.ground_bgr is None else crops.balanced(crop, example.gains)
+    return crop if entry.crop.look is None else crops.normalised(crop, example.relook)
 
 
 def wording_of(entry: ClassifierEntry) -> crops.Wording:
@@ -89,8 +89,8 @@ def tune(
     """
     net = base.net
     old = copy.deepcopy(net).eval().requires_grad_(False)
-    balanced_share = 0.0 if base.entry.crop.ground_bgr is None else 1.0
-    dataset = crops.TrainingCrops(examples, base.side_px, balanced_share=balanced_share)
+    normalised_share = 0.0 if base.entry.crop.look is None else 1.0
+    dataset = crops.TrainingCrops(examples, base.side_px, normalised_share=normalised_share)
     loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(examples) > BATCH)
     early, late = list(net.backbone.parameters()), [p for m in (net.classes, net.is_cell) for p in m.parameters()]
     optimiser = torch.optim.AdamW([{"params": early, "lr": rate / 3}, {"params": late, "lr": rate}], weight_decay=0.02)

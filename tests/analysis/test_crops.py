@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from agent.analysis.crops import CropCutter, central_detection, cut_crop, whole_crop
-from agent.domain import Box, Detection
+from agent.analysis.preprocessing import Look, Relook, look_lab
+from agent.analysis.quality import ground_colour
+from agent.domain import Box, Detection, Pixels
 
 
 def frame(width: int = 60, height: int = 40) -> np.ndarray:
@@ -45,26 +47,46 @@ def test_the_central_cell_is_the_nearest_whose_box_holds_the_middle() -> None:
     assert central_detection((aside, red), ("WBC", "platelet"), 100, 100) is None
 
 
-GROUND = (201.0, 227.0, 253.0)
 CELL = Box(24, 16, 36, 28)
 
 
-def smear(lamp_bgr: tuple[float, float, float]) -> np.ndarray:
-    """A dark cell on bright ground under a lamp of this colour, grey levels of the ground."""
+def smear(lamp_bgr: tuple[float, float, float], cell_bgr: tuple[float, float, float] = (0.8, 0.4, 0.6)) -> Pixels:
+    """A stained cell on bright ground. lamp_bgr: grey levels of the ground. cell_bgr: what the cell lets through."""
     pixels = np.full((80, 80, 3), lamp_bgr, float)
-    pixels[16:28, 24:36] *= (0.8, 0.4, 0.6)
+    pixels[16:28, 24:36] *= cell_bgr
     return pixels.astype(np.uint8)
 
 
+TAUGHT = smear((201, 227, 253))
+LOOK = Look(ground_colour(TAUGHT), look_lab(TAUGHT))
+
+
 @pytest.mark.parametrize("lamp", [(201, 227, 253), (150, 190, 250), (240, 235, 200)])
-def test_what_is_classified_has_one_ground_whatever_the_lamp(lamp: tuple[float, float, float]) -> None:
-    cutter = CropCutter(smear(lamp), 0.2, GROUND)
-    expected = cut_crop(smear(GROUND), CELL, 0.2)
-    assert np.abs(cutter.around(CELL).astype(int) - expected).max() <= 3
-    assert np.abs(cutter.whole().astype(int) - smear(GROUND)).max() <= 3
+@pytest.mark.parametrize("cell", [(0.8, 0.4, 0.6), (0.85, 0.5, 0.7)])
+def test_what_is_classified_has_one_light_and_stain_whatever_the_laboratorys(
+    lamp: tuple[float, float, float], cell: tuple[float, float, float]
+) -> None:
+    crop = CropCutter(smear(lamp, cell), 0.2, LOOK).around(CELL)
+    assert np.abs(crop.astype(int) - cut_crop(TAUGHT, CELL, 0.2)).max() <= 8
 
 
-def test_without_a_ground_in_the_manifest_the_light_stays_as_it_is() -> None:
+def test_of_a_picture_that_one_cell_fills_the_stain_is_left_as_it_is() -> None:
+    picture = smear((150, 190, 250), (0.85, 0.5, 0.7))[10:34, 18:42]
+    lit = smear((201, 227, 253), (0.85, 0.5, 0.7))[10:34, 18:42]
+    cutter = CropCutter(picture, 0.2, LOOK)
+    assert np.abs(cutter.around(Box(2, 2, 22, 22)).astype(int) - cut_crop(lit, Box(2, 2, 22, 22), 0.2)).max() <= 3
+    assert np.abs(cutter.whole().astype(int) - lit).max() <= 3
+
+
+def test_a_large_frame_has_the_look_of_the_same_frame_when_it_is_small() -> None:
+    small = smear((150, 190, 250))
+    large = np.kron(small, np.ones((20, 20, 1), np.uint8))
+    shrunk, whole = Relook.of(large, LOOK), Relook.of(small, LOOK)
+    assert shrunk.gains_bgr == pytest.approx(whole.gains_bgr, rel=0.02)
+    assert np.ravel(shrunk.lab) == pytest.approx(np.ravel(whole.lab), abs=1.5)
+
+
+def test_without_a_look_in_the_manifest_light_and_stain_stay_as_they_are() -> None:
     pixels = smear((150, 190, 250))
     cutter = CropCutter(pixels, 0.2, None)
     assert np.array_equal(cutter.around(CELL), cut_crop(pixels, CELL, 0.2))
