@@ -12,7 +12,7 @@ from typing import Final
 import cv2
 import numpy as np
 
-from agent.analysis.quality import ground_colour
+from agent.analysis.quality import ground_colour, shrink
 from agent.config import PreprocessingSection
 from agent.domain import Pixels
 
@@ -128,12 +128,9 @@ class Relook:
     @classmethod
     def of(cls, pixels_bgr: Pixels, look: Look) -> Relook:
         """From a whole picture, uint8 (height, width, 3), B G R."""
-        shrink = min(1.0, LOOK_SIDE_PX / max(pixels_bgr.shape[:2]))
-        if shrink < 1:
-            small = cv2.resize(pixels_bgr, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-            pixels_bgr = np.asarray(small, np.uint8)
-        gains = ground_gains(pixels_bgr, look.ground_bgr)
-        return cls(gains, look_lab(scale_channels(pixels_bgr, gains)), look.lab)
+        small = shrink(pixels_bgr, LOOK_SIDE_PX, 1)
+        gains = ground_gains(small, look.ground_bgr)
+        return cls(gains, look_lab(scale_channels(small, gains)), look.lab)
 
     def light(self, part_bgr: Pixels) -> Pixels:
         """A part of the picture under the new light, its stain as it is."""
@@ -144,8 +141,8 @@ class Relook:
         return restain(self.light(part_bgr), self.lab, self.goal)
 
 
-LOOK_SIDE_PX: Final = 640
-"""Larger frames are shrunk to this before their look is taken: the training fields are no larger."""
+LOOK_SIDE_PX: Final = 360
+"""px; larger frames are shrunk to less than this before their look is taken: it is a mean of everything."""
 
 
 def look_lab(pixels_bgr: Pixels) -> LabLook:

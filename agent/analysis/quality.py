@@ -297,8 +297,8 @@ def _window(width: int, height: int) -> Floats:
 
 def look(pixels_bgr: Pixels) -> FrameReading:
     """Measure a frame. Cheap things first; a frame in which there is nothing to focus on is not searched for detail."""
-    small = _shrink(pixels_bgr, WORKING_SIDE_PX, 2)
-    glance = _shrink(small, GLANCE_SIDE_PX, 1)
+    small = shrink(pixels_bgr, WORKING_SIDE_PX, 2)
+    glance = shrink(small, GLANCE_SIDE_PX, 1)
     grey = np.asarray(cv2.cvtColor(glance, cv2.COLOR_BGR2GRAY), np.float32)
     brightness = float(grey.mean())
     shade = _shade(grey)
@@ -318,7 +318,7 @@ def look(pixels_bgr: Pixels) -> FrameReading:
 
 def ground_colour(pixels_bgr: Pixels) -> tuple[float, float, float]:
     """B, G, R where no cell lies, grey levels of at least 1: what the gate judges and the white balance evens out."""
-    glance = _shrink(_shrink(pixels_bgr, WORKING_SIDE_PX, 2), GLANCE_SIDE_PX, 1)
+    glance = shrink(shrink(pixels_bgr, WORKING_SIDE_PX, 2), GLANCE_SIDE_PX, 1)
     grey = np.asarray(cv2.cvtColor(glance, cv2.COLOR_BGR2GRAY), np.float32)
     return _ground(glance, _shade(grey))
 
@@ -350,7 +350,7 @@ _DENSITIES: Final = np.log10(255 / np.maximum(np.arange(256), 1)).astype(np.floa
 """Optical density of each grey level against full white."""
 
 
-def _shrink(pixels_bgr: Pixels, side_px: int, least_factor: int) -> Pixels:
+def shrink(pixels_bgr: Pixels, side_px: int, least_factor: int) -> Pixels:
     """The means of squares of n x n pixels, n the least that brings the longer side to `side_px`; a rim may be lost.
 
     A whole number, because OpenCV is then several times as fast.
