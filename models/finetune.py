@@ -49,7 +49,8 @@ class CropsUnfit(Exception):
 def finetune(args: argparse.Namespace) -> None:
     wording = tuning.wording_of(load_manifest(args.models).classifier)
     learnt, judged = read_crops(args.crops, wording)
-    base = tuning.open_base(args.models, learnt)
+    # Crops show no field whose stain could be told: the net learns the laboratory's, and the manifest says so.
+    base = tuning.with_own_stain(tuning.open_base(args.models, learnt))
     torch.manual_seed(1)
     examples = learnt + rehearsal(args, wording, len(learnt))
     tuning.tune(base, examples, args.minutes, args.rate)

@@ -104,11 +104,12 @@ def restain(pixels_bgr: Pixels, look: LabLook, goal: LabLook) -> Pixels:
 class Look:
     """Light and stain of the pictures that a classifier was taught on.
 
-    ground_bgr: grey levels where no cell lies. lab: mean and spread of the whole picture, as `look_lab` gives them.
+    ground_bgr: grey levels where no cell lies. lab: mean and spread of the whole picture, as `look_lab` gives them;
+    None = it knows this laboratory's stain.
     """
 
     ground_bgr: Triple
-    lab: LabLook
+    lab: LabLook | None
 
 
 TAUGHT_LOOK: Final = Look(GROUND_BGR, LOOK_LAB)
@@ -118,12 +119,12 @@ TAUGHT_LOOK: Final = Look(GROUND_BGR, LOOK_LAB)
 class Relook:
     """How the pixels of one picture come to another look: first its light, then its stain.
 
-    gains_bgr: for its ground. lab: its look under the new light. goal: what it is brought to.
+    gains_bgr: for its ground. lab: its look under the new light. goal: what it is brought to; None = its stain stays.
     """
 
     gains_bgr: Triple
     lab: LabLook
-    goal: LabLook
+    goal: LabLook | None
 
     @classmethod
     def of(cls, pixels_bgr: Pixels, look: Look) -> Relook:
@@ -138,7 +139,8 @@ class Relook:
 
     def light_and_stain(self, part_bgr: Pixels) -> Pixels:
         """A part of the picture in the new look."""
-        return restain(self.light(part_bgr), self.lab, self.goal)
+        lit = self.light(part_bgr)
+        return lit if self.goal is None else restain(lit, self.lab, self.goal)
 
 
 LOOK_SIDE_PX: Final = 360

@@ -91,11 +91,12 @@ Spread = tuple[Level, Annotated[float, Field(gt=0, le=255)]]
 class CropLook(ManifestPart):
     """What the pictures looked like that the classifier was taught on.
 
-    ground_bgr: grey levels of B, G, R where no cell lies. lab: mean and spread of L, a, b as OpenCV stores them.
+    ground_bgr: grey levels of B, G, R where no cell lies. lab: mean and spread of L, a, b as OpenCV stores them; None =
+    the stain stays as it is.
     """
 
     ground_bgr: tuple[Level, Level, Level]
-    lab: tuple[Spread, Spread, Spread]
+    lab: tuple[Spread, Spread, Spread] | None = None
 
     def as_look(self) -> Look:
         return Look(self.ground_bgr, self.lab)

@@ -229,7 +229,7 @@ def random_crop(pixels: Rgb, box: CentredBox, side_px: int, rng: Generator) -> R
 def relook_of(pixels: Rgb, *, is_field: bool = True) -> Relook:
     """What brings a picture to TAUGHT_LOOK. is_field: False = one cell fills it, its stain stays."""
     relook = Relook.of(np.ascontiguousarray(pixels[..., ::-1]), TAUGHT_LOOK)
-    return relook if is_field else replace(relook, lab=relook.goal)
+    return relook if is_field else replace(relook, goal=None)
 
 
 def normalised(crop: Rgb, relook: Relook | None) -> Rgb:

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,27 @@ def open_base(folder: Path, pictures: Sequence[crops.Example]) -> Base:
     return Base(folder, entry, wording, net)
 
 
+def with_own_stain(base: Base) -> Base:
+    """The same for cells that are only lit, for a laboratory that has taught it its own stain."""
+    look = base.entry.crop.look
+    if look is None:
+        return base
+    crop = base.entry.crop.model_copy(update={"look": look.model_copy(update={"lab": None})})
+    return replace(base, entry=base.entry.model_copy(update={"crop": crop}))
+
+
+def as_told(entry: ClassifierEntry, example: crops.Example) -> crops.Example:
+    """The example with the new look that this classifier's manifest asks for."""
+    look = entry.crop.look
+    if look is None or example.relook is None:
+        return replace(example, relook=None)
+    return example if look.lab is not None else replace(example, relook=replace(example.relook, goal=None))
+
+
 def agent_square(entry: ClassifierEntry, example: crops.Example) -> Rgb:
     """The crop as the agent cuts and lights it for this classifier, of its input's size."""
     crop = crops.square(example.pixels, example.box, entry.input.shape[1])
-    return crop if entry.crop.look is None else crops.normalised(crop, example.relook)
+    return crops.normalised(crop, as_told(entry, example).relook)
 
 
 def wording_of(entry: ClassifierEntry) -> crops.Wording:
@@ -89,8 +106,8 @@ def tune(
     """
     net = base.net
     old = copy.deepcopy(net).eval().requires_grad_(False)
-    normalised_share = 0.0 if base.entry.crop.look is None else 1.0
-    dataset = crops.TrainingCrops(examples, base.side_px, normalised_share=normalised_share)
+    told = [as_told(base.entry, example) for example in examples]
+    dataset = crops.TrainingCrops(told, base.side_px, normalised_share=1.0)
     loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(examples) > BATCH)
     early, late = list(net.backbone.parameters()), [p for m in (net.classes, net.is_cell) for p in m.parameters()]
     optimiser = torch.optim.AdamW([{"params": early, "lr": rate / 3}, {"params": late, "lr": rate}], weight_decay=0.02)
@@ -160,6 +177,7 @@ def write_models(
         lambda told: kinds[told["shape"][-1]],
         version=f"{entry['version'].split('+')[0]}+{how}-{day}",
         data=f"{entry['data']}; {how} on this laboratory's own cells",
+        crop=base.entry.crop.model_dump(mode="json"),
     )
     (output / "signoff.json").write_text(json.dumps(facts, indent=2) + "\n")
     models = open_models(ModelsSection(folder=output))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,12 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
+from agent.analysis.preprocessing import GROUND_BGR, LOOK_LAB
 from agent.camera.simulated import render_training_crop, render_training_field
 from agent.config import ModelsSection
+from agent.inference.manifest import Crop, CropLook
 from agent.inference.models import open_models
+from models.classifier import crops, tuning
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
 
@@ -81,3 +85,16 @@ def test_fields_without_labels_adapt_the_classifier(tmp_path: Path) -> None:
     assert told["cells"] >= 60
     assert 0 <= told["same_name"] <= 1
     assert "+adapted-" in open_models(ModelsSection(folder=output)).classifier.identity.version
+
+
+def test_a_tuned_classifier_leaves_the_stain_that_it_was_taught_as_it_is() -> None:
+    picture = cv2.GaussianBlur(np.random.default_rng(3).integers(0, 256, (90, 90, 3), np.uint8), (0, 0), 4)
+    base = tuning.open_base(TOP / "models", [crops.Example(picture, (45, 45, 40, 40), 0, (-1,) * 11)] * 4)
+    entry = base.entry.model_copy(update={"crop": Crop(margin=0.2, look=CropLook(ground_bgr=GROUND_BGR, lab=LOOK_LAB))})
+    stained = crops.Example(picture, (45, 45, 40, 40), 0, (), relook=crops.relook_of(picture))
+    own = tuning.with_own_stain(replace(base, entry=entry)).entry
+    lit = crops.normalised(crops.square(picture, stained.box, 128), crops.relook_of(picture, is_field=False))
+    assert np.array_equal(tuning.agent_square(own, stained), lit)
+    assert not np.array_equal(tuning.agent_square(entry, stained), lit)
+    assert own.crop.look is not None
+    assert own.crop.look.lab is None
