@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.analysis.crops import CropCutter, cut_crop
-from agent.analysis.preprocessing import TAUGHT_LOOK, Look
+from agent.analysis.preprocessing import Look
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Box
@@ -65,7 +65,8 @@ def main() -> None:
         models = open_models(ModelsSection(folder=folder))
         if name == "as it is":
             figures["rows"]["light and stain as they are"] = judge(models, cells, None)
-        figures["rows"][name] = judge(models, cells, TAUGHT_LOOK)
+        look = models.manifest.classifier.crop.look
+        figures["rows"][name] = judge(models, cells, None if look is None else look.as_look())
     show(figures, is_json=args.json)
 
 
