@@ -55,7 +55,7 @@ def adapt(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     cells = find_cells(models, args.images, tuning.wording_of(models.manifest.classifier))
     base = tuning.open_base(args.models, cells)
-    move_norms(base.net, [tuning.agent_square(base.entry, cell) for cell in cells])
+    move_norms(base.net, list(tuning.agent_squares(base.entry, cells)))
     taught = sure_cells(base, cells)
     known = known_cells(args, base.wording)
     if taught:
@@ -89,11 +89,10 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
             print(f"left out: {error}", file=sys.stderr)
             continue
         rgb = np.ascontiguousarray(pixels[..., ::-1])
-        relook = crops.relook_of(rgb)
         for detection in models.detector.detect(pixels):
             if detection.class_name in classified:
                 box = (*detection.box.centre_px, detection.box.width_px, detection.box.height_px)
-                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes, relook=relook))
+                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes))
     if len(found) < FEWEST_CELLS:
         raise CropsUnfit(f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least")
     return found
@@ -124,8 +123,8 @@ def move_norms(net: CellNet, squares: Sequence[Rgb]) -> None:
 def sure_cells(base: tuning.Base, cells: Sequence[crops.Example]) -> list[crops.Example]:
     """Cells whose name is the same and sure, as a mean over turned and mirrored views, with that name as label."""
     taught = []
-    for cell in cells:
-        square = crops.picture_tensor(tuning.agent_square(base.entry, cell)).float() / 255
+    for cell, pixels in zip(cells, tuning.agent_squares(base.entry, cells), strict=True):
+        square = crops.picture_tensor(pixels).float() / 255
         views = [square.rot90(k % 4, (1, 2)) if k < 4 else square.flip(k - 3) for k in range(VIEWS)]
         shares = base.net(torch.stack(views)).classes.softmax(1)
         mean = shares.mean(0)
@@ -145,7 +144,7 @@ def known_cells(args: argparse.Namespace, wording: crops.Wording) -> list[crops.
 
 def compare(old: Models, new: Models, cells: Sequence[crops.Example]) -> dict[str, float]:
     """How many cells have a trusted name before and after, and how many kept their name."""
-    before, after = ([tuning.answer_of(models, cell) for cell in cells] for models in (old, new))
+    before, after = (tuning.answers_to(models, cells) for models in (old, new))
     trusted = []
     for models, answers in ((old, before), (new, after)):
         rules = models.naming_rules()

@@ -94,8 +94,7 @@ def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example
             height, width = pixels.shape[:2]
             box = (width / 2, height / 2, width / (1 + crops.MARGIN), height / (1 + crops.MARGIN))
             label = crops.UNKNOWN if place.name == NO_CELL else wording.classes.index(place.name)
-            is_cell, relook = place.name != NO_CELL, crops.relook_of(pixels, is_field=False)
-            example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=is_cell, relook=relook)
+            example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=place.name != NO_CELL)
             kept_back = hashlib.sha256(path.read_bytes()).digest()[0] < 64
             (judged if kept_back else learnt).append(example)
     if len(learnt) < FEWEST or not any(e.is_cell for e in judged):

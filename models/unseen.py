@@ -11,6 +11,7 @@ crops of `train` that we named by eye. Figures: the named cells of `val` and `te
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -20,22 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from agent.analysis.crops import CropCutter, cut_crop
-from agent.analysis.preprocessing import Look
+from agent.analysis.crops import cut_crop
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Box
 from agent.inference.manifest import load_manifest
 from agent.inference.models import Models, open_models
 from models.choose_thresholds import change_thresholds
-from models.common.labels import NamedBox, read_fields, read_foreign_cells
+from models.common.labels import NamedBox, read_fields
 from models.common.quantize import begin_folder
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
-from models.evaluation.names import trust_figures
+from models.evaluation.names import classify_box, named_cells, trust_in
 
 JUDGED = ("val", "test")
 
@@ -45,12 +44,12 @@ def main() -> None:
     work = args.work / args.source
     shutil.rmtree(work, ignore_errors=True)
     fields, crops = work / "fields", work / "crops"
+    shipped = load_manifest(args.models).classifier
     gather_fields(args.data, args.source, fields)
-    gather_crops(named_cells(args.data, args.source, ("train",)), crops)
+    gather_crops(cells_of(args.data, args.source, ("train",)), crops, shipped.crop.margin)
     begin_folder(args.models, work / "begun")
-    shipped = load_manifest(args.models).classifier.thresholds
     run("models.classifier.export", str(args.checkpoint), f"--models={work}/begun", f"--float-models={work}/float")
-    change_thresholds(work / "begun", "classifier", shipped.model_dump())
+    change_thresholds(work / "begun", "classifier", shipped.thresholds.model_dump())
     minutes = f"--minutes={args.minutes:g}"
     known = (f"--data={args.data}", f"--boxes={args.boxes}")
     folders = {"as it is": work / "begun"}
@@ -59,14 +58,11 @@ def main() -> None:
         run(f"models.{module}", given, f"--models={work}/begun", f"--output={output}", minutes, *known)
         # A folder that the command did not sign off is measured all the same.
         folders[name] = output if output.exists() else work / f"{name}.part"
-    cells = named_cells(args.data, args.source, JUDGED)
-    figures: dict[str, Any] = {"source": args.source, "rows": {}}
-    for name, folder in folders.items():
-        models = open_models(ModelsSection(folder=folder))
-        if name == "as it is":
-            figures["rows"]["light and stain as they are"] = judge(models, cells, None)
-        look = models.manifest.classifier.crop.look
-        figures["rows"][name] = judge(models, cells, None if look is None else look.as_look())
+    cells = cells_of(args.data, args.source, JUDGED)
+    opened = {name: open_models(ModelsSection(folder=folder)) for name, folder in folders.items()}
+    judged = {"light and stain as they are": without_look(opened["as it is"]), **opened}
+    rows = {name: judge(models, cells) for name, models in judged.items()}
+    figures: dict[str, Any] = {"source": args.source, "rows": rows}
     show(figures, is_json=args.json)
 
 
@@ -76,8 +72,8 @@ def run(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], stdout=sys.stderr, check=module.endswith("export"))
 
 
-def named_cells(data: Path, source: str, splits: Sequence[str]) -> list[NamedBox]:
-    return [c for c in read_foreign_cells(data, splits) if c.source == source and c.class_name is not None]
+def cells_of(data: Path, source: str, splits: Sequence[str]) -> list[NamedBox]:
+    return [cell for cell in named_cells(data, splits) if cell.source == source]
 
 
 def gather_fields(data: Path, source: str, folder: Path) -> None:
@@ -88,25 +84,26 @@ def gather_fields(data: Path, source: str, folder: Path) -> None:
             (folder / field.path.name).symlink_to(field.path.resolve())
 
 
-def gather_crops(cells: Sequence[NamedBox], folder: Path) -> None:
+def gather_crops(cells: Sequence[NamedBox], folder: Path, margin: float) -> None:
     """Crops as the agent cuts them, in a folder for each class."""
     for number, cell in enumerate(cells):
         place = folder / str(cell.class_name)
         place.mkdir(parents=True, exist_ok=True)
-        crop = cut_crop(decode_file(cell.path, MAX_MEGAPIXELS), Box(*cell.box), 0.2)
+        crop = cut_crop(decode_file(cell.path, MAX_MEGAPIXELS), Box(*cell.box), margin)
         cv2.imwrite(str(place / f"{number}.png"), crop)
 
 
-def judge(models: Models, cells: Sequence[NamedBox], look: Look | None) -> dict[str, Any]:
-    """Names of cells in their fields. look: as in `CropCutter`."""
-    rules, margin = models.naming_rules(), models.manifest.classifier.crop.margin
-    is_right, is_accepted = [], []
-    for cell in progress(cells, "cells"):
-        cutter = CropCutter(decode_file(cell.path, MAX_MEGAPIXELS), margin, look)
-        answer = models.classifier.classify(cutter.around(Box(*cell.box)))
-        is_right.append(answer.class_name == cell.class_name)
-        is_accepted.append(rules.believes(answer))
-    return trust_figures(np.array(is_right), np.array(is_accepted))
+def without_look(models: Models) -> Models:
+    """The same models, whose classifier takes light and stain as they are."""
+    entry = models.manifest.classifier
+    entry = entry.model_copy(update={"crop": entry.crop.model_copy(update={"look": None})})
+    return dataclasses.replace(models, manifest=models.manifest.model_copy(update={"classifier": entry}))
+
+
+def judge(models: Models, cells: Sequence[NamedBox]) -> dict[str, Any]:
+    """Names of cells in their fields."""
+    pairs = [(cell, classify_box(models, cell.path, cell.box)) for cell in progress(cells, "cells")]
+    return trust_in(pairs, models.naming_rules())
 
 
 def show(figures: dict[str, Any], *, is_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import Final, cast
+from typing import cast
 
 import cv2
 import numpy as np
@@ -45,24 +45,19 @@ class CropCutter:
 
     def around(self, box: Box) -> Pixels:
         """The square crop of one cell, (side, side, 3)."""
-        crop = cut_crop(self._pixels_bgr, box, self._margin)
-        if self._relook is None:
-            return crop
-        is_field = max(box.width_px, box.height_px) < LARGEST_SHARE * min(self._pixels_bgr.shape[:2])
-        return self._relook.light_and_stain(crop) if is_field else self._relook.light(crop)
+        share = max(box.width_px, box.height_px) / min(self._pixels_bgr.shape[:2])
+        return self._in_look(cut_crop(self._pixels_bgr, box, self._margin), share)
 
     def whole(self) -> Pixels:
         """The picture itself as one crop."""
-        crop = whole_crop(self._pixels_bgr)
-        return crop if self._relook is None else self._relook.light(crop)
+        return self._in_look(whole_crop(self._pixels_bgr), 1.0)
+
+    def _in_look(self, crop: Pixels, share: float) -> Pixels:
+        return crop if self._relook is None else self._relook.cell(crop, share)
 
     @cached_property
     def _relook(self) -> Relook | None:
         return None if self._look is None else Relook.of(self._pixels_bgr, self._look)
-
-
-LARGEST_SHARE: Final = 0.75
-"""Of a picture that one cell fills the stain cannot be told: a lymphocyte's would be all nucleus."""
 
 
 def whole_crop(pixels_bgr: Pixels) -> Pixels:

@@ -29,7 +29,6 @@ models.robustness --reference`)."""
 LOOK_LAB: Final = ((202.0, 41.6), (139.0, 9.8), (135.4, 14.8))
 """Mean and standard deviation of L, a and b in the same fields, as `look_lab` gives them."""
 
-
 MOST_GAIN: Final = 2.5
 """A ground that needs more than this is no lamp's colour but a fault that the gate should see."""
 
@@ -119,28 +118,31 @@ TAUGHT_LOOK: Final = Look(GROUND_BGR, LOOK_LAB)
 class Relook:
     """How the pixels of one picture come to another look: first its light, then its stain.
 
-    gains_bgr: for its ground. lab: its look under the new light. goal: what it is brought to; None = its stain stays.
+    gains_bgr: for its ground. stain: its look under the new light, and the one that it is brought to; None = it stays.
     """
 
     gains_bgr: Triple
-    lab: LabLook
-    goal: LabLook | None
+    stain: tuple[LabLook, LabLook] | None
 
     @classmethod
     def of(cls, pixels_bgr: Pixels, look: Look) -> Relook:
         """From a whole picture, uint8 (height, width, 3), B G R."""
         small = shrink(pixels_bgr, LOOK_SIDE_PX, 1)
         gains = ground_gains(small, look.ground_bgr)
-        return cls(gains, look_lab(scale_channels(small, gains)), look.lab)
+        return cls(gains, None if look.lab is None else (look_lab(scale_channels(small, gains)), look.lab))
 
-    def light(self, part_bgr: Pixels) -> Pixels:
-        """A part of the picture under the new light, its stain as it is."""
-        return scale_channels(part_bgr, self.gains_bgr)
+    def cell(self, part_bgr: Pixels, share: float) -> Pixels:
+        """The part of the picture around a cell in the new look.
 
-    def light_and_stain(self, part_bgr: Pixels) -> Pixels:
-        """A part of the picture in the new look."""
-        lit = self.light(part_bgr)
-        return lit if self.goal is None else restain(lit, self.lab, self.goal)
+        share: longer side of the cell's box over the shorter one of the picture. Of a picture that one cell fills the
+        stain cannot be told (a lymphocyte's would be all nucleus), and stays.
+        """
+        lit = scale_channels(part_bgr, self.gains_bgr)
+        return lit if self.stain is None or share >= LARGEST_SHARE else restain(lit, *self.stain)
+
+
+LARGEST_SHARE: Final = 0.75
+"""See `Relook.cell`."""
 
 
 LOOK_SIDE_PX: Final = 360

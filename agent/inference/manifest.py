@@ -98,9 +98,6 @@ class CropLook(ManifestPart):
     ground_bgr: tuple[Level, Level, Level]
     lab: tuple[Spread, Spread, Spread] | None = None
 
-    def as_look(self) -> Look:
-        return Look(self.ground_bgr, self.lab)
-
 
 class Crop(ManifestPart):
     """How the classifier's crop is cut from a frame: a square around the box, wider by `margin` of its longer side."""
@@ -108,6 +105,10 @@ class Crop(ManifestPart):
     margin: Annotated[float, Field(ge=0, le=4)]
     look: CropLook | None = None
     """Light and stain that the picture is brought to before; None = they stay as they are."""
+
+    def as_look(self) -> Look | None:
+        """The same in the words of `agent.analysis.preprocessing`."""
+        return None if self.look is None else Look(self.look.ground_bgr, self.look.lab)
 
 
 class Morphology(ManifestPart):

@@ -55,7 +55,7 @@ class Models:
     def cutter(self, pixels_bgr: Pixels) -> CropCutter:
         """Cuts the classifier's crops from a picture as the manifest says. pixels_bgr: (height, width, 3), B G R."""
         crop = self.manifest.classifier.crop
-        return CropCutter(pixels_bgr, crop.margin, None if crop.look is None else crop.look.as_look())
+        return CropCutter(pixels_bgr, crop.margin, crop.as_look())
 
     def describe(self, classification: Classification) -> str:
         """A cell's looks in words; empty where the model does not tell any, or is sure of none."""

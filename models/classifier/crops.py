@@ -16,7 +16,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from agent.analysis.preprocessing import TAUGHT_LOOK, Relook
+from agent.analysis.preprocessing import TAUGHT_LOOK, Look, Relook
 from models.common.augment import vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
 from models.common.labels import (
@@ -49,7 +49,6 @@ class Example:
 
     box: where it is. label: class index, or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell:
     whether a crop of it is to be taken for one. is_ruined: it is a cell, and is to be blurred until it has no name.
-    relook: brings its picture to TAUGHT_LOOK, as the agent does; None = it is left as it is.
     """
 
     pixels: Rgb
@@ -58,7 +57,6 @@ class Example:
     attributes: tuple[int, ...]
     is_cell: bool = True
     is_ruined: bool = False
-    relook: Relook | None = None
 
 
 class Wording:
@@ -91,8 +89,7 @@ def pbc_examples(
         pixels = read_rgb(cell.path)
         box = boxes.get(cell.key) or central_box(pixels)
         label = wording.classes.index(cell.class_name)
-        described = wording.attribute_indices(attributes.get(cell.key))
-        examples.append(Example(pixels, tuple(box), label, described, relook=relook_of(pixels)))
+        examples.append(Example(pixels, tuple(box), label, wording.attribute_indices(attributes.get(cell.key))))
     return examples
 
 
@@ -108,18 +105,15 @@ def field_platelets(data: Path, sources: Sequence[str], splits: Sequence[str], w
 
 def named_examples(cells: Sequence[NamedBox], sources: Sequence[str], wording: Wording) -> list[Example]:
     """The cells of these sources, in their fields."""
-    pictures: dict[Path, tuple[Rgb, Relook]] = {}
+    pictures: dict[Path, Rgb] = {}
     examples = []
     for cell in cells:
         if cell.source in sources:
             if cell.path not in pictures:
-                decoded = read_rgb(cell.path)
-                pictures[cell.path] = decoded, relook_of(decoded)
-            pixels, relook = pictures[cell.path]
+                pictures[cell.path] = read_rgb(cell.path)
             label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
             box = middle_of(cell.box)
-            is_cell = label != UNKNOWN
-            examples.append(Example(pixels, box, label, wording.no_attributes, is_cell=is_cell, relook=relook))
+            examples.append(Example(pictures[cell.path], box, label, wording.no_attributes, is_cell=label != UNKNOWN))
     return examples
 
 
@@ -147,7 +141,6 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
     fields = [field for field in read_fields(data, "train") if field.is_complete and field.source in sources]
     examples = []
     for field in load_fields(fields):
-        relook = relook_of(field.pixels)
         red = field.boxes[field.boxes[:, 0] == 1]
         chosen = [red[k, 1:] for k in rng.permutation(len(red))[:3]]
         height, width = field.pixels.shape[:2]
@@ -156,10 +149,7 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
         chosen.append(np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2]))
         for box in chosen:
             if covered(field, box) <= MOST_OVERLAP:
-                place = middle_of(box)
-                examples.append(
-                    Example(field.pixels, place, UNKNOWN, wording.no_attributes, is_cell=False, relook=relook)
-                )
+                examples.append(Example(field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False))
     return examples
 
 
@@ -183,16 +173,23 @@ def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Exam
 class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
     """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1).
 
-    plain_share: of the crops, keeps the look of its own laboratory. normalised_share: is brought to TAUGHT_LOOK before.
+    plain_share: of the crops, keeps the look of its own laboratory. normalised_share: is brought to
+    `look` before.
     """
 
     def __init__(
-        self, examples: Sequence[Example], side_px: int, plain_share: float = 0.125, normalised_share: float = 0.0
+        self,
+        examples: Sequence[Example],
+        side_px: int,
+        plain_share: float = 0.125,
+        normalised_share: float = 0.0,
+        look: Look | None = TAUGHT_LOOK,
     ):
         self.examples = examples
         self.side_px = side_px
         self.plain_share = plain_share
         self.normalised_share = normalised_share
+        self._relooks = Relooks(look)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -202,7 +199,7 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         example = self.examples[index]
         crop = random_crop(example.pixels, example.box, self.side_px, rng)
         if rng.random() < self.normalised_share:
-            crop = normalised(crop, example.relook)
+            crop = self._relooks.cell(crop, example)
         crop = vary_look(crop, rng, plain_share=self.plain_share)
         if example.is_ruined:
             crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
@@ -226,15 +223,23 @@ def random_crop(pixels: Rgb, box: CentredBox, side_px: int, rng: Generator) -> R
     return warp(pixels, turn, x, y, side_px)
 
 
-def relook_of(pixels: Rgb, *, is_field: bool = True) -> Relook:
-    """What brings a picture to TAUGHT_LOOK. is_field: False = one cell fills it, its stain stays."""
-    relook = Relook.of(np.ascontiguousarray(pixels[..., ::-1]), TAUGHT_LOOK)
-    return relook if is_field else replace(relook, goal=None)
+class Relooks:
+    """Brings crops to a look as the agent does; what a picture needs for that is found once. look: None = they stay."""
 
+    def __init__(self, look: Look | None):
+        self._look = look
+        self._found: dict[int, tuple[Rgb, Relook]] = {}  # by the picture's id, which lasts as long as it is kept here
 
-def normalised(crop: Rgb, relook: Relook | None) -> Rgb:
-    """A crop in the look of the training fields."""
-    return crop if relook is None else relook.light_and_stain(np.ascontiguousarray(crop[..., ::-1]))[..., ::-1]
+    def cell(self, crop: Rgb, example: Example) -> Rgb:
+        """The crop of an example in the look."""
+        if self._look is None:
+            return crop
+        if id(example.pixels) not in self._found:
+            relook = Relook.of(np.ascontiguousarray(example.pixels[..., ::-1]), self._look)
+            self._found[id(example.pixels)] = example.pixels, relook
+        share = max(example.box[2:]) / min(example.pixels.shape[:2])
+        relook = self._found[id(example.pixels)][1]
+        return relook.cell(np.ascontiguousarray(crop[..., ::-1]), share)[..., ::-1]
 
 
 def square(pixels: Rgb, box: CentredBox, side_px: int) -> Rgb:
@@ -268,9 +273,10 @@ class View:
     are_cells: Tensor
 
 
-def make_view(examples: Sequence[Example], side_px: int, *, is_normalised: bool = False) -> View:
-    """Crops as the agent cuts them. is_normalised: in the look of the training fields."""
-    squares = (normalised(square(e.pixels, e.box, side_px), e.relook if is_normalised else None) for e in examples)
+def make_view(examples: Sequence[Example], side_px: int, look: Look | None = None) -> View:
+    """Crops as the agent cuts them for a classifier of this look."""
+    relooks = Relooks(look)
+    squares = (relooks.cell(square(e.pixels, e.box, side_px), e) for e in examples)
     return View(
         torch.stack([picture_tensor(crop) for crop in squares]),
         torch.tensor([e.label for e in examples]),

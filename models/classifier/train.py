@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
+from agent.analysis.preprocessing import TAUGHT_LOOK
 from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.common.checkpoints import load_fitting
@@ -68,7 +69,7 @@ class RunFile:
     undersample: int | None = None
     random_split: int | None = None
     plain_share: float = 0.125
-    normalised_share: float = 0.5
+    normalised_share: float = 0.0
     bf16: bool = False
     label_smoothing: float = 0.05
     seed: int = 1
@@ -283,8 +284,8 @@ def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: 
         splits = ("val",) if source in settings.foreign else ("train", "val", "test")
         found[source] = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
     found["platelets"] = crops.field_platelets(data, FOREIGN_SOURCES, ("val",), wording)
-    is_normalised = settings.normalised_share > 0
-    return {name: crops.make_view(each, settings.side_px, is_normalised=is_normalised) for name, each in found.items()}
+    look = TAUGHT_LOOK if settings.normalised_share > 0 else None
+    return {name: crops.make_view(each, settings.side_px, look) for name, each in found.items()}
 
 
 FOREIGN_SOURCES = ("bccd", "raabin")

@@ -7,7 +7,7 @@ import datetime
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def open_base(folder: Path, pictures: Sequence[crops.Example]) -> Base:
     entry = load_manifest(folder).classifier
     wording = wording_of(entry)
     net = CellNet(entry.name, len(entry.classes), wording.sizes)
-    squares = [crops.picture_tensor(agent_square(entry, e)) for e in pictures[:256]]
+    squares = [crops.picture_tensor(square) for square in agent_squares(entry, pictures[:256])]
     load_shipped(net, folder / entry.file, (torch.stack(squares).float() / 255).split(64))
     return Base(folder, entry, wording, net)
 
@@ -72,18 +72,11 @@ def with_own_stain(base: Base) -> Base:
     return replace(base, entry=base.entry.model_copy(update={"crop": crop}))
 
 
-def as_told(entry: ClassifierEntry, example: crops.Example) -> crops.Example:
-    """The example with the new look that this classifier's manifest asks for."""
-    look = entry.crop.look
-    if look is None or example.relook is None:
-        return replace(example, relook=None)
-    return example if look.lab is not None else replace(example, relook=replace(example.relook, goal=None))
-
-
-def agent_square(entry: ClassifierEntry, example: crops.Example) -> Rgb:
-    """The crop as the agent cuts and lights it for this classifier, of its input's size."""
-    crop = crops.square(example.pixels, example.box, entry.input.shape[1])
-    return crops.normalised(crop, as_told(entry, example).relook)
+def agent_squares(entry: ClassifierEntry, examples: Iterable[crops.Example]) -> Iterator[Rgb]:
+    """Crops as the agent cuts and lights them for a classifier, of its input's size."""
+    relooks = crops.Relooks(entry.crop.as_look())
+    for example in examples:
+        yield relooks.cell(crops.square(example.pixels, example.box, entry.input.shape[1]), example)
 
 
 def wording_of(entry: ClassifierEntry) -> crops.Wording:
@@ -106,8 +99,8 @@ def tune(
     """
     net = base.net
     old = copy.deepcopy(net).eval().requires_grad_(False)
-    told = [as_told(base.entry, example) for example in examples]
-    dataset = crops.TrainingCrops(told, base.side_px, normalised_share=1.0)
+    look = base.entry.crop.as_look()
+    dataset = crops.TrainingCrops(examples, base.side_px, normalised_share=1.0, look=look)
     loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=len(examples) > BATCH)
     early, late = list(net.backbone.parameters()), [p for m in (net.classes, net.is_cell) for p in m.parameters()]
     optimiser = torch.optim.AdamW([{"params": early, "lr": rate / 3}, {"params": late, "lr": rate}], weight_decay=0.02)
@@ -164,7 +157,7 @@ def write_models(
     file = output / base.entry.file
     float_file = file.with_suffix(".float.tflite")
     export_float(ChannelsLast(base.net), base.side_px, float_file)
-    squares = (agent_square(base.entry, e) for e in calibration)
+    squares = agent_squares(base.entry, calibration)
     quantize_file(float_file, file, (s[None].astype(np.float32) / 255 for s in squares))
     float_file.unlink()
     save_norms(base.net, file)
@@ -187,12 +180,13 @@ def write_models(
 
 def share_of_right(models: Models, examples: Sequence[crops.Example]) -> float:
     """Accuracy of a folder's int8 classifier on labelled examples."""
-    right = [answer_of(models, e)[0] == e.label for e in examples]
-    return float(np.mean(right))
+    answers = answers_to(models, examples)
+    return float(np.mean([index == e.label for (index, _, _), e in zip(answers, examples, strict=True)]))
 
 
-def answer_of(models: Models, example: crops.Example) -> tuple[int, float, float]:
-    """Class index, probability and cell probability that the agent would give."""
+def answers_to(models: Models, examples: Sequence[crops.Example]) -> list[tuple[int, float, float]]:
+    """Of each example class index, probability and cell probability that the agent would give."""
     entry = models.manifest.classifier
-    answer = models.classifier.classify(np.ascontiguousarray(agent_square(entry, example)[..., ::-1]))
-    return entry.classes.index(answer.class_name), answer.probability, answer.cell_probability
+    squares = agent_squares(entry, examples)
+    answers = (models.classifier.classify(np.ascontiguousarray(square[..., ::-1])) for square in squares)
+    return [(entry.classes.index(a.class_name), a.probability, a.cell_probability) for a in answers]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,8 +38,13 @@ COMMAND = told_command(sys.orig_argv)
 
 def bfloat16(*, is_wanted: bool = True) -> torch.autocast:
     """Convolutions in bfloat16 where the processor computes so; elsewhere it is emulated, ten times slower."""
-    is_fast = Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    return torch.autocast("cpu", torch.bfloat16, enabled=is_wanted and is_fast)
+    return torch.autocast("cpu", torch.bfloat16, enabled=is_wanted and _is_bfloat16_fast())
+
+
+@cache
+def _is_bfloat16_fast() -> bool:
+    facts = Path("/proc/cpuinfo")
+    return facts.exists() and "avx512_bf16" in facts.read_text()
 
 
 NO_FACTORS: Mapping[str, float] = MappingProxyType({})

@@ -48,12 +48,11 @@ def evaluate_detector(models: Models, data: Path, split: str) -> dict[str, Any]:
     measured = {field.path: boxes_of(models, field) for field in progress(fields, "fields")}
     pairs = {name: [measured[field.path] for field in group] for name, group in groups.items() if group}
     wrong = mistakes(data, split)
-    righted = [
-        FieldBoxes(measured[f.path].found, put_right(measured[f.path].true, wrong.get(f.path)))
-        for f in groups["complete"]
-    ]
     if any(field.path in wrong for field in groups["complete"]):
-        pairs["complete, labels put right"] = righted
+        pairs["complete, labels put right"] = [
+            FieldBoxes(measured[f.path].found, put_right(measured[f.path].true, wrong.get(f.path)))
+            for f in groups["complete"]
+        ]
     pairs |= published_pairs({field: measured[field.path] for field in fields if field.source == "bccd"})
     return by_group(pairs, models.manifest.detector.classes)
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.analysis.cells import NamingRules
 from agent.analysis.crops import CropCutter
 from agent.camera.decoding import decode_file
 from agent.domain import Attribute, Box, Classification, Pixels
@@ -123,30 +124,32 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
     for cell in progress(cells, "cells"):
         by_source.setdefault(cell.source, []).append((cell, classify_box(models, cell.path, cell.box)))
     classes = models.manifest.classifier.classes
-    rules = models.naming_rules()
     sources = {}
     for source, pairs in by_source.items():
         names = [(str(cell.class_name), answer.class_name) for cell, answer in pairs]
-        accepted = np.array([rules.believes(answer) for _, answer in pairs])
-        is_right = np.array([true == given for true, given in names])
         by_class = class_figures_by_name(names, classes)["classes"]
         sources[source] = {
-            **trust_figures(is_right, accepted),
+            **trust_in(pairs, models.naming_rules()),
             "classes": {name: f for name, f in by_class.items() if f["n"]},
         }
     return {"sources": sources}
 
 
+def named_cells(data: Path, splits: Sequence[str]) -> list[NamedBox]:
+    """Nucleated cells of other microscopes that we named by eye."""
+    return [cell for cell in read_foreign_cells(data, splits) if cell.class_name is not None]
+
+
 def cells_of_fields(data: Path, split: str) -> list[NamedBox]:
     """Nucleated cells that we named by eye, and the platelets of the label files under a source of their own."""
-    named = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    named = named_cells(data, (split,))
     platelets = read_field_platelets(data, (split,))
     return named + [dataclasses.replace(cell, source=f"{cell.source}, platelets") for cell in platelets]
 
 
 def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The same cells as pictures that people cut, from too tight to three times as wide, as `classify` takes them."""
-    cells = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
+    cells = named_cells(data, (split,))
     rules = models.naming_rules()
     framings: dict[str, list[tuple[bool, bool]]] = {f"{width:g}": [] for width in FRAMINGS}
     for cell in progress(cells, "cells"):
@@ -159,6 +162,12 @@ def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
 
 FRAMINGS = (0.9, 1.0, 1.2, 1.6, 2.2, 3.0)
 """Sides of the pictures, in sides of the cell's box."""
+
+
+def trust_in(pairs: Sequence[tuple[NamedBox, Classification]], rules: NamingRules) -> dict[str, Any]:
+    """`trust_figures` of cells and the answers to them."""
+    is_right = np.array([cell.class_name == answer.class_name for cell, answer in pairs])
+    return trust_figures(is_right, np.array([rules.believes(answer) for _, answer in pairs]))
 
 
 def trust_figures(is_right: NDArray[np.bool_], accepted: NDArray[np.bool_]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_a_large_frame_has_the_look_of_the_same_frame_when_it_is_small() -> None
     large = np.kron(small, np.ones((20, 20, 1), np.uint8))
     shrunk, whole = Relook.of(large, LOOK), Relook.of(small, LOOK)
     assert shrunk.gains_bgr == pytest.approx(whole.gains_bgr, rel=0.02)
-    assert np.ravel(shrunk.lab) == pytest.approx(np.ravel(whole.lab), abs=1.5)
+    assert np.ravel(shrunk.stain) == pytest.approx(np.ravel(whole.stain), abs=1.5)
 
 
 def test_without_a_look_in_the_manifest_light_and_stain_stay_as_they_are() -> None:

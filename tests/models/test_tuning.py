@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
-from agent.analysis.preprocessing import GROUND_BGR, LOOK_LAB
+from agent.analysis.preprocessing import GROUND_BGR, LOOK_LAB, ground_gains, scale_channels
 from agent.camera.simulated import render_training_crop, render_training_field
 from agent.config import ModelsSection
 from agent.inference.manifest import Crop, CropLook
@@ -89,12 +89,14 @@ def test_fields_without_labels_adapt_the_classifier(tmp_path: Path) -> None:
 
 def test_a_tuned_classifier_leaves_the_stain_that_it_was_taught_as_it_is() -> None:
     picture = cv2.GaussianBlur(np.random.default_rng(3).integers(0, 256, (90, 90, 3), np.uint8), (0, 0), 4)
-    base = tuning.open_base(TOP / "models", [crops.Example(picture, (45, 45, 40, 40), 0, (-1,) * 11)] * 4)
+    cell = crops.Example(picture, (45, 45, 40, 40), 0, (-1,) * 11)
+    base = tuning.open_base(TOP / "models", [cell] * 4)
     entry = base.entry.model_copy(update={"crop": Crop(margin=0.2, look=CropLook(ground_bgr=GROUND_BGR, lab=LOOK_LAB))})
-    stained = crops.Example(picture, (45, 45, 40, 40), 0, (), relook=crops.relook_of(picture))
     own = tuning.with_own_stain(replace(base, entry=entry)).entry
-    lit = crops.normalised(crops.square(picture, stained.box, 128), crops.relook_of(picture, is_field=False))
-    assert np.array_equal(tuning.agent_square(own, stained), lit)
-    assert not np.array_equal(tuning.agent_square(entry, stained), lit)
+    gains = ground_gains(np.ascontiguousarray(picture[..., ::-1]), GROUND_BGR)
+    lit = scale_channels(crops.square(picture, cell.box, 128), gains[::-1])
+    (as_taught,), (as_before,) = (list(tuning.agent_squares(told, [cell])) for told in (own, entry))
+    assert np.array_equal(as_taught, lit)
+    assert not np.array_equal(as_before, lit)
     assert own.crop.look is not None
     assert own.crop.look.lab is None
