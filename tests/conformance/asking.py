@@ -176,7 +176,7 @@ def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
         return
     answer = desk.ask("start", sample=f"{sid}-b")
     look("7.10", answer.get("code") == "not-now", f"a second start: {answer}")
-    field = desk.ears.wait_for(lambda heard: _field_of(heard, sid) and _nameable(heard) is not None, alive_fields_s)
+    field = desk.ears.wait_for(lambda heard: _field_of(heard, sid) and bool(_nameable(heard)), alive_fields_s)
     if field is None:
         desk.findings.leave(later, f"no field with a nucleated cell came within {alive_fields_s:g} s")
     paused = desk.ask("pause", sample=sid)
@@ -199,8 +199,8 @@ def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
     _wait_phase(desk, sid, "finished")
 
     # 6.5: a person names a cell anew.
-    if field is not None and final is not None and final.body is not None:
-        cell = _standing_cell(desk.ears.heard, sid) or _nameable(field) or {}
+    cell = _standing_cell(desk.ears.heard, sid)
+    if cell is not None and final is not None and final.body is not None:
         other = next(name for name in cell["probabilities"] if name != cell["class"])
         answer = desk.ask("amend", sample=sid, cell_id=cell["cell_id"], **{"class": other}, by="kit")
         amended = desk.ears.wait_for(
@@ -331,26 +331,19 @@ def _field_of(heard: Heard, sid: str) -> bool:
     return heard.kind == "field" and (heard.body or {}).get("sample") == sid
 
 
-def _nameable(heard: Heard) -> dict[str, Any] | None:
-    """A counted cell of a field that the classifier named and that is no platelet."""
-    for cell in (heard.body or {}).get("cells", ()):
-        if cell["probabilities"] and cell["status"] in ("accepted", "edge") and cell["class"] != "platelet":
-            return dict(cell)
-    return None
+def _nameable(heard: Heard) -> list[dict[str, Any]]:
+    """Counted cells of a field that the classifier named and that are no platelets."""
+    cells = (heard.body or {}).get("cells", ())
+    named = (cell for cell in cells if cell["probabilities"] and cell["status"] in ("accepted", "edge"))
+    return [dict(cell) for cell in named if cell["class"] != "platelet"]
 
 
 def _standing_cell(heard: Iterable[Heard], sid: str) -> dict[str, Any] | None:
     """A nameable cell of the sample that no better view has superseded, and that is counted."""
     fields = [one for one in heard if _field_of(one, sid)]
     gone = {old for one in fields for cell in (one.body or {})["cells"] for old in cell.get("supersedes", ())}
-    return next(
-        (
-            cell
-            for one in fields
-            if (cell := _nameable(one)) is not None and cell["cell_id"] not in gone and cell.get("counted") is not False
-        ),
-        None,
-    )
+    cells = (cell for one in fields for cell in _nameable(one))
+    return next((c for c in cells if c["cell_id"] not in gone and c.get("counted") is not False), None)
 
 
 def _report(heard: Heard, sid: str, status: str) -> bool:
