@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 
+from agent.analysis.preprocessing import Relook  # noqa: E402
 from agent.camera.simulated import render_training_crop  # noqa: E402
 from agent.inference.manifest import load_manifest  # noqa: E402
 from models.common import warm_start  # noqa: E402
@@ -24,10 +25,13 @@ MODELS = Path(__file__).parents[2] / "models"
 
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
-    """Simulated cells of all classes, (48, 3, 128, 128), 0 to 1."""
+    """Simulated cells of all classes as the classifier meets them, (48, 3, 128, 128), 0 to 1."""
     rng = np.random.default_rng(3)
-    classes = load_manifest(MODELS).classifier.classes
-    crops = [render_training_crop(rng, classes[k % len(classes)], 128) for k in range(48)]
+    entry = load_manifest(MODELS).classifier
+    look = entry.crop.as_look()
+    assert look is not None
+    drawn = (render_training_crop(rng, entry.classes[k % len(entry.classes)], 128)[..., ::-1] for k in range(48))
+    crops = [Relook.of(crop, look).cell(crop, 0.5)[..., ::-1] for crop in map(np.ascontiguousarray, drawn)]
     return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy()).float() / 255
 
 
