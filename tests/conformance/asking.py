@@ -199,7 +199,7 @@ def ask_samples(desk: Desk, alive_fields_s: float = FIELDS_S) -> None:
     _wait_phase(desk, sid, "finished")
 
     # 6.5: a person names a cell anew.
-    cell = _standing_cell(desk.ears.heard, sid)
+    cell = standing_cell(desk.ears.heard, sid)
     if cell is not None and final is not None and final.body is not None:
         other = next(name for name in cell["probabilities"] if name != cell["class"])
         answer = desk.ask("amend", sample=sid, cell_id=cell["cell_id"], **{"class": other}, by="kit")
@@ -338,7 +338,7 @@ def _nameable(heard: Heard) -> list[dict[str, Any]]:
     return [dict(cell) for cell in named if cell["class"] != "platelet"]
 
 
-def _standing_cell(heard: Iterable[Heard], sid: str) -> dict[str, Any] | None:
+def standing_cell(heard: Iterable[Heard], sid: str) -> dict[str, Any] | None:
     """A nameable cell of the sample that no better view has superseded, and that is counted."""
     fields = [one for one in heard if _field_of(one, sid)]
     gone = {old for one in fields for cell in (one.body or {})["cells"] for old in cell.get("supersedes", ())}

@@ -23,7 +23,7 @@ from agent.delivery.audit import ChainHead, Entry, chain
 from agent.delivery.topics import Topics
 from tests.slides import small_slide
 
-from .asking import said_first
+from .asking import said_first, standing_cell
 from .clauses import Findings, read_clauses
 from .ears import Access, Ears, Heard
 from .listening import judge_all
@@ -145,6 +145,19 @@ def test_what_a_receiver_says_meanwhile_is_not_taken_for_the_devices_first_word(
     kinds = ("field", "state", "ack", "info", "cmd", "health", "fleet", "event")
     heard = [Heard("", kind, b"", 1, False, None, None, float(at_s), None) for at_s, kind in enumerate(kinds)]
     assert said_first(heard, since_s=1.0) == ["state", "info", "health"]
+
+
+def test_a_cell_is_amended_that_still_stands_wherever_in_its_field_it_is() -> None:
+    named = {"probabilities": {"lymphocyte": 1.0}, "status": "accepted", "class": "lymphocyte"}
+    cells = [{**named, "cell_id": f"s1-{number}"} for number in range(1, 5)]
+    cells[1]["counted"] = False
+    cells[2]["status"] = "unidentified"
+    better = [{**named, "cell_id": "s1-5", "supersedes": ["s1-1"], "counted": False}]
+    heard = [make_one("field/s1", {"sample": "s1", "cells": found}) for found in (cells, better)]
+    standing = standing_cell(heard, "s1")
+    assert standing is not None
+    assert standing["cell_id"] == "s1-4"
+    assert standing_cell(heard, "s2") is None
 
 
 def test_a_receiver_that_acknowledges_nothing_fails(mosquitto: Any, monkeypatch: pytest.MonkeyPatch) -> None:

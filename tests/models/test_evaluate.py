@@ -21,12 +21,11 @@ from agent.domain import Box
 from agent.inference.models import open_models
 from models.common.labels import FieldImage, read_boxes, read_cells, read_fields, read_foreign_cells
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
-from models.evaluation import names
+from models.evaluation import boxes, names
 from models.evaluation.boxes import boxes_of_middle, boxes_of_sheet, named_boxes, published_pairs
 from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
 TOP = Path(__file__).parents[2]
-DATA = TOP.parent / "shared" / "data"
 CLASSES = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
 
 
@@ -44,6 +43,17 @@ def test_the_detectors_figures_keep_complete_and_half_labelled_fields_apart(data
     assert figures["groups"]["complete"] == figures["groups"]["complete, made"]
     assert 0.5 < figures["groups"]["complete"]["all"]["map50"] <= 1
     assert figures["groups"]["complete"]["all"]["map50_95"] <= figures["groups"]["complete"]["all"]["map50"]
+
+
+def test_labels_that_are_put_right_have_a_row_of_their_own(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = next(field for field in read_fields(data, "test") if field.is_complete)
+    labelled = read_boxes(field, 480, 360)
+    (wrong, *_) = labelled[labelled[:, 0] == 0, 1:]
+    monkeypatch.setattr(boxes, "mistakes", lambda *_: {field.path: wrong[None]})
+    groups = boxes.evaluate_detector(open_models(ModelsSection()), data, "test")["groups"]
+    before, after = groups["complete"], groups["complete, labels put right"]
+    assert after["WBC"]["cells"] == before["WBC"]["cells"] - 1
+    assert after["RBC"]["cells"] == before["RBC"]["cells"] + 1
 
 
 def test_the_classifiers_figures_count_every_picture_once(data: Path) -> None:
@@ -201,9 +211,8 @@ def test_every_look_changes_a_picture_and_spares_its_size(look: str) -> None:
     assert np.array_equal(pixels, before)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason=f"needs the labelled data in {DATA.name}")
-def test_each_cell_that_we_named_by_eye_lies_in_its_field() -> None:
-    for cell in read_foreign_cells(DATA):
+def test_each_cell_that_we_named_by_eye_lies_in_its_field(real_data: Path) -> None:
+    for cell in read_foreign_cells(real_data):
         picture = cv2.imread(str(cell.path))
         x_min, y_min, x_max, y_max = cell.box
         assert picture is not None, cell.path
