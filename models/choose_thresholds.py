@@ -30,7 +30,7 @@ from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import Models, open_models
-from models.common.labels import read_cells, read_fields
+from models.common.labels import read_cells, read_complete_fields
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.boxes import boxes_of, found_boxes
@@ -74,9 +74,7 @@ def change_thresholds(folder: Path, role: str, thresholds: Mapping[str, float | 
 
 def choose_detector(models: Models, data: Path) -> dict[str, float | None]:
     """min_score and same_cell_iou."""
-    fields = [
-        boxes_of(models, field) for field in progress(read_fields(data, "val"), "val fields") if field.is_complete
-    ]
+    fields = [boxes_of(models, field) for field in progress(read_complete_fields(data, "val"), "val fields")]
     pictures: list[tuple[FieldBoxes, int, int]] = []
     for cell in progress(read_cells(data, "val"), "val pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from agent.config import ModelsSection
 from agent.inference.models import open_models
-from models.common.labels import CellImage, read_fields, read_rgb
+from models.common.labels import CellImage, read_complete_fields, read_rgb
 from models.common.logs import read_log
 from models.common.metrics import FieldBoxes, class_figures_by_name, confidence_bins, precision_and_recall
 from models.evaluation.asking import add_options, progress
@@ -45,7 +45,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     mpl.rcParams.update(STYLE)
     models = open_models(ModelsSection(folder=args.models, threads=args.threads))
-    fields = [field for field in read_fields(args.data, args.split) if field.is_complete]
+    fields = read_complete_fields(args.data, args.split)
     boxes = [boxes_of(models, field) for field in progress(fields, "fields")]
     named = name_pictures(models, args.data, args.split)
     figures = {

@@ -33,7 +33,16 @@ from agent.config import Config, ModelsSection, PreprocessingSection
 from agent.domain import Box, CellStatus, Pixels
 from agent.inference.models import open_models
 from models.common.augment import restain
-from models.common.labels import CellImage, FieldImage, NamedBox, Rgb, read_cells, read_fields, read_foreign_cells
+from models.common.labels import (
+    CellImage,
+    FieldImage,
+    NamedBox,
+    Rgb,
+    read_cells,
+    read_complete_fields,
+    read_fields,
+    read_foreign_cells,
+)
 from models.common.metrics import detection_figures
 from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
 from models.evaluation.boxes import field_boxes
@@ -134,7 +143,7 @@ class Seen:
 
 def measure(bench: Bench, data: Path, split: str, every: int) -> dict[str, Any]:
     """Figures by look and step."""
-    fields = [field for field in read_fields(data, split) if field.is_complete][::every]
+    fields = read_complete_fields(data, split)[::every]
     cells = read_cells(data, split)[::every]
     foreign = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
     looks = {}

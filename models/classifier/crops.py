@@ -24,8 +24,8 @@ from models.common.labels import (
     NamedBox,
     Rgb,
     read_attributes,
+    read_complete_fields,
     read_field_platelets,
-    read_fields,
     read_foreign_cells,
     read_rgb,
 )
@@ -138,7 +138,7 @@ def simulated_examples(crops: Sequence[tuple[Rgb, str]], wording: Wording) -> li
 
 def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: Wording) -> list[Example]:
     """Red cells and background of complete training fields: three red cells and one empty place of each."""
-    fields = [field for field in read_fields(data, "train") if field.is_complete and field.source in sources]
+    fields = read_complete_fields(data, "train", sources)
     examples = []
     for field in load_fields(fields):
         red = field.boxes[field.boxes[:, 0] == 1]
@@ -173,8 +173,8 @@ def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Exam
 class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
     """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1).
 
-    plain_share: of the crops, keeps the look of its own laboratory. normalised_share: is brought to
-    `look` before.
+    plain_share: of the crops, keeps the look of its own laboratory. normalised_share: is brought to `look` before;
+    cut_share: of those, by what a piece of the picture shows.
     """
 
     def __init__(
@@ -183,12 +183,14 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         side_px: int,
         plain_share: float = 0.125,
         normalised_share: float = 0.0,
+        cut_share: float = 0.0,
         look: Look | None = TAUGHT_LOOK,
     ):
         self.examples = examples
         self.side_px = side_px
         self.plain_share = plain_share
         self.normalised_share = normalised_share
+        self.cut_share = cut_share
         self._relooks = Relooks(look)
 
     def __len__(self) -> int:
@@ -199,7 +201,8 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         example = self.examples[index]
         crop = random_crop(example.pixels, example.box, self.side_px, rng)
         if rng.random() < self.normalised_share:
-            crop = self._relooks.cell(crop, example)
+            is_cut = rng.random() < self.cut_share
+            crop = self._relooks.cell_of_cut(crop, example, rng) if is_cut else self._relooks.cell(crop, example)
         crop = vary_look(crop, rng, plain_share=self.plain_share)
         if example.is_ruined:
             crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
@@ -228,18 +231,52 @@ class Relooks:
 
     def __init__(self, look: Look | None):
         self._look = look
-        self._found: dict[int, tuple[Rgb, Relook]] = {}  # by the picture's id, which lasts as long as it is kept here
+        self._whole: dict[int, tuple[Rgb, Relook]] = {}  # by the picture's id, which lasts as long as it is kept here
+        self._cut: dict[int, tuple[Example, Relook, float]] = {}  # by the example's
 
     def cell(self, crop: Rgb, example: Example) -> Rgb:
-        """The crop of an example in the look."""
+        """The crop of an example in the look that its whole picture asks for."""
         if self._look is None:
             return crop
-        if id(example.pixels) not in self._found:
-            relook = Relook.of(np.ascontiguousarray(example.pixels[..., ::-1]), self._look)
-            self._found[id(example.pixels)] = example.pixels, relook
+        if id(example.pixels) not in self._whole:
+            self._whole[id(example.pixels)] = example.pixels, self._measure(example.pixels)
         share = max(example.box[2:]) / min(example.pixels.shape[:2])
-        relook = self._found[id(example.pixels)][1]
-        return relook.cell(np.ascontiguousarray(crop[..., ::-1]), share)[..., ::-1]
+        return bring(crop, self._whole[id(example.pixels)][1], share)
+
+    def cell_of_cut(self, crop: Rgb, example: Example, rng: Generator) -> Rgb:
+        """The same as if the agent had got a piece of the picture only, 1 to 4 times as wide as the cell.
+
+        A piece shows less of ground and stain than a field, and people cut their pictures as they like.
+        """
+        if self._look is None:
+            return crop
+        if id(example) not in self._cut:
+            piece = cut_out(example.pixels, example.box, rng.uniform(*PIECES))
+            share = max(example.box[2:]) / min(piece.shape[:2])
+            self._cut[id(example)] = example, self._measure(piece), share
+        _, relook, share = self._cut[id(example)]
+        return bring(crop, relook, share)
+
+    def _measure(self, pixels: Rgb) -> Relook:
+        assert self._look is not None
+        return Relook.of(np.ascontiguousarray(pixels[..., ::-1]), self._look)
+
+
+PIECES = (1.0, 4.0)
+"""Sides of pictures that people cut, in sides of the cell's box."""
+
+
+def bring(crop: Rgb, relook: Relook, share: float) -> Rgb:
+    """The crop in the look; share: of its picture's shorter side that the cell takes."""
+    return relook.cell(np.ascontiguousarray(crop[..., ::-1]), share)[..., ::-1]
+
+
+def cut_out(pixels: Rgb, box: CentredBox, width: float) -> Rgb:
+    """The piece of a picture around a box, `width` times its longer side wide, as far as the picture goes."""
+    x, y, box_width, box_height = box
+    reach = 0.5 * width * max(box_width, box_height)
+    left, top = max(0, round(x - reach)), max(0, round(y - reach))
+    return pixels[top : max(top + 2, round(y + reach)), left : max(left + 2, round(x + reach))]
 
 
 def square(pixels: Rgb, box: CentredBox, side_px: int) -> Rgb:

@@ -18,6 +18,9 @@ Rgb = NDArray[np.uint8]
 
 FOREIGN_CELLS = Path(__file__).parents[1] / "data" / "foreign_cells.csv"
 
+SOURCES = ("bccd", "pbc", "raabin")
+"""Microscopes whose fields have boxes."""
+
 DETECTOR_CLASSES = ("WBC", "RBC", "platelet")  # the order of the label files
 
 
@@ -137,6 +140,11 @@ def read_fields(data: Path, split: str) -> list[FieldImage]:
             for row in csv.DictReader(lines)
         ]
     return [row for row in rows if row.split == split]
+
+
+def read_complete_fields(data: Path, split: str, sources: Sequence[str] = SOURCES) -> list[FieldImage]:
+    """Those of one split and these sources in which every cell has its box."""
+    return [field for field in read_fields(data, split) if field.is_complete and field.source in sources]
 
 
 def cell_classes(data: Path) -> tuple[str, ...]:

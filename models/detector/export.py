@@ -6,20 +6,19 @@ python -m models.detector.export --checkpoint runs/eight-classes/best.pt --data 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, load_fields
-from models.common.labels import DETECTOR_CLASSES, cell_classes, read_fields, read_rgb
+from models.common.labels import DETECTOR_CLASSES, SOURCES, cell_classes, read_complete_fields, read_rgb
 from models.common.quantize import begin_folder, describe_tensors, export_float, quantize_file, update_manifest
 from models.common.warm_start import save_norms
-from models.detector.train import FILL, SIZE_PX
+from models.detector.train import FILL, SIZE_PX, averaged_net
 from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
 
 FILE = "detector/yolov10n.tflite"
@@ -53,12 +52,8 @@ class RawMaps(nn.Module):
 
 def main() -> None:
     args = parse()
-    net = YoloV10n(len(DETECTOR_CLASSES))
-    checkpoint = torch.load(args.checkpoint, weights_only=True)
-    net.load_state_dict(checkpoint["average"])
-    # A file has one head, the one-to-many one: docs/decisions/0003-boxes-of-one-cell-are-merged.md
-    net.one_to_one.load_state_dict(net.one_to_many.state_dict())
-    args.command = args.command or checkpoint["command"]
+    net, command = averaged_net(args.checkpoint)
+    args.command = args.command or command
     begin_folder(args.models, args.float_models)
     write_files(net, args.float_models / FILE, args.models / FILE, args.data, args.pictures)
     for folder in (args.float_models, args.models):
@@ -66,13 +61,22 @@ def main() -> None:
 
 
 def write_files(
-    net: YoloV10n, float_file: Path, int8_file: Path, data: Path, pictures: int, size_px: int = SIZE_PX
+    net: YoloV10n,
+    float_file: Path,
+    int8_file: Path,
+    data: Path,
+    pictures: int,
+    size_px: int = SIZE_PX,
+    sources: Sequence[str] = SOURCES,
 ) -> None:
-    """The net's one-to-one head as a float and an int8 file for squares of a size. pictures: to calibrate with."""
+    """The net's one-to-one head as a float and an int8 file for squares of a size.
+
+    pictures: how many to calibrate with, from the fields of `sources`.
+    """
     export_float(RawMaps(net.eval()), size_px, float_file)
     _, outputs = describe_tensors(float_file)
     floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"], size_px)["kind"] == "class_scores"}
-    quantize_file(float_file, int8_file, calibration(data, pictures, size_px), floors)
+    quantize_file(float_file, int8_file, calibration(data, pictures, size_px, sources), floors)
     save_norms(net, int8_file)
 
 
@@ -115,9 +119,11 @@ def role(shape: list[int], size_px: int = SIZE_PX) -> dict[str, object]:
     return {"kind": kind, "stride_px": stride, "meaning": MEANINGS[kind]}
 
 
-def calibration(data: Path, count: int, size_px: int = SIZE_PX) -> Iterator[NDArray[np.float32]]:
+def calibration(
+    data: Path, count: int, size_px: int = SIZE_PX, sources: Sequence[str] = SOURCES
+) -> Iterator[NDArray[np.float32]]:
     """Training fields: half as they are, half as augmentation changes them, so that foreign looks are not clipped."""
-    fields = [field for field in read_fields(data, "train") if field.is_complete]
+    fields = read_complete_fields(data, "train", sources)
     rng = np.random.default_rng(3)
     chosen = [fields[k] for k in rng.permutation(len(fields))[: count // 2]]
     for field in chosen:

@@ -24,7 +24,7 @@ from rich.table import Table
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
-from models.common.labels import DETECTOR_CLASSES, read_fields
+from models.common.labels import DETECTOR_CLASSES, read_complete_fields
 from models.common.metrics import detection_figures
 from models.common.quantize import begin_folder, renew_entry
 from models.detector.export import FILE, role, write_files
@@ -41,7 +41,7 @@ def main() -> None:
     if wrong := [size for size in args.sizes if size % max(STRIDES)]:
         raise SystemExit(f"--sizes: {wrong[0]} is no multiple of {max(STRIDES)}")
     found = {size: open_size(args, size) for size in sorted({*args.sizes, SIZE_PX})}
-    fields = [field for field in read_fields(args.data, args.split) if field.is_complete]
+    fields = read_complete_fields(args.data, args.split)
     times = times_ms(found, [decode_file(field.path, MAX_MEGAPIXELS) for field in fields[:TIMED_FIELDS]])
     figures = {}
     for size, models in found.items():

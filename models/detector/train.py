@@ -25,12 +25,13 @@ from models.common.checkpoints import load_fitting
 from models.common.datasets import AugmentedFields, LabelledField, collate_fields, load_fields
 from models.common.labels import (
     DETECTOR_CLASSES,
+    SOURCES,
     CellImage,
     Rgb,
     mistakes,
     put_right,
     read_cells,
-    read_fields,
+    read_complete_fields,
     read_rgb,
 )
 from models.common.metrics import FieldBoxes, detection_figures, merge_boxes, middle_score
@@ -59,7 +60,7 @@ class RunFile:
     take, to be compared with others. small_px, small_share: side of the pictures in the first share of the run. steps:
     of an epoch. mosaic_until: progress of the run at which mosaics end. scales: of a single field, 1 = as large as
     fits. shares: of the training pictures by kind (`fields`, `pictures` from `label_pictures`, `simulated`). sources:
-    whose fields take part.
+    whose fields take part, in choosing the best epoch too; the others are never seen.
     """
 
     init: Path | None = None
@@ -72,7 +73,7 @@ class RunFile:
     steps: int = 50
     mosaic_until: float = 0.85
     scales: tuple[float, float] = (0.5, 1.5)
-    sources: tuple[str, ...] = ("bccd", "pbc", "raabin")
+    sources: tuple[str, ...] = SOURCES
     pictures: Path | None = None
     pictures_share: float = 0.0
     simulated: int = 200
@@ -89,8 +90,8 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     folder = args.runs / args.file.stem
     train = training_fields(args.data, settings.sources)
-    val = load_fields([field for field in read_fields(args.data, "val") if field.is_complete])
-    val_cells = read_cells(args.data, "val")[::VAL_CELLS_EVERY]
+    val = load_fields(read_complete_fields(args.data, "val", settings.sources))
+    val_cells = read_cells(args.data, "val")[::VAL_CELLS_EVERY] if "pbc" in settings.sources else []
     pictures = load_pictures(settings.pictures, args.data) if settings.pictures else []
     simulated = simulated_fields(settings.simulated, args.runs) if settings.simulated else []
     net = YoloV10n(len(DETECTOR_CLASSES)).to(memory_format=torch.channels_last)
@@ -127,7 +128,7 @@ def main() -> None:
         is_judged = run.is_finished or (run.epoch + 1) % settings.val_every == 0
         figures = evaluate(run.average.net, val) if is_judged else {}
         if is_judged:
-            figures["middle_found"] = share_found(run.average.net, val_cells)
+            figures["middle_found"] = share_found(run.average.net, val_cells) if val_cells else 1.0
         # The fields show five of the eight classes: a net that misses the others is no better for its boxes.
         score = figures["all_map50_95"] * figures["middle_found"] if is_judged else None
         run.end_epoch(score, size_px=size_px, loss=float(np.mean(losses)), **figures)
@@ -150,7 +151,7 @@ def training_fields(data: Path, sources: tuple[str, ...]) -> list[LabelledField]
 
     Red cells that the label files call nucleated (we looked at each nucleated box of two sources) are put right.
     """
-    chosen = [field for field in read_fields(data, "train") if field.is_complete and field.source in sources]
+    chosen = read_complete_fields(data, "train", sources)
     wrong = mistakes(data, "train")
     return [
         replace(loaded, boxes=put_right(loaded.boxes, wrong.get(field.path)))
@@ -170,6 +171,18 @@ def begin_with(net: YoloV10n, settings: RunFile, fields: list[LabelledField]) ->
     # Export merges each pair of a 7x7 and a 3x3 kernel into the large one, and leaves the one-to-many head out.
     load_shipped(net, settings.init, batch.split(8), is_stored=lambda name: ".small." not in name)
     net.one_to_many.load_state_dict(net.one_to_one.state_dict())
+
+
+def averaged_net(checkpoint: Path) -> tuple[YoloV10n, str]:
+    """The averaged net of a run as it is exported, and the command that made it.
+
+    A file has one head, the one-to-many one: docs/decisions/0003-boxes-of-one-cell-are-merged.md
+    """
+    state = torch.load(checkpoint, weights_only=True)
+    net = YoloV10n(len(DETECTOR_CLASSES))
+    net.load_state_dict(state["average"])
+    net.one_to_one.load_state_dict(net.one_to_many.state_dict())
+    return net, state["command"]
 
 
 @torch.inference_mode()

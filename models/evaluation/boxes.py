@@ -22,6 +22,7 @@ from models.common.labels import (
     put_right,
     read_boxes,
     read_cells,
+    read_complete_fields,
     read_fields,
     read_published_boxes,
 )
@@ -109,7 +110,7 @@ def found_boxes(models: Models, pixels: Pixels, min_score: float) -> NDArray[np.
 
 def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, Any]:
     """Complete fields of one source side by side as one frame: small cells in a picture of several megapixels."""
-    fields = [field for field in read_fields(data, split) if field.is_complete]
+    fields = read_complete_fields(data, split)
     pairs = {}
     for source in sorted({field.source for field in fields}):
         same = [field for field in fields if field.source == source]
@@ -123,7 +124,7 @@ def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, A
 def evaluate_close_ups(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The middles of complete fields as frames of their own: cells that fill half of a picture and more."""
     pairs: dict[str, list[FieldBoxes]] = {}
-    for field in progress([f for f in read_fields(data, split) if f.is_complete], "fields"):
+    for field in progress(read_complete_fields(data, split), "fields"):
         pixels = decode_file(field.path, MAX_MEGAPIXELS)
         for share in CLOSE_UPS:
             name = f"{field.source}, {share:g} of each side"

@@ -23,8 +23,8 @@ from models.common.labels import (
     read_attributes,
     read_boxes,
     read_cells,
+    read_complete_fields,
     read_field_platelets,
-    read_fields,
     read_foreign_cells,
 )
 from models.common.metrics import (
@@ -204,7 +204,7 @@ def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
     scores: dict[str, list[float]] = {"cell": [], "red cell": [], "background": [], "ruined cell": []}
     accepted: dict[str, list[bool]] = {kind: [] for kind in scores}
     rng = np.random.default_rng(11)
-    for field in progress([f for f in read_fields(data, split) if f.is_complete], "fields"):
+    for field in progress(read_complete_fields(data, split), "fields"):
         pixels = decode_file(field.path, MAX_MEGAPIXELS)
         for kind, crop in kinds_of_crops(pixels, field, models.cutter(pixels), rng):
             answer = models.classifier.classify(crop)

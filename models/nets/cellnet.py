@@ -30,6 +30,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "shufflenetv2-x1.0": lambda: ShuffleNetV2(1.0),
     "shufflenetv2-x0.5": lambda: ShuffleNetV2(0.5),
     "mobilenetv2": MobileNetV2,
+    "mobilenetv2-x0.5": lambda: MobileNetV2(0.5),
     "darknet-19": Darknet19,
     "darknet-19-x0.5": lambda: Darknet19(0.5),
     "efficientnet-lite0": efficientnet_lite0,

@@ -17,7 +17,14 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+STEM = 32
 FEATURES = 1280
+
+
+def in_eights(channels: float) -> int:
+    """The nearest multiple of eight that is no more than a tenth smaller: how the authors' own code rounds widths."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
 def conv_bn(
@@ -48,17 +55,18 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """What it sees in a picture as 1280 numbers, (batch, features)."""
+    """What it sees in a picture as 1280 numbers, (batch, features). width: 0.25 to 1; the features stay 1280."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
-        inputs = 32
-        for expansion, outputs, depth, stride in STAGES:
+        inputs = in_eights(STEM * width)
+        self.stem = conv_bn(3, inputs, 3, 2)
+        for expansion, channels, depth, stride in STAGES:
+            outputs = in_eights(channels * width)
             for index in range(depth):
                 blocks.append(InvertedResidual(inputs, outputs, stride if index == 0 else 1, expansion))
                 inputs = outputs
-        self.stem = conv_bn(3, 32, 3, 2)
         self.blocks = nn.Sequential(*blocks)
         self.last = conv_bn(inputs, FEATURES)
         self.features = FEATURES

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from agent.analysis.preprocessing import Look
 from models.classifier import crops
 from models.classifier.train import RunFile, freeze, read_run, teacher_losses, train_loader, undersampled
 from models.common.labels import CellImage
@@ -64,6 +65,27 @@ def test_the_share_of_plain_crops_keeps_the_look_of_its_own_laboratory(plain_sha
     assert len(means) == 1 if looks == 1 else len(means) >= looks
 
 
+def test_a_cut_piece_goes_by_what_it_shows_itself() -> None:
+    """The far side of the field is lit differently: a piece around the cell knows nothing of it."""
+    pixels = np.full((120, 240, 3), 150, np.uint8)
+    pixels[:, 100:] = 230
+    pixels[50:70, 30:50] = (90, 60, 140)
+    example = crops.Example(pixels, (40, 60, 20, 20), 0, (-1,))
+    look = Look((200, 200, 200), None)
+    crop = pixels[45:75, 25:55]
+    relooks = crops.Relooks(look)
+    of_piece = relooks.cell_of_cut(crop, example, np.random.default_rng(1))
+    assert of_piece[0, 0] == pytest.approx(200, abs=2)  # the near ground
+    assert relooks.cell(crop, example)[0, 0].mean() < 150  # the far ground is most of the field
+    assert (relooks.cell_of_cut(crop, example, np.random.default_rng(2)) == of_piece).all()
+    assert (crops.Relooks(None).cell_of_cut(crop, example, np.random.default_rng(1)) == crop).all()
+
+
+@pytest.mark.parametrize(("box", "shape"), [((40, 60, 20, 10), (40, 40, 3)), ((5, 60, 20, 20), (40, 25, 3))])
+def test_a_piece_is_as_wide_as_the_picture_allows(box: crops.CentredBox, shape: tuple[int, ...]) -> None:
+    assert crops.cut_out(np.zeros((120, 240, 3), np.uint8), box, 2.0).shape == shape
+
+
 def test_undersampling_leaves_so_many_of_each_class() -> None:
     cells = [CellImage(f"{k}", Path(), "basophil" if k % 5 else "platelet", "train") for k in range(50)]
     kept = undersampled(cells, 12, np.random.default_rng(1))
@@ -81,7 +103,7 @@ def test_a_recipe_with_an_unknown_word_is_refused_by_name(line: str, word: str, 
         read_run(file)
 
 
-@pytest.mark.parametrize("file", sorted(Path("models/classifier/recipes").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(Path("models/classifier/recipes").rglob("*.yaml")), ids=lambda file: file.stem)
 def test_each_recipe_that_we_keep_can_be_read(file: Path) -> None:
     assert read_run(file).shares
 

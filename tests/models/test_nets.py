@@ -43,6 +43,7 @@ PAPERS = [
     ("shufflenetv2-x0.5", 1_366_792, 41, 1024),  # arXiv 1807.11164, table 8: 1.4 M, 41 M
     ("shufflenetv2-x1.0", 2_278_604, 146, 1024),  # the same: 2.3 M, 146 M
     ("mobilenetv2", 3_504_872, 300, 1280),  # arXiv 1801.04381, table 4: 3.4 M, 300 M
+    ("mobilenetv2-x0.5", 1_968_680, 97, 1280),  # the authors' own table of widths: 1.95 M, 97 M
     ("darknet-19", 20_842_376, 2790, 1024),  # arXiv 1612.08242: 5.58 billion operations, two to a multiply-add
 ]
 
