@@ -1,11 +1,12 @@
 """Thresholds and temperature of the shipped files, chosen on `val` and written into the manifest.
 
-    python -m models.choose_thresholds --data ../shared/data
+    python -m models.choose_thresholds [detector|classifier]
 
 - detector: the score at which two figures have the highest sum: F1 at overlap 0.5, as a mean over the classes of the
   complete `val` fields, and the share of the PBC pictures whose middle cell is found. The fields show five of the eight
   classes, and a white cell that is missed is lost, while a box too many still has to pass the classifier. And whether
-  two boxes of one cell should be merged, where that finds more.
+  two boxes of one cell should be merged, where that finds more. And, for each class that goes on to the classifier, the
+  share of PBC cells that get it though their name contradicts it (Laplace's rule of succession: never none).
 - classifier: the temperature with the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599) on the PBC
   crops that the agent cuts; the cell probability that one real cell in 200 falls below; then the least probability
   at which 99 % of the accepted names are right in PBC and 95 % of those of fields, platelets among them.
@@ -31,7 +32,7 @@ from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_complete_fields
-from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_score
+from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.boxes import boxes_of, found_boxes
 from models.evaluation.names import cells_of_fields, classify_box, classify_place
@@ -47,36 +48,46 @@ CELLS_GIVEN_UP = 0.005
 
 def main() -> None:
     args = parse()
+    chosen: dict[str, Changes] = {}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
         shutil.copytree(args.models, folder)
         # First without any merging, then the classifier behind the detector as it will be.
-        change_thresholds(folder, "detector", {"same_cell_iou": None})
-        change_thresholds(folder, "classifier", {"temperature": 1.0})
-        detector = choose_detector(open_models(ModelsSection(folder=folder)), args.data)
-        change_thresholds(folder, "detector", detector)
-        classifier = choose_classifier(open_models(ModelsSection(folder=folder)), args.data)
+        if args.role != "classifier":
+            change_entry(folder, "detector", {"thresholds": {"same_cell_iou": None}})
+            chosen["detector"] = choose_detector(open_models(ModelsSection(folder=folder)), args.data)
+            change_entry(folder, "detector", chosen["detector"])
+        if args.role != "detector":
+            change_entry(folder, "classifier", {"thresholds": {"temperature": 1.0}})
+            thresholds = choose_classifier(open_models(ModelsSection(folder=folder)), args.data)
+            chosen["classifier"] = {"thresholds": thresholds}
     for folder in (args.models, args.float_models):
         if (folder / "manifest.json").exists():
-            change_thresholds(folder, "detector", detector)
-            change_thresholds(folder, "classifier", classifier)
+            for role, changes in chosen.items():
+                change_entry(folder, role, changes)
 
 
-def change_thresholds(folder: Path, role: str, thresholds: Mapping[str, float | None]) -> None:
-    """Write thresholds into the manifest of a folder, whole or not at all."""
+Changes = Mapping[str, Mapping[str, float | None]]
+"""By key of a manifest's entry the values in it that become others."""
+
+
+def change_entry(folder: Path, role: str, changes: Changes) -> None:
+    """Write chosen values into the manifest of a folder, whole or not at all."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest[role]["thresholds"].update(thresholds)
+    for key, values in changes.items():
+        manifest[role][key] = {**manifest[role].get(key, {}), **values}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(manifest, indent=2) + "\n")
     part.replace(path)
 
 
-def choose_detector(models: Models, data: Path) -> dict[str, float | None]:
-    """min_score and same_cell_iou."""
+def choose_detector(models: Models, data: Path) -> Changes:
+    """min_score and same_cell_iou, and what the classes of its boxes are worth."""
     fields = [boxes_of(models, field) for field in progress(read_complete_fields(data, "val"), "val fields")]
     pictures: list[tuple[FieldBoxes, int, int]] = []
-    for cell in progress(read_cells(data, "val"), "val pictures"):
+    cells = read_cells(data, "val")
+    for cell in progress(cells, "val pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
         boxes = FieldBoxes(found_boxes(models, pixels, float(SCORES[0])), NOTHING)
         pictures.append((boxes, pixels.shape[1], pixels.shape[0]))
@@ -92,7 +103,27 @@ def choose_detector(models: Models, data: Path) -> dict[str, float | None]:
         told = {"f1": float(f1[at]), "middle_found": float(found[at]), "min_score": figures[overlap][1]}
         print(json.dumps({"same_cell_iou": overlap, **told}))
     chosen = max(OVERLAPS, key=lambda overlap: figures[overlap][0])
-    return {"min_score": figures[chosen][1], "same_cell_iou": chosen}
+    min_score = figures[chosen][1]
+    seen = [
+        (cell.class_name, middle_class(merged(boxes, chosen).found, wanted, min_score, *size_px))
+        for cell, (boxes, *size_px) in zip(cells, pictures, strict=True)
+    ]
+    return {
+        "thresholds": {"min_score": min_score, "same_cell_iou": chosen},
+        "contradicted": {
+            name: contradicted_share(seen, detector.classes.index(name), agreeing)
+            for name, agreeing in detector.agreeing.items()
+        },
+    }
+
+
+def contradicted_share(seen: Sequence[tuple[str, int | None]], index: int, agreeing: Sequence[str]) -> float:
+    """Of the cells that are found and whose true name is none of `agreeing`, those that get this detector class.
+
+    seen: true name, and index of the detector's class, None = not found. By Laplace's rule of succession.
+    """
+    given = [found == index for name, found in seen if name not in agreeing and found is not None]
+    return round((sum(given) + 1) / (len(given) + 2), 4)
 
 
 def merged(field: FieldBoxes, overlap: float | None) -> FieldBoxes:
@@ -177,6 +208,7 @@ def negative_log_likelihood(logits: NDArray[np.float64], truth: NDArray[np.intp]
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("role", nargs="?", choices=("detector", "classifier"), help="only this one; default: both")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="gets the same thresholds")

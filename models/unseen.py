@@ -30,7 +30,7 @@ from agent.config import ModelsSection
 from agent.domain import Box
 from agent.inference.manifest import load_manifest
 from agent.inference.models import Models, open_models
-from models.choose_thresholds import change_thresholds
+from models.choose_thresholds import change_entry
 from models.common.labels import NamedBox, read_fields
 from models.common.quantize import begin_folder
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
@@ -49,7 +49,7 @@ def main() -> None:
     gather_crops(cells_of(args.data, args.source, ("train",)), crops, shipped.crop.margin)
     begin_folder(args.models, work / "begun")
     run("models.classifier.export", str(args.checkpoint), f"--models={work}/begun", f"--float-models={work}/float")
-    change_thresholds(work / "begun", "classifier", shipped.thresholds.model_dump())
+    change_entry(work / "begun", "classifier", {"thresholds": shipped.thresholds.model_dump()})
     minutes = f"--minutes={args.minutes:g}"
     known = (f"--data={args.data}", f"--boxes={args.boxes}")
     folders = {"as it is": work / "begun"}

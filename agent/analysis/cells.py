@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from types import MappingProxyType
 
@@ -23,6 +23,7 @@ class NamingRules:
     """When a name is believed, from the manifest and the configuration.
 
     min_probability, min_cell_probability: 0 to 1. agreeing: by detector class the classes that do not contradict it.
+    contradicted: by detector class the share, 0 to 1, of cells of the other names that get it all the same.
     largest_in_red_cells: for classes for which, where red cells are in sight, size decides instead, the largest one in
     sides of a typical red cell: platelets measure 2 to 4 um, giant ones up to 10, red cells 7 to 8.
     """
@@ -31,6 +32,34 @@ class NamingRules:
     agreeing: Mapping[str, tuple[str, ...]]
     largest_in_red_cells: Mapping[str, float] = field(default_factory=dict)
     min_cell_probability: float = 0.0
+    contradicted: Mapping[str, float] = field(default_factory=dict)
+
+    def agrees(self, name: str, detection: Detection, red_cell_px: float | None) -> bool:
+        """Whether the detector's class, or the size where that decides, leaves room for a name."""
+        if name in self.largest_in_red_cells and red_cell_px is not None:
+            return _size_px(detection.box) < self.largest_in_red_cells[name] * red_cell_px
+        return name in self.agreeing.get(detection.class_name, (name,))
+
+    def weigh(
+        self, classification: Classification, detection: Detection, red_cell_px: float | None = None
+    ) -> Classification:
+        """What both models say together: names that do not agree weigh as much less as the detector is right.
+
+        Bayes' rule, the two models' mistakes taken for independent. red_cell_px: from `typical_red_cell_px`.
+        """
+        weight = self.contradicted.get(detection.class_name, 1.0)
+        weighed = {
+            name: share if self.agrees(name, detection, red_cell_px) else share * weight
+            for name, share in classification.probabilities.items()
+        }
+        total = sum(weighed.values())
+        if weighed == classification.probabilities or not total:
+            return classification
+        shares = {name: share / total for name, share in weighed.items()}
+        best = max(shares, key=shares.__getitem__)
+        return replace(
+            classification, class_name=best, probability=shares[best], probabilities=MappingProxyType(shares)
+        )
 
     def believes(self, classification: Classification) -> bool:
         """Whether what the classifier says is probable enough, whatever the detector says."""
@@ -54,18 +83,16 @@ def name_cell(
 ) -> Cell:
     """One cell with its class and status.
 
-    classification: None for what the detector names alone. frame_size_px: width, height. red_cell_px: from
-    `typical_red_cell_px`. A contradicted or improbable name makes the cell `unidentified`. slide_um: its place on the
-    slide, where that is known.
+    classification: what the classifier says of the crop, for itself; None for what the detector names alone.
+    frame_size_px: width, height. red_cell_px: from `typical_red_cell_px`. A contradicted or improbable name makes the
+    cell `unidentified`. slide_um: its place on the slide, where that is known.
     """
     if classification is None:
         name, probability, is_trusted = detection.class_name, detection.score, True
     else:
+        classification = rules.weigh(classification, detection, red_cell_px)
         name, probability = classification.class_name, classification.probability
-        agrees = name in rules.agreeing.get(detection.class_name, (name,))
-        if name in rules.largest_in_red_cells and red_cell_px is not None:
-            agrees = _size_px(detection.box) < rules.largest_in_red_cells[name] * red_cell_px
-        is_trusted = agrees and rules.believes(classification)
+        is_trusted = rules.agrees(name, detection, red_cell_px) and rules.believes(classification)
     status = CellStatus.UNIDENTIFIED
     if is_trusted:
         status = CellStatus.EDGE if _touches_edge(detection, frame_size_px) else CellStatus.ACCEPTED

@@ -144,7 +144,9 @@ class ModelEntry(ManifestPart):
 class DetectorEntry(ModelEntry):
     """Finds cells. `classified`: those of its classes that go on to the classifier; the others it names alone.
 
-    agreeing: for each classified class the classifier's classes that do not contradict it. largest_in_red_cells: for
+    agreeing: for each classified class the classifier's classes that do not contradict it. contradicted: of the cells
+    of all other classes the share that gets it all the same, on `val`; the classifier's word for them weighs as much
+    less. None given = nothing is weighed. largest_in_red_cells: for
     classes of the classifier for which size decides where red cells are in sight, how large they are at most: sides of
     a typical red cell of the field.
     """
@@ -153,6 +155,7 @@ class DetectorEntry(ModelEntry):
     thresholds: DetectorThresholds
     classified: tuple[str, ...]
     agreeing: dict[str, tuple[str, ...]] = {}
+    contradicted: dict[str, Share] = {}
     largest_in_red_cells: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}
 
 
@@ -211,7 +214,8 @@ class Manifest(ManifestPart):
                 _require(is_grid, f"output {output.name}: rows times stride_px is not the input's side")
         _check_classifier(classifier)
         _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
-        _require(set(detector.agreeing) <= set(detector.classified), "detector.agreeing: unknown class")
+        weighed = {*detector.agreeing, *detector.contradicted}
+        _require(weighed <= set(detector.classified), "detector.agreeing, contradicted: unknown class")
         named = {name for names in detector.agreeing.values() for name in names} | set(detector.largest_in_red_cells)
         _require(named <= set(classifier.classes), "detector.agreeing, largest_in_red_cells: unknown class")
         counted = {*classifier.classes, *(name for name in detector.classes if name not in detector.classified)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agent.analysis.cells import NamingRules
+from agent.analysis.cells import NamingRules, typical_red_cell_px
 from agent.analysis.crops import CropCutter, central_detection
 from agent.analysis.morphology import describe
 from agent.config import ModelsSection, models_folder
@@ -36,6 +36,7 @@ class Models:
             detector.agreeing,
             detector.largest_in_red_cells,
             thresholds.min_cell_probability,
+            detector.contradicted,
         )
 
     def name_central_cell(self, pixels_bgr: Pixels) -> Classification:
@@ -43,14 +44,17 @@ class Models:
 
         pixels_bgr: uint8, (height, width, 3), B G R. People cut cells tightly or with half a field around them; the
         classifier was taught on crops of one kind. So the cell in the middle is looked for and cut again as in a
-        field; where the detector sees none, the whole picture is the crop.
+        field, and both models are heard; where the detector sees none, the whole picture is the crop.
         """
         height, width = pixels_bgr.shape[:2]
-        central = central_detection(
-            self.detector.detect(pixels_bgr, CENTRAL_CELL_SCORE), self.manifest.detector.classified, width, height
-        )
+        classified = self.manifest.detector.classified
+        detections = self.detector.detect(pixels_bgr, CENTRAL_CELL_SCORE)
+        central = central_detection(detections, classified, width, height)
         cutter = self.cutter(pixels_bgr)
-        return self.classifier.classify(cutter.whole() if central is None else cutter.around(central.box))
+        if central is None:
+            return self.classifier.classify(cutter.whole())
+        red_cell_px = typical_red_cell_px(detections, classified, (width, height))
+        return self.naming_rules().weigh(self.classifier.classify(cutter.around(central.box)), central, red_cell_px)
 
     def cutter(self, pixels_bgr: Pixels) -> CropCutter:
         """Cuts the classifier's crops from a picture as the manifest says. pixels_bgr: (height, width, 3), B G R."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from agent.analysis.preprocessing import TAUGHT_LOOK, Look, Relook
-from models.common.augment import vary_look
+from models.common.augment import soften, vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
 from models.common.labels import (
     CellImage,
@@ -32,6 +32,9 @@ from models.common.labels import (
 
 UNKNOWN = -1
 """An index that is not known: no class, no value of the attribute."""
+
+TAUGHT_SOURCE = "pbc"
+"""The microscope that the taught look is of."""
 
 MARGIN = 0.2
 """The square is wider than the box's longer side by this share; goes into the manifest."""
@@ -49,6 +52,7 @@ class Example:
 
     box: where it is. label: class index, or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell:
     whether a crop of it is to be taken for one. is_ruined: it is a cell, and is to be blurred until it has no name.
+    has_look: its picture is of the microscope that the taught look is of, so that it needs not to be brought there.
     """
 
     pixels: Rgb
@@ -57,6 +61,7 @@ class Example:
     attributes: tuple[int, ...]
     is_cell: bool = True
     is_ruined: bool = False
+    has_look: bool = False
 
 
 class Wording:
@@ -89,7 +94,8 @@ def pbc_examples(
         pixels = read_rgb(cell.path)
         box = boxes.get(cell.key) or central_box(pixels)
         label = wording.classes.index(cell.class_name)
-        examples.append(Example(pixels, tuple(box), label, wording.attribute_indices(attributes.get(cell.key))))
+        indices = wording.attribute_indices(attributes.get(cell.key))
+        examples.append(Example(pixels, tuple(box), label, indices, has_look=True))
     return examples
 
 
@@ -113,7 +119,10 @@ def named_examples(cells: Sequence[NamedBox], sources: Sequence[str], wording: W
                 pictures[cell.path] = read_rgb(cell.path)
             label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
             box = middle_of(cell.box)
-            examples.append(Example(pictures[cell.path], box, label, wording.no_attributes, is_cell=label != UNKNOWN))
+            pixels, has_look = pictures[cell.path], cell.source == TAUGHT_SOURCE
+            examples.append(
+                Example(pixels, box, label, wording.no_attributes, is_cell=label != UNKNOWN, has_look=has_look)
+            )
     return examples
 
 
@@ -140,7 +149,8 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
     """Red cells and background of complete training fields: three red cells and one empty place of each."""
     fields = read_complete_fields(data, "train", sources)
     examples = []
-    for field in load_fields(fields):
+    for image, field in zip(fields, load_fields(fields), strict=True):
+        has_look = image.source == TAUGHT_SOURCE
         red = field.boxes[field.boxes[:, 0] == 1]
         chosen = [red[k, 1:] for k in rng.permutation(len(red))[:3]]
         height, width = field.pixels.shape[:2]
@@ -149,7 +159,11 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
         chosen.append(np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2]))
         for box in chosen:
             if covered(field, box) <= MOST_OVERLAP:
-                examples.append(Example(field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False))
+                examples.append(
+                    Example(
+                        field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False, has_look=has_look
+                    )
+                )
     return examples
 
 
@@ -173,8 +187,9 @@ def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Exam
 class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
     """Items: uint8 RGB (3, side, side), class index, value index of each attribute, whether it is a cell (0 or 1).
 
-    plain_share: of the crops, keeps the look of its own laboratory. normalised_share: is brought to `look` before;
-    cut_share: of those, by what a piece of the picture shows.
+    plain_share: of the crops, keeps the look of its own laboratory. normalised_share: of those of other microscopes,
+    is brought to `look` before; cut_share: of those, by what a piece of the picture shows. soft_share: of the crops,
+    loses its fine detail.
     """
 
     def __init__(
@@ -184,6 +199,7 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         plain_share: float = 0.125,
         normalised_share: float = 0.0,
         cut_share: float = 0.0,
+        soft_share: float = 0.0,
         look: Look | None = TAUGHT_LOOK,
     ):
         self.examples = examples
@@ -191,6 +207,7 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         self.plain_share = plain_share
         self.normalised_share = normalised_share
         self.cut_share = cut_share
+        self.soft_share = soft_share
         self._relooks = Relooks(look)
 
     def __len__(self) -> int:
@@ -200,10 +217,12 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         rng = np.random.default_rng(torch.randint(2**62, ()).item())
         example = self.examples[index]
         crop = random_crop(example.pixels, example.box, self.side_px, rng)
-        if rng.random() < self.normalised_share:
+        if rng.random() < self.normalised_share and not example.has_look:
             is_cut = rng.random() < self.cut_share
             crop = self._relooks.cell_of_cut(crop, example, rng) if is_cut else self._relooks.cell(crop, example)
         crop = vary_look(crop, rng, plain_share=self.plain_share)
+        if rng.random() < self.soft_share and not example.is_ruined:
+            crop = soften(crop, rng)
         if example.is_ruined:
             crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
         return picture_tensor(crop), example.label, torch.tensor(example.attributes), float(example.is_cell)

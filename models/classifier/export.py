@@ -123,7 +123,8 @@ def calibration(
     examples = crops.pbc_examples(data, chosen, read_boxes(boxes), wording)
     others = crops.foreign_examples(data, settings.get("foreign", ()), ("train",), wording)
     examples += [others[k] for k in rng.permutation(len(others))[: count // 3]]
-    training = crops.TrainingCrops(examples, side_px, normalised_share=0.5)
+    asked = [dataclasses.replace(example, has_look=False) for example in examples]  # the agent trusts no microscope
+    training = crops.TrainingCrops(asked, side_px, normalised_share=0.5)
     for index in range(len(training)):
         yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
 

@@ -45,10 +45,10 @@ class RunFile:
     more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
     undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
     the PBC pictures as the study draws it; None = as given. plain_share: of the crops, keeps the look of its own
-    laboratory; the others get another stain, lamp and optics. normalised_share: is brought to one light and
-    stain before, as the agent does with what it classifies; cut_share: of those, by what a piece of the picture shows,
-    as people cut it. bf16: convolve in bfloat16 where the processor can:
-    quicker for nets of full convolutions, slower for convolutions in depth.
+    laboratory; the others get another stain, lamp and optics. normalised_share: of those of other microscopes, is
+    brought to the taught look before, as by the agent; cut_share: of those, by what a piece of the picture shows, as
+    people cut it. soft_share: of the crops, loses its fine detail, so that this alone makes no platelet. bf16: convolve
+    in bfloat16 where the processor can: quicker for nets of full convolutions, slower for convolutions in depth.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -72,6 +72,7 @@ class RunFile:
     plain_share: float = 0.125
     normalised_share: float = 0.0
     cut_share: float = 0.0
+    soft_share: float = 0.0
     bf16: bool = False
     label_smoothing: float = 0.05
     seed: int = 1
@@ -225,7 +226,7 @@ def train_loader(
         weights.append(share * each / each.sum())
         all_examples += examples[kind]
     sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
-    shares = settings.plain_share, settings.normalised_share, settings.cut_share
+    shares = settings.plain_share, settings.normalised_share, settings.cut_share, settings.soft_share
     dataset = crops.TrainingCrops(all_examples, settings.side_px, *shares)
     return DataLoader(
         dataset,

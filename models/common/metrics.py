@@ -47,9 +47,24 @@ def middle_score(found: NDArray[np.float32], wanted: Sequence[int], width_px: in
 
     found: as in `FieldBoxes`.
     """
+    return float(_over_the_middle(found, wanted, width_px, height_px)[:, 1].max(initial=0.0))
+
+
+def middle_class(
+    found: NDArray[np.float32], wanted: Sequence[int], width_px: int, height_px: int, min_score: float
+) -> int | None:
+    """The class of that box, if its score is no less; None = there is none."""
+    holding = _over_the_middle(found, wanted, width_px, height_px)
+    holding = holding[holding[:, 1] >= min_score]
+    return int(holding[holding[:, 1].argmax(), 0]) if len(holding) else None
+
+
+def _over_the_middle(
+    found: NDArray[np.float32], wanted: Sequence[int], width_px: int, height_px: int
+) -> NDArray[np.float32]:
     x, y = width_px / 2, height_px / 2
     holds = (found[:, 2] <= x) & (x <= found[:, 4]) & (found[:, 3] <= y) & (y <= found[:, 5])
-    return float(found[holds & np.isin(found[:, 0], wanted), 1].max(initial=0.0))
+    return found[holds & np.isin(found[:, 0], wanted)]
 
 
 def detection_figures(fields: Sequence[FieldBoxes], classes: Sequence[str]) -> dict[str, ClassFigures]:

@@ -49,6 +49,41 @@ def test_a_name_that_contradicts_the_detector_is_unidentified() -> None:
     assert cell("WBC", "platelet").status is CellStatus.UNIDENTIFIED
 
 
+WEIGHED = replace(RULES, contradicted={"WBC": 0.1, "platelet": 0.01})
+
+
+def answer(**shares: float) -> Classification:
+    best = max(shares, key=shares.__getitem__)
+    return Classification(best, shares[best], shares)
+
+
+def test_both_models_are_heard_by_bayes_rule() -> None:
+    """The detector, which calls one platelet in ten a white cell, turns a doubtful platelet into the next best name."""
+    white = Detection(Box(10, 10, 40, 40), "WBC", 0.8)
+    told = WEIGHED.weigh(answer(platelet=0.8, lymphocyte=0.16, monocyte=0.04), white)
+    assert told.class_name == "lymphocyte"
+    assert told.probabilities == pytest.approx(
+        {"platelet": 0.08 / 0.28, "lymphocyte": 0.16 / 0.28, "monocyte": 0.04 / 0.28}
+    )
+    assert told.probability == told.probabilities["lymphocyte"]
+    doubtful = name_cell("s-1", white, answer(platelet=0.8, lymphocyte=0.16, monocyte=0.04), (100, 80), WEIGHED)
+    assert (doubtful.class_name, doubtful.status) == ("lymphocyte", CellStatus.ACCEPTED)
+    sure = name_cell("s-1", white, answer(platelet=0.99, lymphocyte=0.01), (100, 80), WEIGHED)
+    assert (sure.class_name, sure.status) == ("platelet", CellStatus.UNIDENTIFIED)
+
+
+def test_a_name_that_nothing_contradicts_is_told_as_it_was_said() -> None:
+    white, said = Detection(Box(10, 10, 40, 40), "WBC", 0.8), answer(lymphocyte=0.7, monocyte=0.3)
+    assert WEIGHED.weigh(said, white) is said
+    assert RULES.weigh(answer(platelet=0.8, lymphocyte=0.2), white).class_name == "platelet"  # nobody knows the weight
+
+
+def test_a_platelet_of_a_platelets_size_is_not_weighed_down_and_a_large_one_is() -> None:
+    said = answer(platelet=0.8, lymphocyte=0.2)
+    assert WEIGHED.weigh(said, Detection(Box(10, 10, 30, 30), "WBC", 0.8), 40) is said
+    assert WEIGHED.weigh(said, Detection(Box(10, 10, 71, 71), "WBC", 0.8), 40).class_name == "lymphocyte"
+
+
 def test_what_the_detector_names_alone_keeps_its_score_as_probability() -> None:
     red = cell("RBC", None)
     assert (red.class_name, red.probability, red.status) == ("RBC", 0.8, CellStatus.ACCEPTED)
