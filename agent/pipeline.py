@@ -258,7 +258,7 @@ def analyse_frame(
     with watch.stage("detect"):
         detections = models.detector.detect(pixels_bgr, bench.min_score)
     red_cell_px = typical_red_cell_px(detections, classified, size_px)
-    cutter = models.cutter(pixels_bgr)
+    cutter = models.cutter(pixels_bgr, detections)
     cells = []
     for number, detection in enumerate(detections, start=sample.next_cell_number):
         classification = None

@@ -35,7 +35,7 @@ from models.common.labels import read_cells, read_complete_fields
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.boxes import boxes_of, found_boxes
-from models.evaluation.names import cells_of_fields, classify_box, classify_place
+from models.evaluation.names import cells_of_fields, classify_cell
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 NOTHING = np.empty((0, 5), np.float32)
@@ -104,10 +104,10 @@ def choose_detector(models: Models, data: Path) -> Changes:
         print(json.dumps({"same_cell_iou": overlap, **told}))
     chosen = max(OVERLAPS, key=lambda overlap: figures[overlap][0])
     min_score = figures[chosen][1]
-    seen = [
-        (cell.class_name, middle_class(merged(boxes, chosen).found, wanted, min_score, *size_px))
-        for cell, (boxes, *size_px) in zip(cells, pictures, strict=True)
+    found_as = [
+        middle_class(merged(boxes, chosen).found, wanted, *size_px, min_score=min_score) for boxes, *size_px in pictures
     ]
+    seen = [(cell.class_name, index) for cell, index in zip(cells, found_as, strict=True)]
     return {
         "thresholds": {"min_score": min_score, "same_cell_iou": chosen},
         "contradicted": {
@@ -164,7 +164,7 @@ def choose_classifier(models: Models, data: Path) -> dict[str, float]:
     classes = models.manifest.classifier.classes
     pbc = Judged.of(pbc_answers(models, data), classes)
     named = cells_of_fields(data, "val")
-    others = Judged.of([(str(c.class_name), classify_box(models, c.path, c.box)) for c in named], classes)
+    others = Judged.of([(str(c.class_name), classify_cell(models, c)) for c in named], classes)
     losses = [negative_log_likelihood(pbc.logs / t, pbc.truth) for t in TEMPERATURES]
     temperature = float(TEMPERATURES[int(np.argmin(losses))])
     least_cell = float(np.floor(np.quantile(np.concatenate((pbc.cell, others.cell)), CELLS_GIVEN_UP) * 100) / 100)
@@ -189,9 +189,11 @@ def pbc_answers(models: Models, data: Path) -> list[tuple[str, Classification]]:
     for cell in progress(read_cells(data, "val"), "val crops"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
         height, width = pixels.shape[:2]
-        found = central_detection(models.detector.detect(pixels), models.manifest.detector.classified, width, height)
+        detections = models.detector.detect(pixels)
+        found = central_detection(detections, models.manifest.detector.classified, width, height)
         if found is not None:
-            answers.append((cell.class_name, classify_place(models, pixels, found.box)))
+            crop = models.cutter(pixels, detections).around(found.box)
+            answers.append((cell.class_name, models.classifier.classify(crop)))
     return answers
 
 

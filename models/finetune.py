@@ -94,7 +94,8 @@ def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example
             height, width = pixels.shape[:2]
             box = (width / 2, height / 2, width / (1 + crops.MARGIN), height / (1 + crops.MARGIN))
             label = crops.UNKNOWN if place.name == NO_CELL else wording.classes.index(place.name)
-            example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=place.name != NO_CELL)
+            is_cell, has_nucleus = place.name != NO_CELL, place.name not in (NO_CELL, crops.PLATELET)
+            example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=is_cell, has_nucleus=has_nucleus)
             kept_back = hashlib.sha256(path.read_bytes()).digest()[0] < 64
             (judged if kept_back else learnt).append(example)
     if len(learnt) < FEWEST or not any(e.is_cell for e in judged):

@@ -47,7 +47,7 @@ from models.common.metrics import detection_figures
 from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
 from models.evaluation.boxes import field_boxes
 from models.evaluation.counts import middle_cell
-from models.evaluation.names import classify_place
+from models.evaluation.names import name_place
 
 STEPS = {
     "none": PreprocessingSection(),
@@ -185,8 +185,7 @@ def measure_one(bench: Bench, seen: Seen) -> dict[str, float]:
         named.append(middle is not None and middle.class_name == cell.class_name)
         counted.append(named[-1] and middle is not None and middle.status is not CellStatus.UNIDENTIFIED)
     elsewhere = [
-        classify_place(bench.models, preprocess(pixels, bench.preprocessing), Box(*cell.box)).class_name
-        == cell.class_name
+        name_place(bench.models, preprocess(pixels, bench.preprocessing), Box(*cell.box)).class_name == cell.class_name
         for cell, pixels in seen.foreign
     ]
     return {

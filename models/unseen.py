@@ -34,7 +34,7 @@ from models.choose_thresholds import change_entry
 from models.common.labels import NamedBox, read_fields
 from models.common.quantize import begin_folder
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
-from models.evaluation.names import classify_box, named_cells, trust_in
+from models.evaluation.names import name_cell, named_cells, trust_in
 
 JUDGED = ("val", "test")
 
@@ -102,7 +102,7 @@ def without_look(models: Models) -> Models:
 
 def judge(models: Models, cells: Sequence[NamedBox]) -> dict[str, Any]:
     """Names of cells in their fields."""
-    pairs = [(cell, classify_box(models, cell.path, cell.box)) for cell in progress(cells, "cells")]
+    pairs = [(cell, name_cell(models, cell)) for cell in progress(cells, "cells")]
     return trust_in(pairs, models.naming_rules())
 
 

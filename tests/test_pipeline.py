@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -103,7 +103,7 @@ def make_models(detections: tuple[Detection, ...], answer: Callable[[Pixels], Cl
             detector=SimpleNamespace(classified=("white",)),
             classifier=SimpleNamespace(crop=SimpleNamespace(margin=0.2)),
         ),
-        cutter=lambda pixels: CropCutter(pixels, 0.2, None),
+        cutter=lambda pixels, _detections: CropCutter(pixels, 0.2, None),
         runtime="double 1.0",
         delegate="none",
     )
@@ -222,12 +222,19 @@ def test_the_classifier_sees_the_look_that_the_manifest_asks_for_and_messages_th
         return Classification("round", 0.75, {"round": 0.75, "lobed": 0.25})
 
     models = make_models((WHITE,), classify)
-    models.cutter = lambda pixels: CropCutter(pixels, 0.2, TAUGHT_LOOK)
+    given: list[object] = []
+
+    def cutter(pixels: Pixels, detections: Sequence[Detection]) -> CropCutter:
+        given.extend(detections)
+        return CropCutter(pixels, 0.2, TAUGHT_LOOK)
+
+    models.cutter = cutter
     frame = make_frame()
     outcome = process_frame(frame, SampleState("s-1"), make_bench(models), CLOCK)
     assert outcome.field is not None
     assert np.array_equal(seen[0], CropCutter(frame.pixels_bgr, 0.2, TAUGHT_LOOK).around(WHITE.box))
     assert not np.array_equal(seen[0], cut_crop(frame.pixels_bgr, WHITE.box, 0.2))
+    assert given == [WHITE]  # which say whether the stain can be told
     assert np.array_equal(outcome.field.frame.pixels_bgr, make_pixels(1))
 
 

@@ -6,7 +6,7 @@ costs, measured on clean and on spoilt fields: docs/preprocessing.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import cv2
@@ -109,6 +109,11 @@ class Look:
 
     ground_bgr: Triple
     lab: LabLook | None
+
+    @property
+    def without_stain(self) -> Look:
+        """The same light, for pictures whose stain cannot be told."""
+        return replace(self, lab=None)
 
 
 TAUGHT_LOOK: Final = Look(GROUND_BGR, LOOK_LAB)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal
@@ -92,11 +93,13 @@ class CropLook(ManifestPart):
     """What the pictures looked like that the classifier was taught on.
 
     ground_bgr: grey levels of B, G, R where no cell lies. lab: mean and spread of L, a, b as OpenCV stores them; None =
-    the stain stays as it is.
+    the stain stays as it is. told_by: detector classes of which a picture must show one, else its stain cannot be told
+    and stays: without a nucleus in it the darkest that it shows would pass for one. () = any picture tells.
     """
 
     ground_bgr: tuple[Level, Level, Level]
     lab: tuple[Spread, Spread, Spread] | None = None
+    told_by: tuple[str, ...] = ()
 
 
 class Crop(ManifestPart):
@@ -109,6 +112,13 @@ class Crop(ManifestPart):
     def as_look(self) -> Look | None:
         """The same in the words of `agent.analysis.preprocessing`."""
         return None if self.look is None else Look(self.look.ground_bgr, self.look.lab)
+
+    def look_for(self, found: Collection[str]) -> Look | None:
+        """The look that a picture is brought to in which the detector found these classes."""
+        look = self.as_look()
+        if look is None or self.look is None or not self.look.told_by or {*self.look.told_by} & {*found}:
+            return look
+        return look.without_stain
 
 
 class Morphology(ManifestPart):
@@ -216,6 +226,8 @@ class Manifest(ManifestPart):
         _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
         weighed = {*detector.agreeing, *detector.contradicted}
         _require(weighed <= set(detector.classified), "detector.agreeing, contradicted: unknown class")
+        told_by = set() if classifier.crop.look is None else set(classifier.crop.look.told_by)
+        _require(told_by <= set(detector.classes), "classifier.crop.look.told_by: unknown class")
         named = {name for names in detector.agreeing.values() for name in names} | set(detector.largest_in_red_cells)
         _require(named <= set(classifier.classes), "detector.agreeing, largest_in_red_cells: unknown class")
         counted = {*classifier.classes, *(name for name in detector.classes if name not in detector.classified)}

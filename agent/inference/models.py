@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agent.analysis.cells import NamingRules, typical_red_cell_px
 from agent.analysis.crops import CropCutter, central_detection
 from agent.analysis.morphology import describe
 from agent.config import ModelsSection, models_folder
-from agent.domain import Classification, Pixels
+from agent.domain import Classification, Detection, Pixels
 from agent.inference.classifier import Classifier
 from agent.inference.detector import Detector
 from agent.inference.interpreter import load_runtime
@@ -50,16 +51,19 @@ class Models:
         classified = self.manifest.detector.classified
         detections = self.detector.detect(pixels_bgr, CENTRAL_CELL_SCORE)
         central = central_detection(detections, classified, width, height)
-        cutter = self.cutter(pixels_bgr)
+        cutter = self.cutter(pixels_bgr, detections)
         if central is None:
             return self.classifier.classify(cutter.whole())
         red_cell_px = typical_red_cell_px(detections, classified, (width, height))
         return self.naming_rules().weigh(self.classifier.classify(cutter.around(central.box)), central, red_cell_px)
 
-    def cutter(self, pixels_bgr: Pixels) -> CropCutter:
-        """Cuts the classifier's crops from a picture as the manifest says. pixels_bgr: (height, width, 3), B G R."""
+    def cutter(self, pixels_bgr: Pixels, detections: Iterable[Detection]) -> CropCutter:
+        """Cuts the classifier's crops from a picture as the manifest says.
+
+        pixels_bgr: (height, width, 3), B G R. detections: what the detector found in it.
+        """
         crop = self.manifest.classifier.crop
-        return CropCutter(pixels_bgr, crop.margin, crop.as_look())
+        return CropCutter(pixels_bgr, crop.margin, crop.look_for({found.class_name for found in detections}))
 
     def describe(self, classification: Classification) -> str:
         """A cell's looks in words; empty where the model does not tell any, or is sure of none."""

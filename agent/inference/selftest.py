@@ -148,7 +148,7 @@ def answer(models: Models, pixels_bgr: Pixels) -> GoldenField:
     """What the models say to a field, with the manifest's thresholds and whatever the configuration says."""
     detections = models.detector.detect(pixels_bgr)
     detector = _digests(models.detector.last_input, models.detector.last_outputs)
-    cutter = models.cutter(pixels_bgr)
+    cutter = models.cutter(pixels_bgr, detections)
     inputs, outputs, cells = hashlib.sha256(), hashlib.sha256(), []
     for detection in detections:
         classification = None

@@ -36,6 +36,9 @@ UNKNOWN = -1
 TAUGHT_SOURCE = "pbc"
 """The microscope that the taught look is of."""
 
+PLATELET = "platelet"
+"""The class without a nucleus."""
+
 MARGIN = 0.2
 """The square is wider than the box's longer side by this share; goes into the manifest."""
 
@@ -53,6 +56,7 @@ class Example:
     box: where it is. label: class index, or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell:
     whether a crop of it is to be taken for one. is_ruined: it is a cell, and is to be blurred until it has no name.
     has_look: its picture is of the microscope that the taught look is of, so that it needs not to be brought there.
+    has_nucleus: it shows what a stain is told by. is_in_field: if it does not, others in its picture do.
     """
 
     pixels: Rgb
@@ -62,6 +66,8 @@ class Example:
     is_cell: bool = True
     is_ruined: bool = False
     has_look: bool = False
+    has_nucleus: bool = True
+    is_in_field: bool = False
 
 
 class Wording:
@@ -95,7 +101,8 @@ def pbc_examples(
         box = boxes.get(cell.key) or central_box(pixels)
         label = wording.classes.index(cell.class_name)
         indices = wording.attribute_indices(attributes.get(cell.key))
-        examples.append(Example(pixels, tuple(box), label, indices, has_look=True))
+        has_nucleus = cell.class_name != PLATELET
+        examples.append(Example(pixels, tuple(box), label, indices, has_look=True, has_nucleus=has_nucleus))
     return examples
 
 
@@ -119,9 +126,17 @@ def named_examples(cells: Sequence[NamedBox], sources: Sequence[str], wording: W
                 pictures[cell.path] = read_rgb(cell.path)
             label = UNKNOWN if cell.class_name is None else wording.classes.index(cell.class_name)
             box = middle_of(cell.box)
-            pixels, has_look = pictures[cell.path], cell.source == TAUGHT_SOURCE
             examples.append(
-                Example(pixels, box, label, wording.no_attributes, is_cell=label != UNKNOWN, has_look=has_look)
+                Example(
+                    pictures[cell.path],
+                    box,
+                    label,
+                    wording.no_attributes,
+                    is_cell=label != UNKNOWN,
+                    has_look=cell.source == TAUGHT_SOURCE,
+                    has_nucleus=cell.class_name not in (None, PLATELET),
+                    is_in_field=True,
+                )
             )
     return examples
 
@@ -140,6 +155,7 @@ def simulated_examples(crops: Sequence[tuple[Rgb, str]], wording: Wording) -> li
             (pixels.shape[1] / 2, pixels.shape[0] / 2, 0.5 * pixels.shape[1], 0.5 * pixels.shape[0]),
             wording.classes.index(name),
             wording.no_attributes,
+            has_nucleus=name != PLATELET,
         )
         for pixels, name in crops
     ]
@@ -150,7 +166,7 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
     fields = read_complete_fields(data, "train", sources)
     examples = []
     for image, field in zip(fields, load_fields(fields), strict=True):
-        has_look = image.source == TAUGHT_SOURCE
+        facts = {"has_look": image.source == TAUGHT_SOURCE, "has_nucleus": False, "is_in_field": True}
         red = field.boxes[field.boxes[:, 0] == 1]
         chosen = [red[k, 1:] for k in rng.permutation(len(red))[:3]]
         height, width = field.pixels.shape[:2]
@@ -160,9 +176,7 @@ def without_cells(data: Path, sources: Sequence[str], rng: Generator, wording: W
         for box in chosen:
             if covered(field, box) <= MOST_OVERLAP:
                 examples.append(
-                    Example(
-                        field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False, has_look=has_look
-                    )
+                    Example(field.pixels, middle_of(box), UNKNOWN, wording.no_attributes, is_cell=False, **facts)
                 )
     return examples
 
@@ -258,7 +272,8 @@ class Relooks:
         if self._look is None:
             return crop
         if id(example.pixels) not in self._whole:
-            self._whole[id(example.pixels)] = example.pixels, self._measure(example.pixels)
+            relook = self._measure(example.pixels, tells_stain=example.has_nucleus or example.is_in_field)
+            self._whole[id(example.pixels)] = example.pixels, relook
         share = max(example.box[2:]) / min(example.pixels.shape[:2])
         return bring(crop, self._whole[id(example.pixels)][1], share)
 
@@ -272,13 +287,14 @@ class Relooks:
         if id(example) not in self._cut:
             piece = cut_out(example.pixels, example.box, rng.uniform(*PIECES))
             share = max(example.box[2:]) / min(piece.shape[:2])
-            self._cut[id(example)] = example, self._measure(piece), share
+            self._cut[id(example)] = example, self._measure(piece, tells_stain=example.has_nucleus), share
         _, relook, share = self._cut[id(example)]
         return bring(crop, relook, share)
 
-    def _measure(self, pixels: Rgb) -> Relook:
+    def _measure(self, pixels: Rgb, *, tells_stain: bool) -> Relook:
         assert self._look is not None
-        return Relook.of(np.ascontiguousarray(pixels[..., ::-1]), self._look)
+        look = self._look if tells_stain else self._look.without_stain
+        return Relook.of(np.ascontiguousarray(pixels[..., ::-1]), look)
 
 
 PIECES = (1.0, 4.0)

@@ -1,13 +1,13 @@
 """The trained classifier as the int8 file that is shipped, and its entry in the manifest.
 
-python -m models.classifier.export runs/distilled/best.pt --data ../shared/data
+python -m models.classifier.export runs/one-look/best.pt --data ../shared/data
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from agent.analysis.preprocessing import TAUGHT_LOOK
 from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.classifier.train import load_net
-from models.common.labels import read_cells
+from models.common.labels import NUCLEATED, read_cells
 from models.common.quantize import begin_folder, describe_tensors, export_float, quantize_file, update_manifest
 from models.common.warm_start import save_norms
 from models.nets.cellnet import CellNet, fold_batch_norm
@@ -97,7 +97,7 @@ def write_entry(
         input={**entry, "meaning": "the square crop of one cell, real values 0 to 1", "colour_order": "RGB"},
         outputs=described,
         classes=wording.classes,
-        crop={"margin": crops.MARGIN, "look": dataclasses.asdict(TAUGHT_LOOK)},
+        crop={"margin": crops.MARGIN, "look": {**dataclasses.asdict(TAUGHT_LOOK), "told_by": [NUCLEATED]}},
         thresholds={
             "min_probability": 0.5,
             "temperature": 1.0,
@@ -113,20 +113,29 @@ def write_entry(
 def calibration(
     data: Path, wording: crops.Wording, side_px: int, count: int, boxes: Path, settings: Mapping[str, Any]
 ) -> Iterator[NDArray[np.float32]]:
-    """Training crops, augmented as in training, the classes evenly, every source. settings: the run's."""
+    """Training crops as the agent cuts them, half of them in the look, the classes evenly, every source, and what is no
+    cell: what never comes in calibration is clipped, and ranges that augmentation widens are steps lost to all others.
+    settings: the run's.
+    """
     torch.manual_seed(3)
     cells = read_cells(data, "train", settings.get("random_split"))
     rng = np.random.default_rng(3)
     rng.shuffle(cells)
     each = max(1, count // len(wording.classes))
     chosen = [c for name in wording.classes for c in [x for x in cells if x.class_name == name][:each]]
-    examples = crops.pbc_examples(data, chosen, read_boxes(boxes), wording)
-    others = crops.foreign_examples(data, settings.get("foreign", ()), ("train",), wording)
-    examples += [others[k] for k in rng.permutation(len(others))[: count // 3]]
+    pbc, foreign = crops.pbc_examples(data, chosen, read_boxes(boxes), wording), settings.get("foreign", ())
+    others = crops.foreign_examples(data, foreign, ("train",), wording)
+    no_cell = crops.without_cells(data, ("pbc", *foreign), rng, wording)
+    examples = pbc + some(others, count // 3, rng) + some(no_cell, count // 5, rng) + crops.ruined(pbc, rng, count // 8)
     asked = [dataclasses.replace(example, has_look=False) for example in examples]  # the agent trusts no microscope
-    training = crops.TrainingCrops(asked, side_px, normalised_share=0.5)
+    training = crops.TrainingCrops(asked, side_px, plain_share=1.0, normalised_share=0.5)
     for index in range(len(training)):
         yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
+
+
+def some(examples: Sequence[crops.Example], count: int, rng: np.random.Generator) -> list[crops.Example]:
+    """At most so many of them, drawn at random."""
+    return [examples[k] for k in rng.permutation(len(examples))[:count]]
 
 
 def parse() -> argparse.Namespace:
@@ -137,7 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
     parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
     parser.add_argument("--file", default=None, help="name of the file without its ending; default: the net's")
-    parser.add_argument("--version", default="0.4.0")
+    parser.add_argument("--version", default="0.5.0")
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
     return parser.parse_args()
 

@@ -22,6 +22,7 @@ SOURCES = ("bccd", "pbc", "raabin")
 """Microscopes whose fields have boxes."""
 
 DETECTOR_CLASSES = ("WBC", "RBC", "platelet")  # the order of the label files
+NUCLEATED = DETECTOR_CLASSES[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +143,10 @@ def read_fields(data: Path, split: str) -> list[FieldImage]:
     return [row for row in rows if row.split == split]
 
 
-def read_complete_fields(data: Path, split: str, sources: Sequence[str] = SOURCES) -> list[FieldImage]:
-    """Those of one split and these sources in which every cell has its box."""
-    return [field for field in read_fields(data, split) if field.is_complete and field.source in sources]
+def read_complete_fields(data: Path, split: str, sources: Sequence[str] | None = None) -> list[FieldImage]:
+    """Those of one split in which every cell has its box. sources: None = all."""
+    fields = [field for field in read_fields(data, split) if field.is_complete]
+    return fields if sources is None else [field for field in fields if field.source in sources]
 
 
 def cell_classes(data: Path) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def middle_score(found: NDArray[np.float32], wanted: Sequence[int], width_px: in
 
 
 def middle_class(
-    found: NDArray[np.float32], wanted: Sequence[int], width_px: int, height_px: int, min_score: float
+    found: NDArray[np.float32], wanted: Sequence[int], width_px: int, height_px: int, *, min_score: float
 ) -> int | None:
     """The class of that box, if its score is no less; None = there is none."""
     holding = _over_the_middle(found, wanted, width_px, height_px)

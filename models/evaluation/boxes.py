@@ -16,6 +16,7 @@ from agent.domain import Pixels
 from agent.inference.models import Models
 from models.common.labels import (
     DETECTOR_CLASSES,
+    NUCLEATED,
     FieldImage,
     clip_boxes,
     mistakes,
@@ -28,11 +29,9 @@ from models.common.labels import (
 )
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
-from models.evaluation.names import classify_place
+from models.evaluation.names import SAME_CELL
 
 EVALUATION_SCORE = 0.01  # low enough that the precision-recall curve reaches its end
-NUCLEATED = DETECTOR_CLASSES[0]
-SAME_CELL = 0.3  # overlap from which a box is that of a cell whose class nobody knows
 
 
 def evaluate_detector(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -193,9 +192,11 @@ def named_boxes(models: Models, field: FieldImage, class_name: str) -> FieldBoxe
     known[:, 0] = classes.index("platelet")
     known[: len(order[:1]), 0] = classes.index(class_name)
     found = []
-    for d in models.detector.detect(pixels, EVALUATION_SCORE):
+    detections = models.detector.detect(pixels, EVALUATION_SCORE)
+    cutter, rules = models.cutter(pixels, models.detector.detect(pixels)), models.naming_rules()
+    for d in detections:
         if d.class_name in manifest.detector.classified:
-            answer = classify_place(models, pixels, d.box)
+            answer = rules.weigh(models.classifier.classify(cutter.around(d.box)), d)
             corners = (d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max)
             found.append((classes.index(answer.class_name), d.score * answer.probability, *corners))
     rows = np.array(found, np.float32).reshape(-1, 6)

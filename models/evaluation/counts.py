@@ -15,10 +15,9 @@ from agent.config import Config
 from agent.domain import Cell, CellStatus, ClockReading, FrameQuality, Pixels, SampleState
 from agent.inference.models import Models
 from agent.pipeline import Stopwatch, analyse_frame
-from models.common.labels import read_cells, read_fields
+from models.common.labels import NUCLEATED, read_cells, read_fields
 from models.common.metrics import class_figures_by_name
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
-from models.evaluation.boxes import NUCLEATED
 
 MISSED = "missed"
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.analysis.cells import NamingRules
+from agent.analysis.cells import NamingRules, typical_red_cell_px
 from agent.analysis.crops import CropCutter
 from agent.camera.decoding import decode_file
 from agent.domain import Attribute, Box, Classification, Pixels
@@ -122,7 +122,7 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
     cells = cells_of_fields(data, split)
     by_source: dict[str, list[tuple[NamedBox, Classification]]] = {}
     for cell in progress(cells, "cells"):
-        by_source.setdefault(cell.source, []).append((cell, classify_box(models, cell.path, cell.box)))
+        by_source.setdefault(cell.source, []).append((cell, name_cell(models, cell)))
     classes = models.manifest.classifier.classes
     sources = {}
     for source, pairs in by_source.items():
@@ -188,14 +188,38 @@ def cut_picture(pixels: Pixels, box: tuple[float, float, float, float], width: f
     return np.ascontiguousarray(pixels[top : round(y + reach), left : round(x + reach)])
 
 
-def classify_box(models: Models, path: Path, box: tuple[float, float, float, float]) -> Classification:
-    """The classifier's answer for a box of a field, cut as the agent cuts it."""
-    return classify_place(models, decode_file(path, MAX_MEGAPIXELS), Box(*box))
+def classify_cell(models: Models, cell: NamedBox) -> Classification:
+    """The classifier's own answer for a box of a field, cut as the agent cuts it."""
+    pixels = decode_file(cell.path, MAX_MEGAPIXELS)
+    return models.classifier.classify(models.cutter(pixels, models.detector.detect(pixels)).around(Box(*cell.box)))
 
 
-def classify_place(models: Models, pixels: Pixels, box: Box) -> Classification:
-    """The same for decoded pixels."""
-    return models.classifier.classify(models.cutter(pixels).around(box))
+def name_cell(models: Models, cell: NamedBox) -> Classification:
+    """The name of a labelled cell of a field, both models heard."""
+    return name_place(models, decode_file(cell.path, MAX_MEGAPIXELS), Box(*cell.box))
+
+
+def name_place(models: Models, pixels: Pixels, box: Box) -> Classification:
+    """The same for decoded pixels: what the agent would say if it had cut there."""
+    detections = models.detector.detect(pixels)
+    answer = models.classifier.classify(models.cutter(pixels, detections).around(box))
+    classified = models.manifest.detector.classified
+    found = [d for d in detections if d.class_name in classified]
+    overlaps = box_overlaps(corners_of([box]), corners_of([d.box for d in found]))[0]
+    if overlaps.max(initial=0) < SAME_CELL:
+        return answer
+    height, width = pixels.shape[:2]
+    red_cell_px = typical_red_cell_px(detections, classified, (width, height))
+    return models.naming_rules().weigh(answer, found[int(overlaps.argmax())], red_cell_px)
+
+
+SAME_CELL = 0.3
+"""Overlap from which a box that is found is that of a labelled cell."""
+
+
+def corners_of(boxes: Sequence[Box]) -> NDArray[np.float32]:
+    """(boxes, 4): x_min, y_min, x_max, y_max in px."""
+    return np.array([(b.x_min, b.y_min, b.x_max, b.y_max) for b in boxes], np.float32).reshape(-1, 4)
 
 
 def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
@@ -206,7 +230,8 @@ def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
     rng = np.random.default_rng(11)
     for field in progress(read_complete_fields(data, split), "fields"):
         pixels = decode_file(field.path, MAX_MEGAPIXELS)
-        for kind, crop in kinds_of_crops(pixels, field, models.cutter(pixels), rng):
+        cutter = models.cutter(pixels, models.detector.detect(pixels))
+        for kind, crop in kinds_of_crops(pixels, field, cutter, rng):
             answer = models.classifier.classify(crop)
             scores[kind].append(answer.cell_probability)
             accepted[kind].append(rules.believes(answer))

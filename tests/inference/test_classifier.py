@@ -61,6 +61,13 @@ def test_each_attribute_has_a_value_of_its_own_and_the_cell_is_described(models:
     assert models.describe(answer)
 
 
+def test_no_cell_can_be_said_as_surely_as_a_cell(models: Models) -> None:
+    """What never came in calibration is clipped: a file once had no number for less than a probability of 0.3."""
+    (output,) = (o for o in models.manifest.classifier.outputs if o.kind == "cell_logit")
+    least, most = (output.scale * (stored - output.zero_point) for stored in (-128, 127))
+    assert least < -4 < 4 < most
+
+
 def test_an_empty_field_of_glass_is_no_cell(models: Models) -> None:
     glass = np.full((120, 120, 3), (215, 222, 228), np.uint8)
     cell = render_training_crop(np.random.default_rng(2), "neutrophil", 128)[..., ::-1]

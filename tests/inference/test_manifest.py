@@ -255,3 +255,31 @@ def test_two_outputs_of_one_kind_are_refused(folder: Path) -> None:
     edit_manifest(folder, "classifier", outputs=[logits, {**logits, "name": "again"}], morphology=None)
     with pytest.raises(ModelError, match="two of one kind"):
         load_manifest(folder)
+
+
+LOOK = {"ground_bgr": [200, 226, 253], "lab": [[202, 41], [139, 9], [135, 14]]}
+
+
+def test_the_stain_is_told_by_the_classes_that_the_look_names_and_the_light_by_any_picture(folder: Path) -> None:
+    crop = {"margin": 0.2, "look": {**LOOK, "told_by": ["WBC"]}}
+    edit_manifest(folder, "classifier", crop=crop)
+    told = load_manifest(folder).classifier.crop
+    whole = told.as_look()
+    assert whole is not None
+    assert told.look_for(["RBC", "WBC"]) == whole
+    assert told.look_for(["RBC", "platelet"]) == whole.without_stain
+    assert told.look_for([]) == whole.without_stain
+    edit_manifest(folder, "classifier", crop={"margin": 0.2, "look": LOOK})
+    assert load_manifest(folder).classifier.crop.look_for([]) == whole
+    edit_manifest(folder, "classifier", crop={"margin": 0.2})
+    assert load_manifest(folder).classifier.crop.look_for(["WBC"]) is None
+
+
+def test_a_look_or_a_weight_of_a_class_that_the_detector_does_not_know_is_refused(folder: Path) -> None:
+    edit_manifest(folder, "classifier", crop={"margin": 0.2, "look": {**LOOK, "told_by": ["leukocyte"]}})
+    with pytest.raises(ModelError, match="told_by: unknown class"):
+        load_manifest(folder)
+    edit_manifest(folder, "classifier", crop={"margin": 0.2})
+    edit_manifest(folder, "detector", contradicted={"leukocyte": 0.1})
+    with pytest.raises(ModelError, match="contradicted: unknown class"):
+        load_manifest(folder)

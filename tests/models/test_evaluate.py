@@ -97,10 +97,9 @@ def test_boxes_of_eight_classes_count_when_place_and_name_are_right(tmp_path: Pa
     cell = render_training_crop(rng, "lymphocyte", 110)
     pixels[95:205, 95:205] = cell
     models = open_models(ModelsSection())
-    (found,) = [
-        d for d in models.detector.detect(pixels, 0.3) if d.class_name == "WBC" and 120 < d.box.centre_px[0] < 180
-    ]
-    named = models.classifier.classify(models.cutter(pixels).around(found.box)).class_name
+    detections = models.detector.detect(pixels, 0.3)
+    (found,) = [d for d in detections if d.class_name == "WBC" and 120 < d.box.centre_px[0] < 180]
+    named = models.classifier.classify(models.cutter(pixels, detections).around(found.box)).class_name
     other = next(name for name in CLASSES if name != named)
     for truth, expected in ((named, 1.0), (other, 0.0)):
         write_field(tmp_path / truth, truth, [(0, found.box)], pixels)
@@ -115,10 +114,11 @@ def test_a_nucleated_cell_of_unknown_class_is_neither_right_nor_wrong(tmp_path: 
     for left in (245, 445):
         pixels[95:205, left : left + 110] = render_training_crop(rng, "lymphocyte", 110)
     models = open_models(ModelsSection())
-    nucleated = [d for d in models.detector.detect(pixels, 0.3) if d.class_name == "WBC"]
+    detections = models.detector.detect(pixels, 0.3)
+    nucleated = [d for d in detections if d.class_name == "WBC"]
     middle = min(nucleated, key=lambda d: abs(d.box.centre_px[0] - 300))
     away = max(nucleated, key=lambda d: abs(d.box.centre_px[0] - 300))
-    named = models.classifier.classify(models.cutter(pixels).around(middle.box)).class_name
+    named = models.classifier.classify(models.cutter(pixels, detections).around(middle.box)).class_name
     write_field(tmp_path, named, [(0, middle.box), (0, away.box)], pixels)
     (field,) = read_fields(tmp_path, "test")
     answer = named_boxes(models, field, named)
