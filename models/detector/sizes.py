@@ -10,8 +10,10 @@ told as ratios to the shipped size: letterbox, net and decoding, one look at eac
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +65,8 @@ def open_size(args: argparse.Namespace, size_px: int) -> Models:
     begin_folder(args.models, folder)
     net = YoloV10n(len(DETECTOR_CLASSES))
     begin_with(net, RunFile(init=args.models / FILE), training_fields(args.data, ("pbc",))[:48])
-    write_files(net, args.work / f"{size_px}.float.tflite", folder / FILE, args.data, args.pictures, size_px)
+    with contextlib.redirect_stdout(sys.stderr):  # what the converter says is no figure
+        write_files(net, args.work / f"{size_px}.float.tflite", folder / FILE, args.data, args.pictures, size_px)
     renew_entry(folder, "detector", lambda output: role(output["shape"], size_px))
     return open_models(ModelsSection(folder=folder, threads=args.threads, most_tiles=1))
 

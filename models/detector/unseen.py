@@ -12,8 +12,10 @@ fields of its own sources; figures: the complete fields of the source, through t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +52,8 @@ def open_run(args: argparse.Namespace, run: str, sources: tuple[str, ...]) -> Mo
     begin_folder(args.models, folder)
     net, command = averaged_net(args.runs / f"detector-{run}" / "best.pt")
     float_file = args.work / f"{run}.float.tflite"
-    write_files(net, float_file, folder / FILE, args.data, args.pictures, sources=sources)
+    with contextlib.redirect_stdout(sys.stderr):  # what the converter says is no figure
+        write_files(net, float_file, folder / FILE, args.data, args.pictures, sources=sources)
     renew_entry(folder, "detector", lambda output: role(output["shape"]), version="0", command=command)
     return open_models(ModelsSection(folder=folder, threads=args.threads))
 
