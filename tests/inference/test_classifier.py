@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from agent.analysis.crops import CropCutter
 from agent.camera.simulated import render_training_crop
 from agent.config import ModelsSection
+from agent.domain import Box, Classification, Detection, Pixels
 from agent.inference.classifier import Classifier
 from agent.inference.models import Models, open_models
 
@@ -59,6 +64,30 @@ def test_each_attribute_has_a_value_of_its_own_and_the_cell_is_described(models:
         assert attribute.value in morphology.attributes[name]
         assert 1 / len(morphology.attributes[name]) <= attribute.probability <= 1
     assert models.describe(answer)
+
+
+def test_of_a_pictures_cell_both_models_are_heard_and_the_detector_tells_of_the_stain(models: Models) -> None:
+    pixels = np.ascontiguousarray(render_training_crop(np.random.default_rng(2), "lymphocyte", 128)[..., ::-1])
+    crops: list[Pixels] = []
+
+    def classify(crop: Pixels) -> Classification:
+        crops.append(crop)
+        return Classification("platelet", 0.7, {"platelet": 0.7, "lymphocyte": 0.3})
+
+    def name(detector_class: str) -> str:
+        found = Detection(Box(40, 40, 90, 90), detector_class, 0.9)
+        detector: Any = SimpleNamespace(detect=lambda *_: [found])
+        classifier: Any = SimpleNamespace(classify=classify)
+        both = dataclasses.replace(models, detector=detector, classifier=classifier)
+        return both.name_central_cell(pixels).class_name
+
+    assert (name("WBC"), name("platelet")) == ("lymphocyte", "platelet")
+    stained, lit = crops
+    assert not np.array_equal(stained, lit)
+    whole = models.manifest.classifier.crop.as_look()
+    assert whole is not None
+    cut = CropCutter(pixels, models.manifest.classifier.crop.margin, whole.without_stain).around(Box(40, 40, 90, 90))
+    assert np.array_equal(lit, cut)
 
 
 def test_no_cell_can_be_said_as_surely_as_a_cell(models: Models) -> None:
