@@ -28,7 +28,7 @@ from agent.errors import FrameUnreadable, ModelError
 from agent.inference.models import Models, open_models
 from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
-from models.common.labels import Rgb, read_cells
+from models.common.labels import NUCLEATED, Rgb, read_cells
 from models.common.warm_start import FileDoesNotFit
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.finetune import PICTURES, CropsUnfit
@@ -89,10 +89,16 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
             print(f"left out: {error}", file=sys.stderr)
             continue
         rgb = np.ascontiguousarray(pixels[..., ::-1])
-        for detection in models.detector.detect(pixels):
+        detections = models.detector.detect(pixels)
+        tells_stain = any(detection.class_name == NUCLEATED for detection in detections)
+        for detection in detections:
             if detection.class_name in classified:
                 box = (*detection.box.centre_px, detection.box.width_px, detection.box.height_px)
-                found.append(crops.Example(rgb, box, crops.UNKNOWN, wording.no_attributes))
+                has_nucleus = detection.class_name == NUCLEATED
+                example = crops.Example(
+                    rgb, box, crops.UNKNOWN, wording.no_attributes, has_nucleus=has_nucleus, is_in_field=tells_stain
+                )
+                found.append(example)
     if len(found) < FEWEST_CELLS:
         raise CropsUnfit(f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least")
     return found

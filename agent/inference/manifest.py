@@ -116,9 +116,9 @@ class Crop(ManifestPart):
     def look_for(self, found: Collection[str]) -> Look | None:
         """The look that a picture is brought to in which the detector found these classes."""
         look = self.as_look()
-        if look is None or self.look is None or not self.look.told_by or {*self.look.told_by} & {*found}:
-            return look
-        return look.without_stain
+        told_by = set() if self.look is None else set(self.look.told_by)
+        is_told = not told_by or not told_by.isdisjoint(found)
+        return look if look is None or is_told else look.without_stain
 
 
 class Morphology(ManifestPart):

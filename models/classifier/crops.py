@@ -29,6 +29,7 @@ from models.common.labels import (
     read_foreign_cells,
     read_rgb,
 )
+from models.evaluation.names import cut_picture
 
 UNKNOWN = -1
 """An index that is not known: no class, no value of the attribute."""
@@ -190,11 +191,16 @@ def covered(field: LabelledField, box: np.ndarray) -> float:
     return float(shared.sum() / (high - low).prod())
 
 
+def some(examples: Sequence[Example], count: int, rng: Generator) -> list[Example]:
+    """At most so many of them, drawn at random."""
+    return [examples[k] for k in rng.permutation(len(examples))[:count]]
+
+
 def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Example]:
     """Some of the cells once more, to be blurred until they have no name."""
     return [
         replace(e, label=UNKNOWN, attributes=(UNKNOWN,) * len(e.attributes), is_cell=False, is_ruined=True)
-        for e in (examples[k] for k in rng.permutation(len(examples))[:count])
+        for e in some(examples, count, rng)
     ]
 
 
@@ -285,7 +291,7 @@ class Relooks:
         if self._look is None:
             return crop
         if id(example) not in self._cut:
-            piece = cut_out(example.pixels, example.box, rng.uniform(*PIECES))
+            piece = cut_picture(example.pixels, corners_of(example.box), rng.uniform(*PIECES))
             share = max(example.box[2:]) / min(piece.shape[:2])
             self._cut[id(example)] = example, self._measure(piece, tells_stain=example.has_nucleus), share
         _, relook, share = self._cut[id(example)]
@@ -306,12 +312,10 @@ def bring(crop: Rgb, relook: Relook, share: float) -> Rgb:
     return relook.cell(np.ascontiguousarray(crop[..., ::-1]), share)[..., ::-1]
 
 
-def cut_out(pixels: Rgb, box: CentredBox, width: float) -> Rgb:
-    """The piece of a picture around a box, `width` times its longer side wide, as far as the picture goes."""
-    x, y, box_width, box_height = box
-    reach = 0.5 * width * max(box_width, box_height)
-    left, top = max(0, round(x - reach)), max(0, round(y - reach))
-    return pixels[top : max(top + 2, round(y + reach)), left : max(left + 2, round(x + reach))]
+def corners_of(box: CentredBox) -> tuple[float, float, float, float]:
+    """x_min, y_min, x_max, y_max: the other way round than `middle_of`."""
+    x, y, width, height = box
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
 def square(pixels: Rgb, box: CentredBox, side_px: int) -> Rgb:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +126,12 @@ def calibration(
     pbc, foreign = crops.pbc_examples(data, chosen, read_boxes(boxes), wording), settings.get("foreign", ())
     others = crops.foreign_examples(data, foreign, ("train",), wording)
     no_cell = crops.without_cells(data, ("pbc", *foreign), rng, wording)
-    examples = pbc + some(others, count // 3, rng) + some(no_cell, count // 5, rng) + crops.ruined(pbc, rng, count // 8)
+    examples = pbc + crops.some(others, count // 3, rng) + crops.some(no_cell, count // 5, rng)
+    examples += crops.ruined(pbc, rng, count // 8)
     asked = [dataclasses.replace(example, has_look=False) for example in examples]  # the agent trusts no microscope
     training = crops.TrainingCrops(asked, side_px, plain_share=1.0, normalised_share=0.5)
     for index in range(len(training)):
         yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
-
-
-def some(examples: Sequence[crops.Example], count: int, rng: np.random.Generator) -> list[crops.Example]:
-    """At most so many of them, drawn at random."""
-    return [examples[k] for k in rng.permutation(len(examples))[:count]]
 
 
 def parse() -> argparse.Namespace:

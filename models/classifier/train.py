@@ -226,8 +226,14 @@ def train_loader(
         weights.append(share * each / each.sum())
         all_examples += examples[kind]
     sampler = WeightedRandomSampler(np.concatenate(weights).tolist(), settings.epoch_crops)
-    shares = settings.plain_share, settings.normalised_share, settings.cut_share, settings.soft_share
-    dataset = crops.TrainingCrops(all_examples, settings.side_px, *shares)
+    dataset = crops.TrainingCrops(
+        all_examples,
+        settings.side_px,
+        plain_share=settings.plain_share,
+        normalised_share=settings.normalised_share,
+        cut_share=settings.cut_share,
+        soft_share=settings.soft_share,
+    )
     return DataLoader(
         dataset,
         settings.batch,

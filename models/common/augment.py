@@ -72,7 +72,6 @@ def vary_colour(pixels: Rgb, rng: Generator, strength: float) -> Rgb:
 
 def vary_optics(pixels: Rgb, rng: Generator) -> Rgb:
     """Focus, resolution, sensor noise and JPEG, each sometimes."""
-    height, width = pixels.shape[:2]
     if rng.random() < 0.25:
         pixels = cv2.GaussianBlur(pixels, (0, 0), rng.uniform(0.4, 1.8))
     elif rng.random() < 0.15:
@@ -80,9 +79,7 @@ def vary_optics(pixels: Rgb, rng: Generator) -> Rgb:
         amount = rng.uniform(0.3, 1.2)
         pixels = cv2.addWeighted(pixels, 1 + amount, soft, -amount, 0)
     if rng.random() < 0.2:
-        factor = rng.uniform(0.35, 0.9)
-        small = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-        pixels = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+        pixels = coarsen(pixels, rng.uniform(0.35, 0.9))
     if rng.random() < 0.2:
         noise = rng.normal(0, rng.uniform(2, 12), pixels.shape).astype(np.float32)
         pixels = np.clip(pixels + noise, 0, 255).astype(np.uint8)
@@ -94,8 +91,12 @@ def vary_optics(pixels: Rgb, rng: Generator) -> Rgb:
 
 def soften(pixels: Rgb, rng: Generator) -> Rgb:
     """As if the cell had been 0.2 to 0.6 times as many pixels wide: a platelet's crop always is, others may be."""
+    return coarsen(pixels, rng.uniform(0.2, 0.6))
+
+
+def coarsen(pixels: Rgb, factor: float) -> Rgb:
+    """The picture with the detail of one that is `factor` times as wide."""
     height, width = pixels.shape[:2]
-    factor = rng.uniform(0.2, 0.6)
     small = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 

@@ -6,9 +6,11 @@ moving average, which clips a detector's rare strong logits.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +31,8 @@ def export_float(net: nn.Module, side_px: int, path: Path) -> None:
     import litert_torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    litert_torch.convert(net.eval(), (torch.rand(1, side_px, side_px, 3),)).export(str(path))
+    with contextlib.redirect_stdout(sys.stderr):  # its words are no figures
+        litert_torch.convert(net.eval(), (torch.rand(1, side_px, side_px, 3),)).export(str(path))
     shorten_names(path)
 
 
@@ -81,7 +84,8 @@ def quantize_file(
         ranges[name]["min"] = np.full_like(ranges[name]["min"], floor)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    quantizer.Quantizer(str(source), recipe.static_wi8_ai8()).quantize(ranges).export_model(str(target))
+    with contextlib.redirect_stdout(sys.stderr):  # its words are no figures
+        quantizer.Quantizer(str(source), recipe.static_wi8_ai8()).quantize(ranges).export_model(str(target))
 
 
 def describe_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:

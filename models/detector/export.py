@@ -6,6 +6,7 @@ python -m models.detector.export --checkpoint runs/eight-classes/best.pt --data 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from agent.inference.letterbox import letterbox
 from models.common.datasets import AugmentedFields, load_fields
 from models.common.labels import DETECTOR_CLASSES, SOURCES, cell_classes, read_complete_fields, read_rgb
-from models.common.quantize import begin_folder, describe_tensors, export_float, quantize_file, update_manifest
+from models.common.quantize import (
+    begin_folder,
+    describe_tensors,
+    export_float,
+    quantize_file,
+    renew_entry,
+    update_manifest,
+)
 from models.common.warm_start import save_norms
 from models.detector.train import FILL, SIZE_PX, averaged_net
 from models.nets.yolov10 import STRIDES, YoloV10n, fold_batch_norm
@@ -78,6 +86,26 @@ def write_files(
     floors = {o["name"]: SCORE_FLOOR for o in outputs if role(o["shape"], size_px)["kind"] == "class_scores"}
     quantize_file(float_file, int8_file, calibration(data, pictures, size_px, sources), floors)
     save_norms(net, int8_file)
+
+
+def own_folder(
+    net: YoloV10n,
+    folder: Path,
+    args: argparse.Namespace,
+    size_px: int = SIZE_PX,
+    sources: Sequence[str] = SOURCES,
+    **changes: str,
+) -> Path:
+    """A folder of models in which this net is the int8 detector, to be measured beside others.
+
+    args: `models`, the folder that the rest comes from; `data`; `pictures`, to calibrate with. changes: of its entry.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps of other models
+    begin_folder(args.models, folder)
+    float_file = folder.with_name(f"{folder.name}.float.tflite")
+    write_files(net, float_file, folder / FILE, args.data, args.pictures, size_px, sources)
+    renew_entry(folder, "detector", lambda output: role(output["shape"], size_px), **changes)
+    return folder
 
 
 def write_entry(folder: Path, args: argparse.Namespace) -> None:

@@ -10,10 +10,7 @@ told as ratios to the shipped size: letterbox, net and decoding, one look at eac
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +25,7 @@ from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.common.labels import DETECTOR_CLASSES, read_complete_fields
 from models.common.metrics import detection_figures
-from models.common.quantize import begin_folder, renew_entry
-from models.detector.export import FILE, role, write_files
+from models.detector.export import FILE, own_folder
 from models.detector.train import SIZE_PX, RunFile, begin_with, training_fields
 from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
 from models.evaluation.boxes import boxes_of
@@ -60,14 +56,9 @@ def main() -> None:
 
 def open_size(args: argparse.Namespace, size_px: int) -> Models:
     """The shipped detector for squares of this size, in a folder of models of its own."""
-    folder = args.work / str(size_px)
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps of other models
-    begin_folder(args.models, folder)
     net = YoloV10n(len(DETECTOR_CLASSES))
     begin_with(net, RunFile(init=args.models / FILE), training_fields(args.data, ("pbc",))[:48])
-    with contextlib.redirect_stdout(sys.stderr):  # what the converter says is no figure
-        write_files(net, args.work / f"{size_px}.float.tflite", folder / FILE, args.data, args.pictures, size_px)
-    renew_entry(folder, "detector", lambda output: role(output["shape"], size_px))
+    folder = own_folder(net, args.work / str(size_px), args, size_px)
     return open_models(ModelsSection(folder=folder, threads=args.threads, most_tiles=1))
 
 

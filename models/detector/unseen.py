@@ -12,10 +12,7 @@ fields of its own sources; figures: the complete fields of the source, through t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +22,7 @@ from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.common.labels import DETECTOR_CLASSES, SOURCES, read_complete_fields
 from models.common.metrics import detection_figures
-from models.common.quantize import begin_folder, renew_entry
-from models.detector.export import FILE, role, write_files
+from models.detector.export import own_folder
 from models.detector.train import averaged_net
 from models.evaluation.asking import add_options, progress
 from models.evaluation.boxes import boxes_of
@@ -47,15 +43,9 @@ def main() -> None:
 
 def open_run(args: argparse.Namespace, run: str, sources: tuple[str, ...]) -> Models:
     """The net of a run as an int8 file, in a folder of models of its own."""
-    folder = args.work / run
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, perhaps of another net
-    begin_folder(args.models, folder)
     net, command = averaged_net(args.runs / f"detector-{run}" / "best.pt")
-    float_file = args.work / f"{run}.float.tflite"
-    with contextlib.redirect_stdout(sys.stderr):  # what the converter says is no figure
-        write_files(net, float_file, folder / FILE, args.data, args.pictures, sources=sources)
-    renew_entry(folder, "detector", lambda output: role(output["shape"]), version="0", command=command)
-    return open_models(ModelsSection(folder=folder, threads=args.threads))
+    folder = own_folder(net, args.work / run, args, sources=sources, version="0", command=command)
+    return open_models(ModelsSection(folder=folder, threads=args.threads, most_tiles=args.most_tiles))
 
 
 def judge(models: Models, args: argparse.Namespace, source: str) -> dict[str, Any]:

@@ -193,7 +193,8 @@ def named_boxes(models: Models, field: FieldImage, class_name: str) -> FieldBoxe
     known[: len(order[:1]), 0] = classes.index(class_name)
     found = []
     detections = models.detector.detect(pixels, EVALUATION_SCORE)
-    cutter, rules = models.cutter(pixels, models.detector.detect(pixels)), models.naming_rules()
+    sure = [d for d in detections if d.score >= manifest.detector.thresholds.min_score]
+    cutter, rules = models.cutter(pixels, sure), models.naming_rules()
     for d in detections:
         if d.class_name in manifest.detector.classified:
             answer = rules.weigh(models.classifier.classify(cutter.around(d.box)), d)

@@ -185,7 +185,7 @@ def cut_picture(pixels: Pixels, box: tuple[float, float, float, float], width: f
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     reach = max(box[2] - box[0], box[3] - box[1]) * width / 2
     left, top = max(0, round(x - reach)), max(0, round(y - reach))
-    return np.ascontiguousarray(pixels[top : round(y + reach), left : round(x + reach)])
+    return np.ascontiguousarray(pixels[top : max(top + 2, round(y + reach)), left : max(left + 2, round(x + reach))])
 
 
 def classify_cell(models: Models, cell: NamedBox) -> Classification:

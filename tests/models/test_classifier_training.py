@@ -17,6 +17,7 @@ from models.classifier import crops
 from models.classifier.train import RunFile, freeze, read_run, teacher_losses, train_loader, undersampled
 from models.common.labels import CellImage
 from models.common.training import Run, told_command
+from models.evaluation.names import cut_picture
 from models.nets.cellnet import Answers, CellNet
 
 pytestmark = pytest.mark.train
@@ -83,7 +84,7 @@ def test_a_cut_piece_goes_by_what_it_shows_itself() -> None:
 
 @pytest.mark.parametrize(("box", "shape"), [((40, 60, 20, 10), (40, 40, 3)), ((5, 60, 20, 20), (40, 25, 3))])
 def test_a_piece_is_as_wide_as_the_picture_allows(box: crops.CentredBox, shape: tuple[int, ...]) -> None:
-    assert crops.cut_out(np.zeros((120, 240, 3), np.uint8), box, 2.0).shape == shape
+    assert cut_picture(np.zeros((120, 240, 3), np.uint8), crops.corners_of(box), 2.0).shape == shape
 
 
 def test_undersampling_leaves_so_many_of_each_class() -> None:
