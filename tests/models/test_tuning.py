@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,8 +19,10 @@ pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 from agent.analysis.preprocessing import GROUND_BGR, LOOK_LAB, ground_gains, scale_channels
 from agent.camera.simulated import render_training_crop, render_training_field
 from agent.config import ModelsSection
-from agent.inference.manifest import Crop, CropLook
+from agent.domain import Box, Detection
+from agent.inference.manifest import Crop, CropLook, load_manifest
 from agent.inference.models import open_models
+from models import adapt
 from models.classifier import crops, tuning
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
@@ -100,3 +104,20 @@ def test_a_tuned_classifier_leaves_the_stain_that_it_was_taught_as_it_is() -> No
     assert not np.array_equal(as_before, lit)
     assert own.crop.look is not None
     assert own.crop.look.lab is None
+
+
+@pytest.mark.parametrize(("seen", "tells"), [(("platelet", "WBC"), True), (("platelet", "platelet"), False)])
+def test_the_stain_of_a_laboratorys_field_is_told_by_its_white_cells(
+    seen: tuple[str, str], tells: bool, tmp_path: Path
+) -> None:
+    cv2.imwrite(str(tmp_path / "field.png"), np.full((200, 300, 3), 220, np.uint8))
+    found = [
+        Detection(Box(10 + 40 * (n % 5), 10, 40 + 40 * (n % 5), 40), seen[n % 2], 0.9)
+        for n in range(adapt.FEWEST_CELLS)
+    ]
+    manifest = load_manifest(Path("models"))
+    models: Any = SimpleNamespace(manifest=manifest, detector=SimpleNamespace(detect=lambda _pixels: found))
+    wording = crops.Wording(manifest.classifier.classes, {})
+    cells = adapt.find_cells(models, tmp_path, wording)
+    assert len(cells) == adapt.FEWEST_CELLS
+    assert {cell.has_nucleus or cell.is_in_field for cell in cells} == {tells}
