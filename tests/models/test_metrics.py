@@ -40,6 +40,7 @@ def test_the_middle_of_a_picture_is_found_by_the_best_wanted_box_that_holds_it()
     assert middle_score(found, (0, 2), 100, 60) == pytest.approx(0.3)
     assert middle_score(found, (2,), 100, 60) == pytest.approx(0.2)
     assert middle_score(found, (0, 2), 40, 90) == 0
+    assert middle_score(found, (0, 1, 2), 100, 30) == 0
     assert middle_score(boxes(width=6), (0, 2), 100, 60) == 0
     assert middle_class(found, (0, 2), 100, 60, min_score=0.25) == 0
     assert middle_class(found, (2,), 100, 60, min_score=0.15) == 2
