@@ -229,10 +229,11 @@ def build_parser() -> argparse.ArgumentParser:
     selftest.add_argument(
         "--models", type=Path, metavar="DIR", help="a folder of models; default: those that the agent would use"
     )
+    selftest.add_argument("--classifier", metavar="NAME", help="of those in the manifest; default: the configured one")
     selftest.add_argument(
         "--make-answers",
         action="store_true",
-        help="take what the models answer now for right, and store it beside them as golden.json",
+        help="take what the models answer now for right, and store it beside them",
     )
     _add_config(selftest)
 

@@ -34,7 +34,6 @@ from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics
 from agent.demo import DemoAddresses, DemoOptions, run_demo
 from agent.errors import HematoVisionError, OutboxError
-from agent.inference.golden import ANSWERS_NAME
 from agent.inference.models import Models, open_models
 from agent.inference.selftest import GoldenTest, make_answers
 from agent.offline import (
@@ -166,12 +165,14 @@ def selftest(arguments: argparse.Namespace) -> int:
     """The models against the golden fields."""
     config = load_config(arguments.config)
     folder = arguments.models or folder_in_use(config)
-    models = open_models(config.models.model_copy(update={"folder": folder}))
+    classifier = arguments.classifier or config.models.classifier
+    models = open_models(config.models.model_copy(update={"folder": folder, "classifier": classifier}))
     print(f"models {folder}, {models.runtime}, delegate {models.delegate}")
     if arguments.make_answers:
         answers = make_answers(models, folder)
         cells = sum(len(field.cells) for field in answers.fields.values())
-        print(f"{folder / ANSWERS_NAME}: {len(answers.fields)} golden fields, {cells} cells, of these models now on")
+        path = folder / models.answers_name
+        print(f"{path}: {len(answers.fields)} golden fields, {cells} cells, of these models now on")
     verdict = GoldenTest(folder).run(models)
     for field in verdict.fields:
         how = "bit by bit" if field.is_exact else "within the tolerance"

@@ -30,7 +30,7 @@ from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
 from models.common.labels import NUCLEATED, Rgb, read_cells
 from models.common.warm_start import FileDoesNotFit
-from models.evaluation.asking import MAX_MEGAPIXELS, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
 from models.finetune import PICTURES, CropsUnfit
 from models.nets.cellnet import CellNet
 
@@ -51,10 +51,10 @@ def main() -> None:
 
 
 def adapt(args: argparse.Namespace) -> None:
-    models = open_models(ModelsSection(folder=args.models))
+    models = open_models(ModelsSection(folder=args.models, classifier=args.classifier))
     torch.manual_seed(1)
     cells = find_cells(models, args.images, tuning.wording_of(models.manifest.classifier))
-    base = tuning.open_base(args.models, cells)
+    base = tuning.open_base(args.models, cells, args.classifier)
     move_norms(base.net, list(tuning.agent_squares(base.entry, cells)))
     taught = sure_cells(base, cells)
     known = known_cells(args, base.wording)
@@ -177,6 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of fields of the microscope")
     parser.add_argument("--output", type=Path, required=True, help="new folder of models")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of models to begin with")
+    add_classifier(parser)
     parser.add_argument("--data", type=Path, default=None, help="folder with pbc.csv, to forget less")
     parser.add_argument("--boxes", type=Path, default=None, help="from models.classifier.locate")
     parser.add_argument("--minutes", type=float, default=8)

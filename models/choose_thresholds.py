@@ -19,7 +19,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,9 @@ from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_complete_fields
+from models.common.manifests import Changes, change_entry
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
-from models.evaluation.asking import MAX_MEGAPIXELS, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
 from models.evaluation.boxes import boxes_of, found_boxes
 from models.evaluation.names import cells_of_fields, classify_cell
 
@@ -58,28 +59,14 @@ def main() -> None:
             chosen["detector"] = choose_detector(open_models(ModelsSection(folder=folder)), args.data)
             change_entry(folder, "detector", chosen["detector"])
         if args.role != "detector":
-            change_entry(folder, "classifier", {"thresholds": {"temperature": 1.0}})
-            thresholds = choose_classifier(open_models(ModelsSection(folder=folder)), args.data)
+            change_entry(folder, "classifier", {"thresholds": {"temperature": 1.0}}, args.classifier)
+            models = open_models(ModelsSection(folder=folder, classifier=args.classifier))
+            thresholds = choose_classifier(models, args.data)
             chosen["classifier"] = {"thresholds": thresholds}
     for folder in (args.models, args.float_models):
         if (folder / "manifest.json").exists():
             for role, changes in chosen.items():
-                change_entry(folder, role, changes)
-
-
-Changes = Mapping[str, Mapping[str, float | None]]
-"""By key of a manifest's entry the values in it that become others."""
-
-
-def change_entry(folder: Path, role: str, changes: Changes) -> None:
-    """Write chosen values into the manifest of a folder, whole or not at all."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for key, values in changes.items():
-        manifest[role][key] = {**manifest[role].get(key, {}), **values}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(manifest, indent=2) + "\n")
-    part.replace(path)
+                change_entry(folder, role, changes, args.classifier if role == "classifier" else None)
 
 
 def choose_detector(models: Models, data: Path) -> Changes:
@@ -213,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("role", nargs="?", choices=("detector", "classifier"), help="only this one; default: both")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    add_classifier(parser)
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="gets the same thresholds")
     return parser.parse_args()
 

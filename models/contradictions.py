@@ -23,11 +23,10 @@ from rich.table import Table
 
 from agent.analysis.morphology import SURE
 from agent.camera.decoding import decode_file
-from agent.config import ModelsSection
 from agent.domain import Classification
 from agent.inference.models import open_models
 from models.common.labels import read_attributes, read_cells
-from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress, section_of
 
 BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
@@ -51,7 +50,7 @@ class Rarity:
 
 def main() -> None:
     args = parse()
-    models = open_models(ModelsSection(folder=args.models, threads=args.threads))
+    models = open_models(section_of(args))
     rules, rarity = models.naming_rules(), learn_rarity(args.data)
     right, confidence, rare = [], [], []
     for cell in progress(read_cells(args.data, args.split), "pictures"):

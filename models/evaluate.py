@@ -36,9 +36,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
-from models.evaluation.asking import add_options
+from models.common.manifests import find_entry, read_manifest, write_manifest
+from models.evaluation.asking import add_options, section_of
 from models.evaluation.boxes import (
     evaluate_close_ups,
     evaluate_detector,
@@ -56,7 +56,7 @@ from models.evaluation.names import (
 
 def main() -> None:
     args = parse()
-    models = open_models(ModelsSection(folder=args.models, threads=args.threads, most_tiles=args.most_tiles))
+    models = open_models(section_of(args))
     measure = EVALUATIONS[args.what]
     if args.random_split is not None:
         if measure is not evaluate_classifier:
@@ -73,17 +73,16 @@ def main() -> None:
     }
     print(json.dumps(figures)) if args.json else show(figures)
     if args.write_confusion:
-        write_confusion(args.models, figures)
+        write_confusion(args.models, figures, args.classifier)
 
 
-def write_confusion(folder: Path, figures: dict[str, Any]) -> None:
+def write_confusion(folder: Path, figures: dict[str, Any], classifier: str | None = None) -> None:
     """Put the measured confusion into the folder's manifest; only `two-stage` measures it."""
     if "for_manifest" not in figures:
         raise SystemExit("--write-confusion goes with two-stage: only it measures what the agent counts")
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["classifier"]["confusion"] = figures["for_manifest"]
-    file.write_text(json.dumps(manifest, indent=2) + "\n")
+    manifest = read_manifest(folder)
+    find_entry(manifest, "classifier", classifier)["confusion"] = figures["for_manifest"]
+    write_manifest(folder, manifest)
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
 from models.common.labels import read_cells, read_rgb
 from models.common.warm_start import FileDoesNotFit
+from models.evaluation.asking import add_classifier
 
 NO_CELL = "no-cell"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -47,15 +48,15 @@ class CropsUnfit(Exception):
 
 
 def finetune(args: argparse.Namespace) -> None:
-    wording = tuning.wording_of(load_manifest(args.models).classifier)
+    wording = tuning.wording_of(load_manifest(args.models).choosing(args.classifier).classifier)
     learnt, judged = read_crops(args.crops, wording)
     # Crops show no field whose stain could be told: the net learns the laboratory's, and the manifest says so.
-    base = tuning.with_own_stain(tuning.open_base(args.models, learnt))
+    base = tuning.with_own_stain(tuning.open_base(args.models, learnt, args.classifier))
     torch.manual_seed(1)
     examples = learnt + rehearsal(args, wording, len(learnt))
     tuning.tune(base, examples, args.minutes, args.rate)
     named = [e for e in judged if e.is_cell]
-    before = tuning.share_of_right(open_models(ModelsSection(folder=args.models)), named)
+    before = tuning.share_of_right(open_models(ModelsSection(folder=args.models, classifier=args.classifier)), named)
     facts = {"crops_learnt": len(learnt), "crops_judged": len(named), "accuracy_before": before}
     work = args.output.with_name(args.output.name + ".part")
     models = tuning.write_models(base, examples[:: max(1, len(examples) // 200)], work, "tuned", facts)
@@ -117,6 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("crops", type=Path, help="folder with one folder for each class")
     parser.add_argument("--output", type=Path, required=True, help="new folder of models")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of models to begin with")
+    add_classifier(parser)
     parser.add_argument("--data", type=Path, default=None, help="folder with pbc.csv, to forget less")
     parser.add_argument("--boxes", type=Path, default=None, help="from models.classifier.locate")
     parser.add_argument("--minutes", type=float, default=10)

@@ -25,12 +25,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import CellImage, read_complete_fields, read_rgb
 from models.common.logs import read_log
 from models.common.metrics import FieldBoxes, class_figures_by_name, confidence_bins, precision_and_recall
-from models.evaluation.asking import add_options, progress
+from models.evaluation.asking import add_options, progress, section_of
 from models.evaluation.boxes import boxes_of
 from models.evaluation.names import NamedPictures, name_pictures
 
@@ -44,7 +43,7 @@ def main() -> None:
     args = parse()
     args.folder.mkdir(parents=True, exist_ok=True)
     mpl.rcParams.update(STYLE)
-    models = open_models(ModelsSection(folder=args.models, threads=args.threads))
+    models = open_models(section_of(args))
     fields = read_complete_fields(args.data, args.split)
     boxes = [boxes_of(models, field) for field in progress(fields, "fields")]
     named = name_pictures(models, args.data, args.split)

@@ -30,8 +30,8 @@ from agent.config import ModelsSection
 from agent.domain import Box
 from agent.inference.manifest import load_manifest
 from agent.inference.models import Models, open_models
-from models.choose_thresholds import change_entry
 from models.common.labels import NamedBox, read_fields
+from models.common.manifests import change_entry
 from models.common.quantize import begin_folder
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.evaluation.names import name_cell, named_cells, trust_in

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from agent.config import Config, ModelsSection, config_sha256, loads, models_folder
+from agent.config import Config, config_sha256, loads
 from agent.desk import Refused
 from agent.errors import ConfigError, ModelError
 from agent.health import Health
 from agent.inference.selftest import GoldenTest
 from agent.inference.slots import ModelSlots
 from agent.workshop import LIVE_KEYS, SELF_TEST_AGAIN_S, SELF_TEST_EVERY_S, Work, Workshop
-
-SHIPPED = models_folder(ModelsSection())
+from tests.model_folders import SHIPPED, put_models
 
 pytestmark = pytest.mark.skipif(
     not (SHIPPED / "manifest.json").exists(), reason="the shipped models are not in models/"
@@ -93,8 +92,6 @@ def test_every_live_key_is_one_of_the_configuration() -> None:
 
 
 def test_staged_models_are_tried_and_then_counted_with(place: Place, tmp_path: Path) -> None:
-    from inference.test_slots import put_models
-
     put_models(tmp_path / "staging" / "next", version="7.7")
     place.workshop.stage("next")
     assert place.workshop.work.models.classifier.identity.version != "7.7"
@@ -118,8 +115,6 @@ def test_without_staged_models_there_is_nothing_to_activate(place: Place) -> Non
 def test_models_that_can_no_longer_be_used_give_way_to_those_before_and_it_is_told(
     place: Place, tmp_path: Path
 ) -> None:
-    from inference.test_slots import put_models
-
     put_models(tmp_path / "staging" / "next", version="7.7")
     place.workshop.stage("next")
     place.workshop.activate()
@@ -134,9 +129,7 @@ def test_models_that_can_no_longer_be_used_give_way_to_those_before_and_it_is_to
 
 
 def test_altered_models_are_not_staged_and_the_ones_in_use_stay(place: Place, tmp_path: Path) -> None:
-    from inference.test_slots import put_models
-
-    folder = put_models(tmp_path / "staging" / "next")
+    folder = put_models(tmp_path / "staging" / "next", "9.9")
     file = folder / place.workshop.work.models.manifest.detector.file
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ModelError, match="SHA-256"):
@@ -152,9 +145,7 @@ def test_a_self_test_is_told_to_health(place: Place) -> None:
 
 
 def without_answers(folder: Path) -> Path:
-    from inference.test_slots import put_models
-
-    put_models(folder)
+    put_models(folder, "9.9")
     (folder / "golden.json").unlink()
     return folder
 
@@ -185,8 +176,6 @@ def test_models_that_fail_the_self_test_are_not_activated_and_the_ones_in_use_st
 
 
 def test_activated_models_whose_answers_are_lost_give_way_at_the_next_start(place: Place, tmp_path: Path) -> None:
-    from inference.test_slots import put_models
-
     put_models(tmp_path / "staging" / "next", version="7.7")
     place.workshop.stage("next")
     assert "golden fields" in place.workshop.activate().message

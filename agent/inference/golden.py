@@ -36,6 +36,7 @@ from agent.errors import ModelError
 from agent.files import write_durably
 
 ANSWERS_NAME = "golden.json"
+"""Answers of the models that are used where the configuration names no classifier."""
 FIELDS_FOLDER = Path(__file__).resolve().parent / "golden_fields"
 
 MEND = "`hematovision selftest --make-answers` makes new ones, once you know by other means that the models are good"
@@ -140,9 +141,14 @@ def read_fields(folder: Path = FIELDS_FOLDER) -> Mapping[str, Pixels]:
     return MappingProxyType(fields)
 
 
-def read_answers(folder: Path) -> GoldenAnswers:
+def answers_name(classifier: str | None) -> str:
+    """Name of the file of answers beside the manifest. classifier: its name where it is one of the others."""
+    return ANSWERS_NAME if classifier is None else f"golden-{classifier}.json"
+
+
+def read_answers(folder: Path, name: str = ANSWERS_NAME) -> GoldenAnswers:
     """The answers that lie beside the models of a folder. Raises ModelError."""
-    path = folder / ANSWERS_NAME
+    path = folder / name
     try:
         return GoldenAnswers.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -155,9 +161,9 @@ def read_answers(folder: Path) -> GoldenAnswers:
         raise ModelError(f"{path}: {place or 'the whole'}: {fault['msg']}; {MEND}") from error
 
 
-def write_answers(folder: Path, answers: GoldenAnswers) -> Path:
+def write_answers(folder: Path, answers: GoldenAnswers, name: str = ANSWERS_NAME) -> Path:
     """Put the answers beside the models, whole or not at all. Raises ModelError where the disk does not take them."""
-    path = folder / ANSWERS_NAME
+    path = folder / name
     text = json.dumps(answers.model_dump(mode="json"), indent=1)
     try:
         write_durably(path, f"{text}\n".encode())

@@ -136,7 +136,7 @@ class Morphology(ManifestPart):
 class ModelEntry(ManifestPart):
     """What both kinds of model tell of themselves."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
     version: str
     file: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -204,41 +204,75 @@ class Manifest(ManifestPart):
     manifest: Literal[1]
     detector: DetectorEntry
     classifier: ClassifierEntry
+    other_classifiers: tuple[ClassifierEntry, ...] = ()
+    """Any of them takes the place of `classifier` where the configuration names it (`models.classifier`)."""
     cell_kinds: dict[str, CellKind] = {}
     """What each class is to a differential; without it there is none."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Manifest:
         """What no single key can tell: classes, maps and rules must belong together."""
-        detector, classifier = self.detector, self.classifier
-        for entry in (detector, classifier):
+        detector = self.detector
+        for entry in self.entries:
             _, height, width, channels = entry.input.shape if len(entry.input.shape) == 4 else (0, 0, 1, 0)
             _require(height == width and channels == 3, f"{entry.role}.input.shape: must be 1, side, side, 3")
-        for output in (*detector.outputs, *classifier.outputs):
-            if output.kind in ("class_scores", "class_logits"):
-                classes = detector.classes if output.kind == "class_scores" else classifier.classes
-                _require(output.shape[-1] == len(classes), f"output {output.name}: its last size is not the classes'")
+            for output in entry.outputs:
+                if output.kind in ("class_scores", "class_logits"):
+                    fits = output.shape[-1] == len(entry.classes)
+                    _require(fits, f"output {output.name}: its last size is not the classes'")
+        for output in detector.outputs:
             if output.kind in ("box_distances", "class_scores"):
                 _require(len(output.shape) == 4, f"output {output.name}: shape: must be 1, rows, columns, values")
                 is_grid = output.stride_px is not None and output.shape[1] * output.stride_px == detector.input.shape[1]
                 _require(is_grid, f"output {output.name}: rows times stride_px is not the input's side")
-        _check_classifier(classifier)
         _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
         weighed = {*detector.agreeing, *detector.contradicted}
         _require(weighed <= set(detector.classified), "detector.agreeing, contradicted: unknown class")
+        names = [entry.name for entry in self.classifiers]
+        _require(len(set(names)) == len(names), "other_classifiers: two classifiers of one name")
+        for classifier in self.classifiers:
+            _check_classifier(classifier)
+            self._check_beside_detector(classifier)
+        return self
+
+    def _check_beside_detector(self, classifier: ClassifierEntry) -> None:
+        """Rules that speak of classes of both models."""
+        detector = self.detector
         told_by = set() if classifier.crop.look is None else set(classifier.crop.look.told_by)
         _require(told_by <= set(detector.classes), "classifier.crop.look.told_by: unknown class")
         named = {name for names in detector.agreeing.values() for name in names} | set(detector.largest_in_red_cells)
         _require(named <= set(classifier.classes), "detector.agreeing, largest_in_red_cells: unknown class")
         counted = {*classifier.classes, *(name for name in detector.classes if name not in detector.classified)}
         _require(set(self.cell_kinds) <= counted, "cell_kinds: a class that is never counted")
-        measured = set() if classifier.confusion is None else set(classifier.confusion.counts)
-        _require(measured <= set(classifier.classes), "classifier.confusion: unknown class")
-        return self
+
+    @property
+    def classifiers(self) -> tuple[ClassifierEntry, ...]:
+        """The one that is used where none is named, and the others."""
+        return (self.classifier, *self.other_classifiers)
+
+    @property
+    def entries(self) -> tuple[DetectorEntry | ClassifierEntry, ...]:
+        """Every model that a folder of models holds."""
+        return (self.detector, *self.classifiers)
+
+    def choosing(self, name: str | None) -> Manifest:
+        """The same with the classifier of this name as `classifier`; None = as it stands. Raises ModelError."""
+        if name is None:
+            return self
+        found = {entry.name: entry for entry in self.classifiers}
+        if name not in found:
+            raise ModelError(
+                f"models.classifier: these models have no classifier {name}, but {', '.join(sorted(found))};"
+                " name one of them, or take the line out"
+            )
+        others = tuple(entry for entry in self.classifiers if entry.name != name)
+        return self.model_copy(update={"classifier": found[name], "other_classifiers": others})
 
 
 def _check_classifier(classifier: ClassifierEntry) -> None:
     """One output of a kind, the classes always; attributes that fill their output."""
+    measured = set() if classifier.confusion is None else set(classifier.confusion.counts)
+    _require(measured <= set(classifier.classes), "classifier.confusion: unknown class")
     kinds = [output.kind for output in classifier.outputs]
     _require(len(set(kinds)) == len(kinds), "classifier.outputs: two of one kind")
     _require("class_logits" in kinds, "classifier.outputs: one of kind class_logits is needed")

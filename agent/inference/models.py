@@ -12,6 +12,7 @@ from agent.config import ModelsSection, models_folder
 from agent.domain import Classification, Detection, Pixels
 from agent.inference.classifier import Classifier
 from agent.inference.detector import Detector
+from agent.inference.golden import ANSWERS_NAME, answers_name
 from agent.inference.interpreter import load_runtime
 from agent.inference.manifest import Manifest, load_manifest, read_model_file
 
@@ -28,6 +29,8 @@ class Models:
     classifier: Classifier
     runtime: str
     delegate: str
+    answers_name: str = ANSWERS_NAME
+    """Of the file beside the manifest with what these two models are known to answer."""
 
     def naming_rules(self, min_probability: float | None = None) -> NamingRules:
         """When the manifest lets a name be believed; min_probability replaces the manifest's."""
@@ -74,9 +77,11 @@ class Models:
 def open_models(section: ModelsSection) -> Models:
     """Load and try both models of the configured folder. Errors: `ModelError` with the file and what to do."""
     folder = models_folder(section)
-    manifest = load_manifest(folder)
+    stored = load_manifest(folder)
+    manifest = stored.choosing(section.classifier)
     runtime = load_runtime(section.runtime)
     content = read_model_file(folder, manifest.detector)
     detector = Detector(runtime, content, manifest.detector, section.threads, section.most_tiles)
     classifier = Classifier(runtime, read_model_file(folder, manifest.classifier), manifest.classifier, section.threads)
-    return Models(manifest, detector, classifier, runtime.name, detector.delegate)
+    name = answers_name(None if manifest.classifier == stored.classifier else manifest.classifier.name)
+    return Models(manifest, detector, classifier, runtime.name, detector.delegate, name)

@@ -14,7 +14,6 @@ from pathlib import Path
 from agent.domain import Pixels
 from agent.errors import ModelError
 from agent.inference.golden import (
-    ANSWERS_NAME,
     MEND,
     GoldenAnswers,
     GoldenField,
@@ -78,12 +77,12 @@ class GoldenTest:
         """Ask the models every golden field. A first answer that passes is what later ones must be, bit by bit."""
         if self._answers is None:
             try:
-                fields, answers = read_fields(), read_answers(self._folder)
+                fields, answers = read_fields(), read_answers(self._folder, models.answers_name)
             except ModelError as error:
                 return Verdict(False, f"self-test: {error}")
             misfit = _misfit(models, answers, fields)
             if misfit is not None:
-                return Verdict(False, f"self-test: {self._folder / ANSWERS_NAME}: {misfit}; {MEND}")
+                return Verdict(False, f"self-test: {self._folder / models.answers_name}: {misfit}; {MEND}")
             self._fields, self._answers = fields, answers
         answers = self._answers
         try:
@@ -140,7 +139,7 @@ def make_answers(models: Models, folder: Path) -> GoldenAnswers:
         delegate=delegate,
         fields=fields,
     )
-    write_answers(folder, answers)
+    write_answers(folder, answers, models.answers_name)
     return answers
 
 

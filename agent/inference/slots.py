@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 from agent.errors import ModelError
 from agent.files import sync_folder, write_durably
-from agent.inference.golden import ANSWERS_NAME
+from agent.inference.golden import answers_name
 from agent.inference.manifest import MANIFEST_NAME, Manifest, load_manifest, read_model_file
 
 Slot = Literal["a", "b", "base"]
@@ -107,11 +107,13 @@ class ModelSlots:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             contents = {MANIFEST_NAME: (source / MANIFEST_NAME).read_bytes()}
-            for entry in (manifest.detector, manifest.classifier):
+            for entry in manifest.entries:
                 _must_stay_inside(entry.file)
                 contents[entry.file] = read_model_file(source, entry)  # the very bytes whose digest was checked
-            if (source / ANSWERS_NAME).is_file():  # without its answers a model fails its self-test, and says why
-                contents[ANSWERS_NAME] = (source / ANSWERS_NAME).read_bytes()
+            for other in (None, *(entry.name for entry in manifest.other_classifiers)):
+                answers = source / answers_name(other)
+                if answers.is_file():  # without its answers a model fails its self-test, and says why
+                    contents[answers.name] = answers.read_bytes()
             for file, content in contents.items():
                 (fresh / file).parent.mkdir(parents=True, exist_ok=True)
                 write_durably(fresh / file, content)
@@ -121,7 +123,7 @@ class ModelSlots:
         except OSError as error:
             raise ModelError(f"{target}: the models cannot be stored: {error.strerror}; free space there") from error
         copied = load_manifest(target)
-        for entry in (copied.detector, copied.classifier):
+        for entry in copied.entries:
             read_model_file(target, entry)
         return copied
 

@@ -29,7 +29,7 @@ from models.common.labels import CellImage, attribute_values, cell_classes, read
 from models.common.simulated import simulated_crops
 from models.common.training import Run, bfloat16
 from models.common.warm_start import FileDoesNotFit, load_shipped
-from models.nets.cellnet import BACKBONES, Answers, CellNet
+from models.nets.cellnet import BACKBONES, SHIPPED, Answers, CellNet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,24 +37,28 @@ class RunFile:
     """What a run's YAML says.
 
     init: `.pt` of ours or a foreign one, as far as it fits, or a shipped `.tflite`. teacher: `.pt` of a run of ours
-    whose answers are learnt too. minutes: of training, over all sessions. epochs: a run of so many instead, however
-    long they take, to be compared with others. rates: share of `rate` for parameters whose names begin so; 0 freezes
-    them, their norms too. thaw_at: progress of the run at which the backbone begins to learn. foreign: sources of
-    which the `train` cells that we named by eye take part; the others are never seen. shares: of an epoch, by kind.
-    weights: of the parts of the loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how much
-    more often a rare class is drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`.
-    undersample: the most pictures of a PBC class that take part; None = all. random_split: seed of a random split of
-    the PBC pictures as the study draws it; None = as given. plain_share: of the crops, keeps the look of its own
-    laboratory; the others get another stain, lamp and optics. normalised_share: of those of other microscopes, is
-    brought to the taught look before, as by the agent; cut_share: of those, by what a piece of the picture shows, as
-    people cut it. soft_share: of the crops, loses its fine detail, so that this alone makes no platelet. bf16: convolve
-    in bfloat16 where the processor can: quicker for nets of full convolutions, slower for convolutions in depth.
+    or a shipped `.tflite`, whose answers are learnt too. small_px: side to which crops shrink for the net (not for
+    its teacher) until `small_until`, a share of the run: most is learnt in a half of the time. minutes: of
+    training, over all sessions. epochs: a run of so many instead, however long they take, to be compared with
+    others. rates: share of `rate` for parameters whose names begin so; 0 freezes them, their norms too. thaw_at:
+    progress of the run at which the backbone begins to learn. foreign: sources of which the `train` cells that we
+    named by eye take part; the others are never seen. shares: of an epoch, by kind. weights: of the parts of the
+    loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how much more often a rare class is
+    drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`. undersample: the most
+    pictures of a PBC class that take part; None = all. random_split: seed of a random split of the PBC pictures as
+    the study draws it; None = as given. plain_share: of the crops, keeps the look of its own laboratory; the others
+    get another stain, lamp and optics. normalised_share: of those of other microscopes, is brought to the taught
+    look before, as by the agent; cut_share: of those, by what a piece of the picture shows, as people cut it.
+    soft_share: of the crops, loses its fine detail, so that this alone makes no platelet. bf16: convolve in
+    bfloat16 where the processor can: quicker for nets of full convolutions, slower for convolutions in depth.
     """
 
     backbone: str = "shufflenetv2-x1.0"
     init: Path | None = None
     teacher: Path | None = None
     side_px: int = 128
+    small_px: int | None = None
+    small_until: float = 0.6
     batch: int = 64
     minutes: float = 60
     epochs: int | None = None
@@ -98,7 +102,7 @@ def main() -> None:
     net = CellNet(settings.backbone, len(wording.classes), wording.sizes).to(memory_format=torch.channels_last)
     if not (folder / "last.pt").exists():
         begin_with(net, settings, examples)
-    teacher = load_net(settings.teacher, wording) if settings.teacher else None
+    teacher = load_teacher(settings.teacher, examples, wording) if settings.teacher else None
     steps = settings.epochs * (settings.epoch_crops // settings.batch) if settings.epochs else None
     run = Run(folder, net, settings.rate, settings.minutes, steps, settings.rates)
     loader = train_loader(settings, examples, wording)
@@ -115,7 +119,7 @@ def main() -> None:
         for pixels, labels, attributes, are_cells in loader:
             x = pixels.to(memory_format=torch.channels_last).float() / 255
             with bfloat16(is_wanted=settings.bf16):
-                answers = Answers(*(part.float() for part in net(x)))
+                answers = Answers(*(part.float() for part in net(as_seen(x, settings, run.schedule.progress))))
             parts = loss_parts(answers, labels, attributes, are_cells, wording, settings.label_smoothing)
             if teacher is not None:
                 with torch.inference_mode(), bfloat16():
@@ -129,6 +133,13 @@ def main() -> None:
         figures = {f"val_{name}": value for name, value in judge(run.average.net, views, wording).items()}
         scores = [value for name, value in figures.items() if name.endswith("_accuracy")]
         run.end_epoch(float(np.mean(scores)), facts, **means, **figures)
+
+
+def as_seen(x: Tensor, settings: RunFile, progress: float) -> Tensor:
+    """A batch as the net gets it at this point of the run, see `small_px`."""
+    if settings.small_px is None or progress >= settings.small_until:
+        return x
+    return functional.interpolate(x, settings.small_px, mode="area")
 
 
 def read_run(file: Path) -> RunFile:
@@ -183,16 +194,19 @@ def begin_with(net: CellNet, settings: RunFile, examples: Mapping[str, list[crop
     if settings.init is None:
         return
     if settings.init.suffix == ".tflite":
-        pictures = [
-            crops.square(e.pixels, e.box, settings.side_px) for e in examples["pbc"][:: len(examples["pbc"]) // 256]
-        ]
-        batch = torch.stack([crops.picture_tensor(p) for p in pictures]).float() / 255
+        pictures = some_pictures(examples, settings.side_px)
         try:
-            load_shipped(net, settings.init, batch.split(64))
+            load_shipped(net, settings.init, pictures)
         except FileDoesNotFit:  # a file of version 0.1 has one head
-            load_shipped(net, settings.init, batch.split(64), is_stored=lambda name: not name.startswith(NEW_HEADS))
+            load_shipped(net, settings.init, pictures, is_stored=lambda name: not name.startswith(NEW_HEADS))
         return
     print(f"{settings.init}: {load_fitting(net, settings.init)}")
+
+
+def some_pictures(examples: Mapping[str, list[crops.Example]], side_px: int) -> list[Tensor]:
+    """Batches of PBC crops, for the norms of a shipped file that has none beside it."""
+    pictures = [crops.square(e.pixels, e.box, side_px) for e in examples["pbc"][:: len(examples["pbc"]) // 256]]
+    return list((torch.stack([crops.picture_tensor(p) for p in pictures]).float() / 255).split(64))
 
 
 def freeze(net: nn.Module, starts: Sequence[str]) -> None:
@@ -212,6 +226,20 @@ def load_net(checkpoint: Path, wording: crops.Wording) -> CellNet:
     net = CellNet(state["backbone"], len(wording.classes), wording.sizes)
     net.load_state_dict(state["average"])
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def load_teacher(file: Path, examples: Mapping[str, list[crops.Example]], wording: crops.Wording) -> CellNet:
+    """The averaged net of a run, or the net of a shipped file, whichever of ours that is."""
+    if file.suffix != ".tflite":
+        return load_net(file, wording)
+    for name in SHIPPED:
+        net = CellNet(name, len(wording.classes), wording.sizes)
+        try:
+            load_shipped(net, file, some_pictures(examples, 128))
+        except FileDoesNotFit:
+            continue
+        return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    raise SystemExit(f"{file}: none of {', '.join(SHIPPED)}")
 
 
 def train_loader(

@@ -27,6 +27,7 @@ from agent.inference.selftest import make_answers
 from models.classifier import crops
 from models.classifier.export import ChannelsLast
 from models.common.labels import Rgb
+from models.common.manifests import OTHERS, find_entry, read_manifest, write_manifest
 from models.common.quantize import export_float, quantize_file, renew_entry
 from models.common.warm_start import load_shipped, save_norms
 from models.nets.cellnet import CellNet
@@ -50,12 +51,13 @@ class Base:
         return self.entry.input.shape[1]
 
 
-def open_base(folder: Path, pictures: Sequence[crops.Example]) -> Base:
-    """The net of a folder's classifier. pictures: where no statistics of the norms lie beside the file they give them.
+def open_base(folder: Path, pictures: Sequence[crops.Example], name: str | None = None) -> Base:
+    """The net of a folder's classifier.
 
-    Errors: `ModelError` where the folder is none; `FileDoesNotFit` where its file is of another make.
+    pictures: where no statistics of the norms lie beside the file they give them. name: of one of several classifiers;
+    None = the first. Errors: `ModelError` where the folder is none; `FileDoesNotFit` where its file is of another make.
     """
-    entry = load_manifest(folder).classifier
+    entry = load_manifest(folder).choosing(name).classifier
     wording = wording_of(entry)
     net = CellNet(entry.name, len(entry.classes), wording.sizes)
     squares = [crops.picture_tensor(square) for square in agent_squares(entry, pictures[:256])]
@@ -148,12 +150,14 @@ def write_models(
     facts: figures before and after, written to `signoff.json` for the person who signs the change off.
     """
     output.mkdir(parents=True, exist_ok=True)
-    manifest = json.loads((base.folder / "manifest.json").read_text())
+    manifest = read_manifest(base.folder)
+    manifest["classifier"] = find_entry(manifest, "classifier", base.entry.name)
+    manifest.pop(OTHERS, None)  # they know nothing of this laboratory
     for role in ("detector", "classifier"):
         source, target = base.folder / manifest[role]["file"], output / manifest[role]["file"]
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    shutil.copyfile(base.folder / "manifest.json", output / "manifest.json")
+    write_manifest(output, manifest)
     file = output / base.entry.file
     float_file = file.with_suffix(".float.tflite")
     export_float(ChannelsLast(base.net), base.side_px, float_file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,8 @@ import torch
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
 from torch import nn
+
+from models.common.manifests import put_entry, read_manifest, write_manifest
 
 Tensors = list[dict[str, Any]]
 NO_FLOORS: Mapping[str, float] = MappingProxyType({})
@@ -117,7 +118,7 @@ def renew_entry(
     folder: Path, role: str, describe_output: Callable[[dict[str, Any]], Mapping[str, Any]], **changes: Any
 ) -> None:
     """One entry of a manifest tells the tensors of its file as it is now. describe_output: what is said of each."""
-    entry: dict[str, Any] = json.loads((folder / "manifest.json").read_text())[role]
+    entry = read_manifest(folder)[role]
     found_input, outputs = describe_tensors(folder / entry["file"])
     kept = {key: value for key, value in entry.items() if key not in ("role", "sha256")}
     told = [{**describe_output(output), **output} for output in outputs]
@@ -125,9 +126,8 @@ def renew_entry(
 
 
 def update_manifest(folder: Path, role: str, **facts: Any) -> None:
-    """Replace one model's entry in the manifest of a models folder; the digest is taken from the file itself."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {"manifest": 1}
+    """Write one model's entry into the manifest of a models folder; the digest is taken from the file itself."""
+    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {"manifest": 1}
     digest = hashlib.sha256((folder / facts["file"]).read_bytes()).hexdigest()
-    manifest[role] = {"role": role, **facts, "sha256": digest}
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    put_entry(manifest, {"role": role, **facts, "sha256": digest})
+    write_manifest(folder, manifest)

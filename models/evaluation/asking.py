@@ -26,6 +26,19 @@ def add_options(parser: argparse.ArgumentParser, split: str = "test") -> None:
     parser.add_argument("--split", choices=("train", "val", "test"), default=split)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
+    add_classifier(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--most-tiles", type=int, default=ModelsSection().most_tiles, help="1 = frames as a whole only")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def add_classifier(parser: argparse.ArgumentParser) -> None:
+    """Which of several classifiers is meant."""
+    parser.add_argument("--classifier", metavar="NAME", help="of those in the manifest; default: the first")
+
+
+def section_of(args: argparse.Namespace) -> ModelsSection:
+    """The models that `add_options` was answered with."""
+    return ModelsSection(
+        folder=args.models, classifier=args.classifier, threads=args.threads, most_tiles=args.most_tiles
+    )

@@ -32,11 +32,14 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "mobilenetv2": MobileNetV2,
     "mobilenetv2-x0.5": lambda: MobileNetV2(0.5),
     "darknet-19": Darknet19,
-    "darknet-19-x0.5": lambda: Darknet19(0.5),
+    "darknet-19-x0.25": lambda: Darknet19(0.25),
     "efficientnet-lite0": efficientnet_lite0,
     "yolov10n-backbone": YoloV10nBackbone,
 }
 """By the name that goes into the manifest; efficientnet-lite0 only teaches, yolov10n-backbone is the detector's."""
+
+SHIPPED = ("shufflenetv2-x1.0", "mobilenetv2-x0.5", "darknet-19-x0.25")
+"""Those of which a file is shipped; the agent takes the one that its manifest names."""
 
 
 class Answers(NamedTuple):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as mqtt
@@ -17,10 +15,9 @@ from agent_process import START_S, Bench, wait_until
 from ledger import Ledger
 
 from agent.cli import main
-from agent.config import Config, models_folder
 from agent.delivery.audit import verify
 from agent.delivery.commands import sign
-from agent.inference.manifest import load_manifest
+from tests.model_folders import put_models
 from tests.slides import small_slide
 
 BASE = "hv/1/lab/scope"
@@ -59,18 +56,6 @@ def use_lively_slide(bench: Bench, **keys: Any) -> None:
     bench.config["camera"] = small_slide(interval_s=0.2, nucleated_cells_per_field=3, **keys)
 
 
-def put_next_models(folder: Path) -> None:
-    """The shipped models under another version, where an operator puts new ones."""
-    shipped = models_folder(Config().models)
-    manifest = load_manifest(shipped)
-    for name in ("manifest.json", "golden.json", manifest.detector.file, manifest.classifier.file):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(shipped / name, folder / name)
-    text = json.loads((folder / "manifest.json").read_text())
-    text["classifier"]["version"] = "7.7"
-    (folder / "manifest.json").write_text(json.dumps(text))
-
-
 def version_in(message: Any) -> str:
     return str(message.body["provenance"]["classifier"]["version"])
 
@@ -89,7 +74,7 @@ def test_an_operator_exchanges_the_models_and_the_configuration_and_nobody_else_
     use_lively_slide(bench)
     (bench.folder / "operator.key").write_text(f"{KEY}\n")
     bench.config["commands"] = {"operator": "key", "operator_key_file": "operator.key"}
-    put_next_models(bench.outbox_folder / "models" / "staging" / "next")
+    put_models(bench.outbox_folder / "models" / "staging" / "next", "7.7")
     agent = bench.start()
     wait_fields(ears, lambda _one: True)
     desk = Desk(broker, ears)
@@ -224,7 +209,7 @@ def test_while_the_self_test_fails_nothing_is_counted_until_the_answers_are_ther
     bench.use_broker(broker.port)
     use_lively_slide(bench)
     folder = bench.folder / "mine"
-    put_next_models(folder)
+    put_models(folder, "7.7")
     (folder / "golden.json").rename(folder / "kept.json")
     bench.config["models"]["folder"] = str(folder)
     agent = bench.start()

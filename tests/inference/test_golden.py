@@ -24,10 +24,12 @@ from agent.inference.golden import (
     GoldenCell,
     GoldenField,
     Numbers,
+    answers_name,
     differences,
     read_answers,
     read_fields,
 )
+from agent.inference.manifest import load_manifest
 from agent.inference.models import Models, open_models
 from agent.inference.selftest import GoldenTest, make_answers
 
@@ -95,9 +97,10 @@ def less_sure(by: float) -> Callable[[tuple[Detection, ...]], tuple[Detection, .
     return lambda found: tuple(dataclasses.replace(one, score=max(0.0, one.score - by)) for one in found)
 
 
-def test_the_shipped_models_answer_as_they_are_known_to(models: Models) -> None:
-    """After new model files: `hematovision selftest --models models --make-answers`."""
-    verdict = GoldenTest(SHIPPED).run(models)
+@pytest.mark.parametrize("classifier", [entry.name for entry in load_manifest(SHIPPED).classifiers])
+def test_the_shipped_models_answer_as_they_are_known_to(classifier: str) -> None:
+    """After new model files: `hematovision selftest --models models --make-answers`, with `--classifier` for others."""
+    verdict = GoldenTest(SHIPPED).run(open_models(ModelsSection(classifier=classifier, threads=1)))
     assert verdict.is_passed, verdict.detail
     assert {field.name for field in verdict.fields} == {path.stem for path in FIELDS_FOLDER.glob("*.png")}
 
@@ -289,7 +292,10 @@ def test_the_answers_name_the_shipped_files(models: Models) -> None:
 def test_the_packaged_models_bring_their_answers(tmp_path: Path) -> None:
     """The wheel holds what pyproject.toml names: the answers stand beside the manifest."""
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
-    assert '"models/golden.json" = "agent/_packaged/models/golden.json"' in text
+    manifest = load_manifest(SHIPPED)
+    answers = [answers_name(name) for name in (None, *(entry.name for entry in manifest.other_classifiers))]
+    for name in (*answers, *(entry.file for entry in manifest.entries)):
+        assert f'"models/{name}" = "agent/_packaged/models/{name}"' in text
     shutil.copyfile(SHIPPED / ANSWERS_NAME, tmp_path / ANSWERS_NAME)
     assert read_answers(tmp_path) == read_answers(SHIPPED)
     assert all(np.asarray(pixels).shape == (360, 480, 3) for pixels in read_fields().values())

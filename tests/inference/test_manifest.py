@@ -91,6 +91,48 @@ def test_a_missing_file_says_which(folder: Path) -> None:
         open_models(ModelsSection(folder=folder))
 
 
+def add_classifier(folder: Path, **changes: object) -> None:
+    """Beside the first one of the same file, under another name."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["other_classifiers"] = [{**manifest["classifier"], "name": "another", **changes}]
+    path.write_text(json.dumps(manifest))
+
+
+def test_the_configuration_names_the_classifier_that_is_used(folder: Path) -> None:
+    add_classifier(folder, version="7.7")
+    first = load_manifest(folder).classifier
+    assert open_models(ModelsSection(folder=folder)).classifier.identity.name == first.name
+    assert open_models(ModelsSection(folder=folder, classifier=first.name)).answers_name == "golden.json"
+    models = open_models(ModelsSection(folder=folder, classifier="another"))
+    assert models.classifier.identity.version == models.manifest.classifier.version == "7.7"
+    assert models.answers_name == "golden-another.json"
+    assert {entry.name for entry in models.manifest.classifiers} == {first.name, "another"}
+
+
+def test_a_classifier_that_is_not_there_is_told_with_those_that_are(folder: Path) -> None:
+    add_classifier(folder)
+    first = load_manifest(folder).classifier.name
+    with pytest.raises(ModelError, match=rf"models\.classifier: .* no classifier resnet, but another, {first};"):
+        open_models(ModelsSection(folder=folder, classifier="resnet"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"name": None}, "two classifiers of one name"),
+        ({"classes": ["basophil"]}, "its last size is not the classes'"),
+        ({"crop": {"margin": 0.2, "look": {"ground_bgr": [1, 1, 1], "told_by": ["cat"]}}}, "told_by: unknown class"),
+        ({"name": "../another"}, "name"),
+    ],
+)
+def test_another_classifier_must_fit_as_the_first_does(folder: Path, changes: dict[str, object], told: str) -> None:
+    first = load_manifest(folder).classifier.name
+    add_classifier(folder, **{key: first if value is None else value for key, value in changes.items()})
+    with pytest.raises(ModelError, match=told):
+        load_manifest(folder)
+
+
 def test_a_missing_manifest_says_where(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"manifest\.json: there is no model manifest"):
         open_models(ModelsSection(folder=tmp_path))

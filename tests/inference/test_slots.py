@@ -8,33 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import ModelsSection, models_folder
 from agent.errors import ModelError
-from agent.inference.manifest import load_manifest
 from agent.inference.slots import ACTIVE_NAME, Active, ModelSlots, NothingToSwitchTo
-
-SHIPPED = models_folder(ModelsSection())
+from tests.model_folders import SHIPPED, put_models
 
 pytestmark = pytest.mark.skipif(
     not (SHIPPED / "manifest.json").exists(), reason="the shipped models are not in models/"
 )
 
 
-def put_models(folder: Path, version: str = "9.9") -> Path:
-    """A copy of the shipped models under another version."""
-    manifest = load_manifest(SHIPPED)
-    for name in ("manifest.json", "golden.json", manifest.detector.file, manifest.classifier.file):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(SHIPPED / name, folder / name)
-    text = json.loads((folder / "manifest.json").read_text())
-    text["classifier"]["version"] = version
-    (folder / "manifest.json").write_text(json.dumps(text))
-    return folder
-
-
 @pytest.fixture
 def slots(tmp_path: Path) -> ModelSlots:
-    put_models(tmp_path / "staging" / "next")
+    put_models(tmp_path / "staging" / "next", "9.9")
     return ModelSlots(tmp_path / "models", SHIPPED, tmp_path / "staging")
 
 
@@ -63,6 +48,23 @@ def test_staged_models_are_copied_activated_and_rolled_back(slots: ModelSlots) -
     assert tried == [slots.path("a")]
     assert slots.active.slot == "a"
     assert slots.switch(take, is_rollback=True) == Active("base", "a", 0)
+
+
+def test_all_classifiers_of_a_folder_are_staged_with_their_answers(slots: ModelSlots, tmp_path: Path) -> None:
+    folder = tmp_path / "staging" / "next"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    another = {**manifest["classifier"], "name": "another", "file": "classifier/another.tflite"}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "other_classifiers": [another]}))
+    shutil.copyfile(folder / manifest["classifier"]["file"], folder / another["file"])
+    (folder / "golden-another.json").write_text("{}")
+    slots.stage("next")
+    staged = slots.path("a")
+    assert (staged / another["file"]).read_bytes() == (folder / another["file"]).read_bytes()
+    assert (staged / "golden-another.json").read_text() == "{}"
+
+    (folder / another["file"]).write_bytes(b"half")
+    with pytest.raises(ModelError, match=r"another\.tflite: refused"):
+        slots.stage("next")
 
 
 def test_the_slot_in_use_is_never_written_to(slots: ModelSlots) -> None:

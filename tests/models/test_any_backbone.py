@@ -25,7 +25,7 @@ pytestmark = pytest.mark.train
 SIDE_PX = 64
 
 
-@pytest.mark.parametrize("backbone", ["mobilenetv2", "darknet-19-x0.5", "shufflenetv2-x0.5"])
+@pytest.mark.parametrize("backbone", ["mobilenetv2", "darknet-19-x0.25", "shufflenetv2-x0.5"])
 def test_a_folder_with_another_backbone_answers_as_its_net_and_can_be_learnt_from(
     backbone: str, tmp_path: Path
 ) -> None:
@@ -49,7 +49,7 @@ def test_a_folder_with_another_backbone_answers_as_its_net_and_can_be_learnt_fro
     args = argparse.Namespace(version="9.9.9")
     write_entry(folder, file, backbone, wording, args, "a test", {})
 
-    models = open_models(ModelsSection(folder=folder))
+    models = open_models(ModelsSection(folder=folder, classifier=backbone))
     assert models.classifier.identity.name == backbone
     with torch.inference_mode():
         told = net(batch).classes.softmax(1).numpy()
@@ -57,4 +57,4 @@ def test_a_folder_with_another_backbone_answers_as_its_net_and_can_be_learnt_fro
         answer = models.classifier.classify(np.ascontiguousarray(picture[..., ::-1]))
         assert list(answer.probabilities.values()) == pytest.approx(shares, abs=0.1)
     examples = [crops.Example(picture, (32, 32, 40, 40), 0, wording.no_attributes) for picture in pictures]
-    assert open_base(folder, examples).entry.name == backbone
+    assert open_base(folder, examples, backbone).entry.name == backbone

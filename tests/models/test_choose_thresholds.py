@@ -11,8 +11,9 @@ import pytest
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models import choose_thresholds
-from models.choose_thresholds import change_entry, contradicted_share
+from models.choose_thresholds import contradicted_share
 from models.common.labels import DETECTOR_CLASSES, CellImage, read_complete_fields
+from models.common.manifests import change_entry
 
 
 def test_how_often_a_detectors_class_contradicts_the_name_is_never_told_as_never() -> None:

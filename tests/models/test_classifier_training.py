@@ -13,8 +13,18 @@ import numpy as np
 import torch
 
 from agent.analysis.preprocessing import Look
+from agent.inference.manifest import load_manifest
 from models.classifier import crops
-from models.classifier.train import RunFile, freeze, read_run, teacher_losses, train_loader, undersampled
+from models.classifier.train import (
+    RunFile,
+    as_seen,
+    freeze,
+    load_teacher,
+    read_run,
+    teacher_losses,
+    train_loader,
+    undersampled,
+)
 from models.common.labels import CellImage
 from models.common.training import Run, told_command
 from models.evaluation.names import cut_picture
@@ -122,6 +132,27 @@ def test_a_teacher_who_agrees_costs_nothing_and_crops_without_a_cell_do_not_coun
     assert [float(loss) for loss in elsewhere.values()] == pytest.approx([0, 0], abs=1e-6)
     flipped = Answers(told.classes.flip(1), told.morphology.flip(1), told.is_cell)
     assert all(loss > 0.01 for loss in teacher_losses(flipped, told, NO_LABELS, are_cells, WORDING).values())
+
+
+def test_a_shipped_file_teaches_whichever_net_it_holds() -> None:
+    entry = load_manifest(Path("models")).classifier
+    wording = crops.Wording(entry.classes, entry.morphology.attributes if entry.morphology else {})
+    pixels = np.random.default_rng(1).integers(0, 256, (160, 160, 3), np.uint8)
+    examples = {"pbc": [crops.Example(pixels, (80, 80, 100, 100), 0, wording.no_attributes)] * 256}
+    teacher = load_teacher(Path("models") / entry.file, examples, wording)
+    with torch.inference_mode():
+        told = teacher(torch.from_numpy(pixels[:128, :128].transpose(2, 0, 1).copy())[None].float() / 255)
+    assert not teacher.training
+    assert told.classes.shape == (1, len(entry.classes))
+    with pytest.raises(SystemExit, match=r"yolov10n\.tflite: none of shufflenetv2-x1\.0, mobilenetv2"):
+        load_teacher(Path("models/detector/yolov10n.tflite"), examples, wording)
+
+
+@pytest.mark.parametrize(("progress", "side_px"), [(0.0, 48), (0.59, 48), (0.6, 64)])
+def test_crops_are_small_for_the_first_part_of_a_run(progress: float, side_px: int) -> None:
+    settings = RunFile(shares={"pbc": 1.0}, side_px=64, small_px=48, small_until=0.6)
+    assert as_seen(torch.rand(2, 3, 64, 64), settings, progress).shape == (2, 3, side_px, side_px)
+    assert as_seen(torch.rand(2, 3, 64, 64), RunFile(shares={"pbc": 1.0}), progress).shape[-1] == 64
 
 
 def test_nobody_listens_to_a_teacher_who_names_a_cell_wrongly() -> None:
