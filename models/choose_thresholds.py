@@ -36,7 +36,7 @@ from models.common.manifests import Changes, change_entry
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
 from models.evaluation.boxes import boxes_of, found_boxes
-from models.evaluation.names import cells_of_fields, classify_cell
+from models.evaluation.names import SeenField, answer_in_fields, cells_of_fields
 
 SCORES = np.arange(0.05, 0.96, 0.05)
 NOTHING = np.empty((0, 5), np.float32)
@@ -150,8 +150,8 @@ def choose_classifier(models: Models, data: Path) -> dict[str, float]:
     """temperature, min_cell_probability and min_probability; the folder's own temperature must be 1."""
     classes = models.manifest.classifier.classes
     pbc = Judged.of(pbc_answers(models, data), classes)
-    named = cells_of_fields(data, "val")
-    others = Judged.of([(str(c.class_name), classify_cell(models, c)) for c in named], classes)
+    named = answer_in_fields(models, cells_of_fields(data, "val"), SeenField.classify)
+    others = Judged.of([(str(cell.class_name), answer) for cell, answer in named], classes)
     losses = [negative_log_likelihood(pbc.logs / t, pbc.truth) for t in TEMPERATURES]
     temperature = float(TEMPERATURES[int(np.argmin(losses))])
     least_cell = float(np.floor(np.quantile(np.concatenate((pbc.cell, others.cell)), CELLS_GIVEN_UP) * 100) / 100)

@@ -47,7 +47,7 @@ from models.common.metrics import detection_figures
 from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
 from models.evaluation.boxes import field_boxes
 from models.evaluation.counts import middle_cell
-from models.evaluation.names import name_place
+from models.evaluation.names import SeenField, by_field
 
 STEPS = {
     "none": PreprocessingSection(),
@@ -138,7 +138,7 @@ class Seen:
 
     fields: Sequence[tuple[FieldImage, Pixels]]
     cells: Sequence[tuple[CellImage, Pixels]]
-    foreign: Sequence[tuple[NamedBox, Pixels]]
+    foreign: Sequence[tuple[Sequence[NamedBox], Pixels]]
 
 
 def measure(bench: Bench, data: Path, split: str, every: int) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def look_at(
     return Seen(
         [(field, seen(field.path)) for field in fields],
         [(cell, seen(cell.path)) for cell in cells],
-        [(cell, seen(cell.path)) for cell in foreign],
+        [(found, seen(path)) for path, found in by_field(foreign).items()],
     )
 
 
@@ -185,8 +185,10 @@ def measure_one(bench: Bench, seen: Seen) -> dict[str, float]:
         named.append(middle is not None and middle.class_name == cell.class_name)
         counted.append(named[-1] and middle is not None and middle.status is not CellStatus.UNIDENTIFIED)
     elsewhere = [
-        name_place(bench.models, preprocess(pixels, bench.preprocessing), Box(*cell.box)).class_name == cell.class_name
-        for cell, pixels in seen.foreign
+        field.name(Box(*cell.box)).class_name == cell.class_name
+        for cells, pixels in seen.foreign
+        for field in [SeenField.of(bench.models, preprocess(pixels, bench.preprocessing))]
+        for cell in cells
     ]
     return {
         "detector": detection_figures(found, bench.models.manifest.detector.classes)["all"].map50,

@@ -33,8 +33,8 @@ from agent.inference.models import Models, open_models
 from models.common.labels import NamedBox, read_fields
 from models.common.manifests import change_entry
 from models.common.quantize import begin_folder
-from models.evaluation.asking import MAX_MEGAPIXELS, progress
-from models.evaluation.names import name_cell, named_cells, trust_in
+from models.evaluation.asking import MAX_MEGAPIXELS
+from models.evaluation.names import answer_in_fields, named_cells, trust_in
 
 JUDGED = ("val", "test")
 
@@ -102,8 +102,7 @@ def without_look(models: Models) -> Models:
 
 def judge(models: Models, cells: Sequence[NamedBox]) -> dict[str, Any]:
     """Names of cells in their fields."""
-    pairs = [(cell, name_cell(models, cell)) for cell in progress(cells, "cells")]
-    return trust_in(pairs, models.naming_rules())
+    return trust_in(answer_in_fields(models, cells), models.naming_rules())
 
 
 def show(figures: dict[str, Any], *, is_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from agent.analysis.cells import NamingRules, typical_red_cell_px
 from agent.analysis.crops import CropCutter
 from agent.camera.decoding import decode_file
-from agent.domain import Attribute, Box, Classification, Pixels
+from agent.domain import Attribute, Box, Classification, Detection, Pixels
 from agent.inference.models import Models
 from models.common.labels import (
     CellImage,
@@ -121,8 +121,8 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
     """
     cells = cells_of_fields(data, split)
     by_source: dict[str, list[tuple[NamedBox, Classification]]] = {}
-    for cell in progress(cells, "cells"):
-        by_source.setdefault(cell.source, []).append((cell, name_cell(models, cell)))
+    for cell, answer in answer_in_fields(models, cells):
+        by_source.setdefault(cell.source, []).append((cell, answer))
     classes = models.manifest.classifier.classes
     sources = {}
     for source, pairs in by_source.items():
@@ -188,29 +188,54 @@ def cut_picture(pixels: Pixels, box: tuple[float, float, float, float], width: f
     return np.ascontiguousarray(pixels[top : max(top + 2, round(y + reach)), left : max(left + 2, round(x + reach))])
 
 
-def classify_cell(models: Models, cell: NamedBox) -> Classification:
-    """The classifier's own answer for a box of a field, cut as the agent cuts it."""
-    pixels = decode_file(cell.path, MAX_MEGAPIXELS)
-    return models.classifier.classify(models.cutter(pixels, models.detector.detect(pixels)).around(Box(*cell.box)))
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SeenField:
+    """A decoded field and what the detector finds in it: asked once, however many of its cells are named."""
+
+    models: Models
+    pixels: Pixels
+    detections: Sequence[Detection]
+
+    @classmethod
+    def of(cls, models: Models, pixels: Pixels) -> SeenField:
+        return cls(models, pixels, models.detector.detect(pixels))
+
+    def classify(self, box: Box) -> Classification:
+        """The classifier's own answer, the cell cut as the agent cuts it."""
+        return self.models.classifier.classify(self.models.cutter(self.pixels, self.detections).around(box))
+
+    def name(self, box: Box) -> Classification:
+        """What the agent would say if it had cut there, both models heard."""
+        answer = self.classify(box)
+        classified = self.models.manifest.detector.classified
+        found = [d for d in self.detections if d.class_name in classified]
+        overlaps = box_overlaps(corners_of([box]), corners_of([d.box for d in found]))[0]
+        if overlaps.max(initial=0) < SAME_CELL:
+            return answer
+        height, width = self.pixels.shape[:2]
+        red_cell_px = typical_red_cell_px(self.detections, classified, (width, height))
+        return self.models.naming_rules().weigh(answer, found[int(overlaps.argmax())], red_cell_px)
 
 
-def name_cell(models: Models, cell: NamedBox) -> Classification:
-    """The name of a labelled cell of a field, both models heard."""
-    return name_place(models, decode_file(cell.path, MAX_MEGAPIXELS), Box(*cell.box))
+def answer_in_fields(
+    models: Models,
+    cells: Sequence[NamedBox],
+    ask: Callable[[SeenField, Box], Classification] = SeenField.name,
+) -> list[tuple[NamedBox, Classification]]:
+    """Each labelled cell and the answer to it, field by field."""
+    answers = []
+    for path, found in progress(by_field(cells).items(), "fields"):
+        field = SeenField.of(models, decode_file(path, MAX_MEGAPIXELS))
+        answers += [(cell, ask(field, Box(*cell.box))) for cell in found]
+    return answers
 
 
-def name_place(models: Models, pixels: Pixels, box: Box) -> Classification:
-    """The same for decoded pixels: what the agent would say if it had cut there."""
-    detections = models.detector.detect(pixels)
-    answer = models.classifier.classify(models.cutter(pixels, detections).around(box))
-    classified = models.manifest.detector.classified
-    found = [d for d in detections if d.class_name in classified]
-    overlaps = box_overlaps(corners_of([box]), corners_of([d.box for d in found]))[0]
-    if overlaps.max(initial=0) < SAME_CELL:
-        return answer
-    height, width = pixels.shape[:2]
-    red_cell_px = typical_red_cell_px(detections, classified, (width, height))
-    return models.naming_rules().weigh(answer, found[int(overlaps.argmax())], red_cell_px)
+def by_field(cells: Sequence[NamedBox]) -> dict[Path, list[NamedBox]]:
+    """Labelled cells by the path of their field."""
+    found: dict[Path, list[NamedBox]] = {}
+    for cell in cells:
+        found.setdefault(cell.path, []).append(cell)
+    return found
 
 
 SAME_CELL = 0.3
