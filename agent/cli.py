@@ -172,7 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
     classify = add(
         "classify",
         "name single cells: each picture is the crop of one cell",
-        "Cut tightly or with its surroundings: the cell in the middle is looked for and cut anew.",
+        "Cut tightly or with its surroundings: the cell in the middle\n"
+        "is looked for and cut anew; where none lies there, the largest.",
         "hematovision classify --json crops/*.png",
     )
     _add_paths(classify, "picture of one cell, or a folder of such pictures")

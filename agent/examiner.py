@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def examine(pixels_bgr: Pixels, config: Config, bench: Bench) -> Examined:
-    """The cells of a picture, and of a small one the class of the cell in its middle."""
+    """The cells of a picture, and of a small one the class of the cell in its middle, or else of its largest."""
     begun_s = time.monotonic()
     height_px, width_px = pixels_bgr.shape[:2]
     one_cell = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import cast
 
@@ -86,6 +86,29 @@ def central_detection(
             and detection.box.y_min <= y <= detection.box.y_max
         ),
         key=lambda detection: (detection.box.centre_px[0] - x) ** 2 + (detection.box.centre_px[1] - y) ** 2,
+        default=None,
+    )
+
+
+def shown_detection(
+    detections: Sequence[Detection], classes: Collection[str], width_px: int, height_px: int, min_score: float
+) -> Detection | None:
+    """The cell that a picture is about, of these detector classes: the one in its middle, however faint.
+
+    Where none lies there the largest that is found with min_score, one that the picture's edge cuts taken for half as
+    large: people's pictures are cut at the edge of a field, or are the field.
+    """
+    central = central_detection(detections, classes, width_px, height_px)
+    if central is not None:
+        return central
+
+    def size(box: Box) -> float:
+        is_whole = box.x_min > 0 and box.y_min > 0 and box.x_max < width_px and box.y_max < height_px
+        return box.width_px * box.height_px * (1.0 if is_whole else 0.5)
+
+    return max(
+        (found for found in detections if found.class_name in classes and found.score >= min_score),
+        key=lambda found: size(found.box),
         default=None,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agent.analysis.cells import NamingRules, typical_red_cell_px
-from agent.analysis.crops import CropCutter, central_detection
+from agent.analysis.crops import CropCutter, shown_detection
 from agent.analysis.morphology import describe
 from agent.config import ModelsSection, models_folder
 from agent.domain import Classification, Detection, Pixels
@@ -47,18 +47,18 @@ class Models:
         """The class of the one cell that a picture is about.
 
         pixels_bgr: uint8, (height, width, 3), B G R. People cut cells tightly or with half a field around them; the
-        classifier was taught on crops of one kind. So the cell in the middle is looked for and cut again as in a
-        field, and both models are heard; where the detector sees none, the whole picture is the crop.
+        classifier was taught on crops of one kind. So the cell in the middle, or else the largest, is looked for and
+        cut again as in a field, and both models are heard; where the detector sees none, the whole picture is the crop.
         """
         height, width = pixels_bgr.shape[:2]
         classified = self.manifest.detector.classified
         detections = self.detector.detect(pixels_bgr, CENTRAL_CELL_SCORE)
-        central = central_detection(detections, classified, width, height)
+        shown = shown_detection(detections, classified, width, height, self.manifest.detector.thresholds.min_score)
         cutter = self.cutter(pixels_bgr, detections)
-        if central is None:
+        if shown is None:
             return self.classifier.classify(cutter.whole())
         red_cell_px = typical_red_cell_px(detections, classified, (width, height))
-        return self.naming_rules().weigh(self.classifier.classify(cutter.around(central.box)), central, red_cell_px)
+        return self.naming_rules().weigh(self.classifier.classify(cutter.around(shown.box)), shown, red_cell_px)
 
     def cutter(self, pixels_bgr: Pixels, detections: Iterable[Detection]) -> CropCutter:
         """Cuts the classifier's crops from a picture as the manifest says.

@@ -148,7 +148,7 @@ def cells_of_fields(data: Path, split: str) -> list[NamedBox]:
 
 
 def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
-    """The same cells as pictures that people cut, from too tight to three times as wide, as `classify` takes them."""
+    """The same cells as pictures that people cut, from too tight to most of the field, as `classify` takes them."""
     cells = named_cells(data, (split,))
     rules = models.naming_rules()
     framings: dict[str, list[tuple[bool, bool]]] = {f"{width:g}": [] for width in FRAMINGS}
@@ -160,7 +160,7 @@ def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
     return {"framings": {width: trust_figures(*np.array(found).T) for width, found in framings.items()}}
 
 
-FRAMINGS = (0.9, 1.0, 1.2, 1.6, 2.2, 3.0)
+FRAMINGS = (0.9, 1.0, 1.2, 1.6, 2.2, 3.0, 5.0)
 """Sides of the pictures, in sides of the cell's box."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.analysis.crops import CropCutter, central_detection, cut_crop, whole_crop
+from agent.analysis.crops import CropCutter, central_detection, cut_crop, shown_detection, whole_crop
 from agent.analysis.preprocessing import Look, Relook, look_lab
 from agent.analysis.quality import ground_colour
 from agent.domain import Box, Detection, Pixels
@@ -45,6 +45,22 @@ def test_the_central_cell_is_the_nearest_whose_box_holds_the_middle() -> None:
     red = Detection(Box(45, 45, 55, 55), "RBC", 0.9)
     assert central_detection((wide, near, aside, red), ("WBC", "platelet"), 100, 100) is near
     assert central_detection((aside, red), ("WBC", "platelet"), 100, 100) is None
+
+
+def test_where_none_holds_the_middle_the_largest_sure_cell_is_shown_and_a_cut_one_counts_half() -> None:
+    whole, cut, small = Box(60, 60, 90, 90), Box(60, 0, 100, 30), Box(5, 5, 20, 20)
+    found = [Detection(box, "WBC", 0.6) for box in (small, whole, cut)]
+    red = Detection(Box(1, 55, 45, 99), "RBC", 0.9)
+
+    def shown(*detections: Detection) -> Box | None:
+        answer = shown_detection(detections, ("WBC", "platelet"), 100, 100, 0.5)
+        return None if answer is None else answer.box
+
+    assert shown(red, *found) == whole
+    assert shown(red, found[0], found[2]) == cut
+    assert shown(red, Detection(whole, "WBC", 0.4)) is None
+    faint = Detection(Box(40, 40, 60, 60), "platelet", 0.1)
+    assert shown(*found, faint) == faint.box
 
 
 CELL = Box(24, 16, 36, 28)

@@ -45,12 +45,14 @@ def test_nine_in_ten_real_test_cells_are_named_rightly(models: Models) -> None:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the labelled images of ../shared/data are not on this machine")
-def test_nine_in_ten_cells_that_fill_their_picture_are_named_rightly(models: Models) -> None:
+@pytest.mark.parametrize("width", [1.0, 3.0, 5.0])
+def test_nine_in_ten_cells_are_named_rightly_however_much_a_picture_shows(width: float, models: Models) -> None:
+    """From pictures that the cell fills to half a field, at whose edge it may lie."""
     from models.common.labels import read_foreign_cells
     from models.evaluation.names import cut_picture
 
     cells = [cell for cell in read_foreign_cells(DATA, ("test",)) if cell.class_name is not None][::4]
-    pictures = [cut_picture(cv2.imread(str(cell.path)), cell.box, 1.0) for cell in cells]
+    pictures = [cut_picture(cv2.imread(str(cell.path)), cell.box, width) for cell in cells]
     names = [models.name_central_cell(picture).class_name for picture in pictures]
     assert np.mean([name == cell.class_name for name, cell in zip(names, cells, strict=True)]) > 0.9
 
