@@ -42,6 +42,7 @@ from agent.errors import (
 )
 from agent.inference.manifest import load_manifest
 from agent.offline import AlbumError
+from tests.model_folders import put_models
 
 TOP = Path(__file__).resolve().parent.parent
 COMMANDS = ("run", "infer", "classify", "demo", "check-config", "selftest", "outbox", "ask", "audit", "version")
@@ -556,9 +557,7 @@ def test_selftest_passes_for_the_shipped_models_and_says_how_each_field_was_comp
 def test_models_without_answers_fail_until_one_command_has_made_them(
     call: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    from inference.test_slots import put_models
-
-    folder = put_models(tmp_path / "mine")
+    folder = put_models(tmp_path / "mine", "9.9")
     (folder / "golden.json").unlink()
     code, out, _ = call("selftest", "--models", folder)
     assert code == 1
