@@ -68,6 +68,7 @@ def main() -> None:
         "split": args.split,
         "runtime": models.runtime,
         "delegate": models.delegate,
+        "names": {"detector": models.detector.identity.name, "classifier": models.classifier.identity.name},
         "sha256": {"detector": models.detector.identity.sha256, "classifier": models.classifier.identity.sha256},
         **figures,
     }

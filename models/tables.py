@@ -4,6 +4,10 @@
         python -m models.evaluate $what --json > runs/figures/$what.json
         python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
     done
+    for name in mobilenetv2-x0.5 darknet-19-x0.25; do     # others of the manifest; also --models runs/float
+        python -m models.evaluate classifier --classifier $name --json > runs/figures/classifier-$name.json
+        python -m models.evaluate microscopes --classifier $name --json > runs/figures/microscopes-$name.json
+    done
     python -m models.robustness --split val --json > runs/figures/robustness.json
     python -m models.tables runs/figures                                     # on standard output
     python -m models.tables runs/figures models/*/MODEL_CARD.md              # into the cards, between their marks
@@ -33,6 +37,8 @@ def main() -> None:
             "usage: python -m models.tables FOLDER [CARD ...]   (FOLDER: of JSON files from models.evaluate)"
         )
     found = {what: draw(folder, what) for what in TABLES if (folder / f"{what}.json").exists()}
+    if any(folder.glob("classifier-*.json")):
+        found["classifiers"] = draw_classifiers(folder)
     for card in cards:
         card.write_text(fill(card.read_text(), found))
     if not cards:
@@ -46,6 +52,27 @@ def draw(folder: Path, what: str) -> str:
     with contextlib.redirect_stdout(drawn):
         TABLES[what](json.loads((folder / f"{what}.json").read_text()), read(folder / f"float-{what}.json"))
     return drawn.getvalue()
+
+
+def draw_classifiers(folder: Path) -> str:
+    """A line for each classifier that was measured: `classifier.json`, and `classifier-NAME.json` of the others."""
+    rows = []
+    for file in [folder / "classifier.json", *sorted(folder.glob("classifier-*.json"))]:
+        figures, other = json.loads(file.read_text()), read(folder / f"float-{file.name}")
+        elsewhere = read(folder / file.name.replace("classifier", "microscopes", 1)) or {"sources": {}}
+        row: list[object] = [figures["names"]["classifier"], figures["accuracy"], other["accuracy"] if other else "-"]
+        row += [figures["macro_f1"], figures["accuracy_at_coverage"]["0.95"], figures["calibration_error"]["after"]]
+        row.append(figures["morphology"]["mean_accuracy"] if figures.get("morphology") else "-")
+        row += [elsewhere["sources"].get(source, {}).get("accuracy", "-") for source in ELSEWHERE]
+        rows.append([f"{value:.4f}" if isinstance(value, float) else value for value in row])
+    header = ("classifier", "accuracy", "float", "macro-F1", "surest 95 %", "calibration error", "morphology")
+    drawn = io.StringIO()
+    with contextlib.redirect_stdout(drawn):
+        table((*header, *(f"{source} accuracy" for source in ELSEWHERE)), rows)
+    return drawn.getvalue()
+
+
+ELSEWHERE = ("bccd", "raabin")
 
 
 def fill(card: str, found: Mapping[str, str]) -> str:

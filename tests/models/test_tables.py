@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models.tables import fill
+from models.tables import draw_classifiers, fill
 
 TOP = Path(__file__).parents[2]
 KINDS = {"kinds": {"red cell": {"n": 312, "named": 0.25, "auroc": 0.98894}}}
@@ -37,3 +37,16 @@ def test_the_shipped_cards_have_a_place_for_each_evaluation() -> None:
     texts = [(TOP / f"models/{role}/MODEL_CARD.md").read_text() for role in ("detector", "classifier")]
     for what in ("detector", "classifier", "two-stage", "microscopes", "no-cell"):
         assert sum(f"<!-- figures: {what} -->" in text for text in texts) == 1, what
+
+
+def test_each_classifier_that_was_measured_has_a_line(tmp_path: Path) -> None:
+    measured = {"macro_f1": 0.9, "accuracy_at_coverage": {"0.95": 0.99}, "calibration_error": {"after": 0.01}}
+    for name, accuracy in (("first", 0.98), ("second", 0.96)):
+        suffix = "" if name == "first" else f"-{name}"
+        figures = {"names": {"classifier": name}, "accuracy": accuracy, **measured}
+        (tmp_path / f"classifier{suffix}.json").write_text(json.dumps(figures))
+    (tmp_path / "float-classifier-second.json").write_text(json.dumps({"accuracy": 0.965}))
+    (tmp_path / "microscopes-second.json").write_text(json.dumps({"sources": {"raabin": {"accuracy": 0.75}}}))
+    first, second = draw_classifiers(tmp_path).splitlines()[2:4]
+    assert first == "| first | 0.9800 | - | 0.9000 | 0.9900 | 0.0100 | - | - | - |"
+    assert second == "| second | 0.9600 | 0.9650 | 0.9000 | 0.9900 | 0.0100 | - | - | 0.7500 |"
