@@ -121,8 +121,10 @@ class Workshop:
         return Done(f"what is usual is learnt anew, from the next {slides} slides", {"slides": slides})
 
     def stage(self, name: str) -> Done:
-        """Check models and copy them into the free slot. Raises ModelError."""
-        manifest = self._slots.stage(name)
+        """Check models and copy them into the free slot. Raises ModelError; also where the configured classifier is not
+        among them.
+        """
+        manifest = self._slots.stage(name).choosing(self.work.config.models.classifier)
         facts: dict[str, Any] = {
             entry.role: model_words(entry.identity) for entry in (manifest.detector, manifest.classifier)
         }

@@ -170,6 +170,23 @@ def test_infer_prints_the_field_payload_of_each_picture_in_natural_order(
 
 
 @needs_models
+def test_infer_names_cells_with_the_classifier_that_the_configuration_names(
+    fields_folder: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    config = tmp_path / "config.yaml"
+    for entry in load_manifest(packaged_folder() / "models").classifiers:
+        config.write_text(f"models: {{classifier: {entry.name}}}\n")
+        code, out, _ = call("infer", "--json", "--config", config, fields_folder / "field2.png")
+        (line,) = json_lines(out)
+        assert (code, line["provenance"]["classifier"]["name"]) == (0, entry.name)
+        assert line["provenance"]["classifier"]["sha256"] == entry.sha256
+    config.write_text("models: {classifier: resnet}\n")
+    code, out, err = call("infer", config.parent, "--config", config)
+    assert (code, out) == (3, "")
+    assert "models.classifier: these models have no classifier resnet, but" in err
+
+
+@needs_models
 def test_infer_goes_on_after_what_it_cannot_read_and_ends_with_1(
     fields_folder: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ):

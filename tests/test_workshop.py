@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from agent.config import Config, config_sha256, loads
 from agent.desk import Refused
 from agent.errors import ConfigError, ModelError
 from agent.health import Health
+from agent.inference.manifest import load_manifest
 from agent.inference.selftest import GoldenTest
 from agent.inference.slots import ModelSlots
 from agent.workshop import LIVE_KEYS, SELF_TEST_AGAIN_S, SELF_TEST_EVERY_S, Work, Workshop
@@ -135,6 +137,23 @@ def test_altered_models_are_not_staged_and_the_ones_in_use_stay(place: Place, tm
     with pytest.raises(ModelError, match="SHA-256"):
         place.workshop.stage("next")
     assert place.changes == []
+
+
+def test_the_configured_classifier_counts_and_must_be_among_those_that_come_next(tmp_path: Path) -> None:
+    name = load_manifest(SHIPPED).other_classifiers[0].name
+    place = Place(tmp_path, f"models: {{threads: 1, classifier: {name}}}")
+    assert place.workshop.work.bench.provenance.classifier.name == name
+    assert place.workshop.self_test().is_passed
+    folder = put_models(tmp_path / "staging" / "next", "7.7")
+    staged = place.workshop.stage("next")
+    assert name in staged.facts["classifier"]
+    assert name in str(place.workshop.activate().facts["models"])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["other_classifiers"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=f"no classifier {name}"):
+        place.workshop.stage("next")
+    assert place.workshop.work.bench.provenance.classifier.name == name
 
 
 def test_a_self_test_is_told_to_health(place: Place) -> None:
