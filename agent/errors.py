@@ -37,6 +37,10 @@ class ModelError(HematoVisionError):
     """A model file or its manifest is missing, altered or of the wrong shape."""
 
 
+class ClassifierUnknown(ModelError):
+    """A classifier was asked for by a name that the manifest does not have; the models themselves may be good."""
+
+
 class CameraError(HematoVisionError):
     """The camera cannot be opened or has stopped delivering frames."""
 

@@ -32,7 +32,8 @@ from agent.web.examining import read_block, write_block
 from agent.web.views import cell_body
 
 LARGEST_CROP_PX = 512
-"""px; a picture whose longer side has no more may show one cell: the class of the one in its middle is told too."""
+"""px; a picture whose longer side has no more may show one cell: the class of the one in its middle, or else of the
+largest, is told too."""
 
 SAMPLE_ID = "picture"
 """The sample in the cells' ids; no agent counts one of this name from an upload."""
@@ -71,7 +72,8 @@ def examine(pixels_bgr: Pixels, config: Config, bench: Bench) -> Examined:
     height_px, width_px = pixels_bgr.shape[:2]
     one_cell = None
     if max(width_px, height_px) <= LARGEST_CROP_PX:
-        answer = bench.models.name_central_cell(preprocess(pixels_bgr, config.preprocessing))
+        pixels = preprocess(pixels_bgr, config.preprocessing)
+        answer = bench.models.name_central_cell(pixels, config.models.min_score)
         one_cell = _classification_body(answer, bench)
     body: Body = {"size_px": [width_px, height_px], "one_cell": one_cell, "cells": [], "refused": []}
     if min(width_px, height_px) >= MIN_FIELD_SIDE_PX:

@@ -147,7 +147,7 @@ def classify_pictures(
         except FrameUnreadable as error:
             yield Unread(picture.source, error.reason)
             continue
-        answer = models.name_central_cell(preprocess(pixels_bgr, config.preprocessing))
+        answer = models.name_central_cell(preprocess(pixels_bgr, config.preprocessing), config.models.min_score)
         yield Classified(picture.source, answer, models.describe(answer))
 
 

@@ -17,7 +17,6 @@ from agent.config import (
     BrokerSection,
     Config,
     load_reference_intervals,
-    models_folder,
     read_operator_key,
     read_secret,
     read_web_password,
@@ -39,7 +38,7 @@ from agent.errors import (
 )
 from agent.inference.models import open_models
 from agent.inference.selftest import GoldenTest
-from agent.supervisor import import_page
+from agent.supervisor import folder_in_use, import_page
 
 FIRST_FRAME_TIMEOUT_S = 20.0
 """s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
@@ -91,8 +90,9 @@ def _try_passwords(config: Config) -> str:
 
 def _try_models(config: Config) -> str:
     """Load both models and ask them the golden fields; opening checks their digests and tensors."""
-    models = open_models(config.models)
-    verdict = GoldenTest(models_folder(config.models)).run(models)
+    folder = folder_in_use(config)
+    models = open_models(config.models.model_copy(update={"folder": folder}))
+    verdict = GoldenTest(folder).run(models)
     if not verdict.is_passed:
         raise ModelError(verdict.detail)
     names = [

@@ -18,7 +18,7 @@ from agent.bench import Bench, make_bench
 from agent.config import Config, SampleSection, config_sha256
 from agent.delivery.messages import model_words
 from agent.desk import Done, Refused
-from agent.errors import ModelError
+from agent.errors import ClassifierUnknown, ModelError
 from agent.health import Health, SelfTest
 from agent.inference.models import Models, open_models
 from agent.inference.selftest import GoldenTest
@@ -124,7 +124,7 @@ class Workshop:
         """Check models and copy them into the free slot. Raises ModelError; also where the configured classifier is not
         among them.
         """
-        manifest = self._slots.stage(name).choosing(self.work.config.models.classifier)
+        manifest = self._slots.stage(name, self.work.config.models.classifier)
         facts: dict[str, Any] = {
             entry.role: model_words(entry.identity) for entry in (manifest.detector, manifest.classifier)
         }
@@ -202,6 +202,8 @@ class Workshop:
                 test = self._test(models, golden)
                 if active.slot != "base":
                     _require(test)
+            except ClassifierUnknown:  # it is the configuration that must be mended: the models stay active
+                raise
             except ModelError as error:
                 if active.slot == "base":
                     raise

@@ -30,9 +30,10 @@ from agent.analysis.crops import central_detection
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Classification
+from agent.inference.manifest import MANIFEST_NAME
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_complete_fields
-from models.common.manifests import Changes, change_entry
+from models.common.manifests import Changes, change_entry, find_entry, read_manifest
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
 from models.evaluation.boxes import boxes_of, found_boxes
@@ -50,6 +51,9 @@ CELLS_GIVEN_UP = 0.005
 def main() -> None:
     args = parse()
     chosen: dict[str, Changes] = {}
+    folders = [folder for folder in (args.models, args.float_models) if (folder / MANIFEST_NAME).exists()]
+    for folder in folders:
+        find_entry(read_manifest(folder), "classifier", args.classifier)  # before what takes minutes
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
         shutil.copytree(args.models, folder)
@@ -63,10 +67,9 @@ def main() -> None:
             models = open_models(ModelsSection(folder=folder, classifier=args.classifier))
             thresholds = choose_classifier(models, args.data)
             chosen["classifier"] = {"thresholds": thresholds}
-    for folder in (args.models, args.float_models):
-        if (folder / "manifest.json").exists():
-            for role, changes in chosen.items():
-                change_entry(folder, role, changes, args.classifier if role == "classifier" else None)
+    for folder in folders:
+        for role, changes in chosen.items():
+            change_entry(folder, role, changes, args.classifier if role == "classifier" else None)
 
 
 def choose_detector(models: Models, data: Path) -> Changes:

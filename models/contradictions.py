@@ -26,7 +26,7 @@ from agent.camera.decoding import decode_file
 from agent.domain import Classification
 from agent.inference.models import open_models
 from models.common.labels import read_attributes, read_cells
-from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress, section_of
+from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, add_options, progress, section_of
 
 BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
@@ -102,6 +102,7 @@ def compare(right: np.ndarray, confidence: np.ndarray, rare: np.ndarray) -> dict
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    add_classifier(parser)
     return parser.parse_args()
 
 

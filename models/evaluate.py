@@ -38,7 +38,7 @@ from rich.table import Table
 
 from agent.inference.models import Models, open_models
 from models.common.manifests import find_entry, read_manifest, write_manifest
-from models.evaluation.asking import add_options, section_of
+from models.evaluation.asking import add_classifier, add_options, section_of
 from models.evaluation.boxes import (
     evaluate_close_ups,
     evaluate_detector,
@@ -152,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=EVALUATIONS)
     add_options(parser)
+    add_classifier(parser)
     parser.add_argument(
         "--random-split", type=int, metavar="SEED", help="classifier: a 70/10/20 split as the study draws"
     )

@@ -29,7 +29,7 @@ from agent.inference.models import open_models
 from models.common.labels import CellImage, read_complete_fields, read_rgb
 from models.common.logs import read_log
 from models.common.metrics import FieldBoxes, class_figures_by_name, confidence_bins, precision_and_recall
-from models.evaluation.asking import add_options, progress, section_of
+from models.evaluation.asking import add_classifier, add_options, progress, section_of
 from models.evaluation.boxes import boxes_of
 from models.evaluation.names import NamedPictures, name_pictures
 
@@ -170,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="where the pictures go")
     parser.add_argument("--run", type=Path, help="folder of a training run, for its curves")
     add_options(parser)
+    add_classifier(parser)
     return parser.parse_args()
 
 

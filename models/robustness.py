@@ -29,7 +29,7 @@ from agent.analysis.preprocessing import look_lab, preprocess
 from agent.analysis.quality import ground_colour
 from agent.bench import Bench, make_bench
 from agent.camera.decoding import decode_file
-from agent.config import Config, ModelsSection, PreprocessingSection
+from agent.config import Config, PreprocessingSection
 from agent.domain import Box, CellStatus, Pixels
 from agent.inference.models import open_models
 from models.common.augment import restain
@@ -44,7 +44,7 @@ from models.common.labels import (
     read_foreign_cells,
 )
 from models.common.metrics import detection_figures
-from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, add_options, progress, section_of
 from models.evaluation.boxes import field_boxes
 from models.evaluation.counts import middle_cell
 from models.evaluation.names import SeenField, by_field
@@ -63,7 +63,7 @@ def main() -> None:
     if args.reference:
         print(json.dumps(reference(args.data), indent=2))
         return
-    bench = make_bench(Config(), open_models(ModelsSection(folder=args.models, threads=args.threads)))
+    bench = make_bench(Config(), open_models(section_of(args)))
     figures = {"what": "robustness", "split": args.split, **measure(bench, args.data, args.split, args.every)}
     print(json.dumps(figures)) if args.json else show(figures)
 
@@ -220,6 +220,7 @@ def show(figures: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, split="val")
+    add_classifier(parser)
     parser.add_argument("--every", type=int, default=3, help="take each n-th field and picture")
     parser.add_argument("--reference", action="store_true", help="print what the steps aim at, and end")
     return parser.parse_args()

@@ -4,9 +4,12 @@
         python -m models.evaluate $what --json > runs/figures/$what.json
         python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
     done
-    for name in mobilenetv2-x0.5 darknet-19-x0.25; do     # others of the manifest; also --models runs/float
-        python -m models.evaluate classifier --classifier $name --json > runs/figures/classifier-$name.json
-        python -m models.evaluate microscopes --classifier $name --json > runs/figures/microscopes-$name.json
+    for name in mobilenetv2-x0.5 darknet-19-x0.25; do     # the other classifiers of the manifest
+        F=runs/figures
+        python -m models.evaluate classifier --classifier $name --json > $F/classifier-$name.json
+        python -m models.evaluate classifier --classifier $name --json --models runs/float \\
+            > $F/float-classifier-$name.json
+        python -m models.evaluate microscopes --classifier $name --json > $F/microscopes-$name.json
     done
     python -m models.robustness --split val --json > runs/figures/robustness.json
     python -m models.tables runs/figures                                     # on standard output
@@ -57,7 +60,7 @@ def draw(folder: Path, what: str) -> str:
 def draw_classifiers(folder: Path) -> str:
     """A line for each classifier that was measured: `classifier.json`, and `classifier-NAME.json` of the others."""
     rows = []
-    for file in [folder / "classifier.json", *sorted(folder.glob("classifier-*.json"))]:
+    for file in [*folder.glob("classifier.json"), *sorted(folder.glob("classifier-*.json"))]:
         figures, other = json.loads(file.read_text()), read(folder / f"float-{file.name}")
         elsewhere = read(folder / file.name.replace("classifier", "microscopes", 1)) or {"sources": {}}
         row: list[object] = [figures["names"]["classifier"], figures["accuracy"], other["accuracy"] if other else "-"]

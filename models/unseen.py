@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +46,9 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     fields, crops = work / "fields", work / "crops"
     shipped = load_manifest(args.models).classifier
+    backbone = torch.load(args.checkpoint, weights_only=True)["backbone"]
+    if backbone != shipped.name:
+        raise SystemExit(f"{args.checkpoint}: holds a {backbone}; give a run of {shipped.name}, the first classifier")
     gather_fields(args.data, args.source, fields)
     gather_crops(cells_of(args.data, args.source, ("train",)), crops, shipped.crop.margin)
     begin_folder(args.models, work / "begun")

@@ -183,7 +183,7 @@ def test_infer_names_cells_with_the_classifier_that_the_configuration_names(
     config.write_text("models: {classifier: resnet}\n")
     code, out, err = call("infer", config.parent, "--config", config)
     assert (code, out) == (3, "")
-    assert "models.classifier: these models have no classifier resnet, but" in err
+    assert "these models have no classifier resnet, but" in err
 
 
 @needs_models

@@ -11,7 +11,7 @@ import pytest
 
 from agent.config import Config, config_sha256, loads
 from agent.desk import Refused
-from agent.errors import ConfigError, ModelError
+from agent.errors import ClassifierUnknown, ConfigError, ModelError
 from agent.health import Health
 from agent.inference.manifest import load_manifest
 from agent.inference.selftest import GoldenTest
@@ -153,7 +153,37 @@ def test_the_configured_classifier_counts_and_must_be_among_those_that_come_next
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=f"no classifier {name}"):
         place.workshop.stage("next")
+    place.workshop.roll_back()
     assert place.workshop.work.bench.provenance.classifier.name == name
+
+
+def test_a_refused_folder_leaves_the_models_before_where_they_are(place: Place, tmp_path: Path) -> None:
+    name = load_manifest(SHIPPED).other_classifiers[0].name
+    for version in ("7.7", "8.8"):
+        put_models(tmp_path / "staging" / "next", version)
+        place.workshop.stage("next")
+        place.workshop.activate()
+    folder = put_models(tmp_path / "staging" / "next", "9.9")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["other_classifiers"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=f"no classifier {name}"):
+        place.slots.stage("next", name)
+    place.workshop.roll_back()
+    assert place.workshop.work.models.classifier.identity.version == "7.7"
+
+
+def test_a_classifier_that_the_models_in_use_have_not_is_a_fault_of_the_configuration(
+    place: Place, tmp_path: Path
+) -> None:
+    put_models(tmp_path / "staging" / "next", "7.7")
+    place.workshop.stage("next")
+    place.workshop.activate()
+    place.workshop.mark_proven()
+    wrong = loads("models: {classifier: resnet}", "config.yaml", environment={})
+    with pytest.raises(ClassifierUnknown, match="no classifier resnet, but"):
+        Workshop(wrong, place.slots, place.health, place.read)
+    assert place.slots.active.slot == "a"
 
 
 def test_a_self_test_is_told_to_health(place: Place) -> None:

@@ -95,7 +95,7 @@ def name_cell(
         is_trusted = rules.agrees(name, detection, red_cell_px) and rules.believes(classification)
     status = CellStatus.UNIDENTIFIED
     if is_trusted:
-        status = CellStatus.EDGE if _touches_edge(detection, frame_size_px) else CellStatus.ACCEPTED
+        status = CellStatus.EDGE if touches_edge(detection.box, frame_size_px) else CellStatus.ACCEPTED
     return Cell(cell_id, detection, name, probability, classification, status, slide_um)
 
 
@@ -122,7 +122,7 @@ def typical_red_cell_px(
     sizes = [
         _size_px(detection.box)
         for detection in detections
-        if detection.class_name not in classified and not _touches_edge(detection, frame_size_px)
+        if detection.class_name not in classified and not touches_edge(detection.box, frame_size_px)
     ]
     return median(sizes) if len(sizes) >= 3 else None
 
@@ -138,9 +138,9 @@ def count_cells(cells: Iterable[Cell]) -> Mapping[str, int]:
     return MappingProxyType(dict(sorted(counts.items())))
 
 
-def _touches_edge(detection: Detection, frame_size_px: tuple[int, int]) -> bool:
+def touches_edge(box: Box, frame_size_px: tuple[int, int]) -> bool:
+    """Whether a box shows a cell that the frame's edge cuts. frame_size_px: width, height."""
     width, height = frame_size_px
-    box = detection.box
     return min(box.x_min, box.y_min) < EDGE_PX or box.x_max > width - EDGE_PX or box.y_max > height - EDGE_PX
 
 

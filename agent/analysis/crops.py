@@ -9,6 +9,7 @@ from typing import cast
 import cv2
 import numpy as np
 
+from agent.analysis.cells import touches_edge
 from agent.analysis.preprocessing import Look, Relook
 from agent.domain import Box, Detection, Pixels
 
@@ -103,8 +104,7 @@ def shown_detection(
         return central
 
     def size(box: Box) -> float:
-        is_whole = box.x_min > 0 and box.y_min > 0 and box.x_max < width_px and box.y_max < height_px
-        return box.width_px * box.height_px * (1.0 if is_whole else 0.5)
+        return box.width_px * box.height_px * (0.5 if touches_edge(box, (width_px, height_px)) else 1.0)
 
     return max(
         (found for found in detections if found.class_name in classes and found.score >= min_score),

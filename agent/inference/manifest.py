@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from string import Formatter
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from agent.analysis.differential import CellKind
 from agent.analysis.preprocessing import Look
 from agent.domain import ModelIdentity
-from agent.errors import ModelError
+from agent.errors import ClassifierUnknown, ModelError
 
 MANIFEST_NAME = "manifest.json"
 
@@ -136,7 +137,7 @@ class Morphology(ManifestPart):
 class ModelEntry(ManifestPart):
     """What both kinds of model tell of themselves."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
+    name: str
     version: str
     file: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -213,13 +214,7 @@ class Manifest(ManifestPart):
     def _parts_fit(self) -> Manifest:
         """What no single key can tell: classes, maps and rules must belong together."""
         detector = self.detector
-        for entry in self.entries:
-            _, height, width, channels = entry.input.shape if len(entry.input.shape) == 4 else (0, 0, 1, 0)
-            _require(height == width and channels == 3, f"{entry.role}.input.shape: must be 1, side, side, 3")
-            for output in entry.outputs:
-                if output.kind in ("class_scores", "class_logits"):
-                    fits = output.shape[-1] == len(entry.classes)
-                    _require(fits, f"output {output.name}: its last size is not the classes'")
+        _check_tensors(detector, "detector")
         for output in detector.outputs:
             if output.kind in ("box_distances", "class_scores"):
                 _require(len(output.shape) == 4, f"output {output.name}: shape: must be 1, rows, columns, values")
@@ -228,22 +223,28 @@ class Manifest(ManifestPart):
         _require(set(detector.classified) <= set(detector.classes), "detector.classified: unknown class")
         weighed = {*detector.agreeing, *detector.contradicted}
         _require(weighed <= set(detector.classified), "detector.agreeing, contradicted: unknown class")
+        self._check_classifier(self.classifier, "classifier")
+        for entry in self.other_classifiers:
+            _require(bool(FILE_NAME.match(entry.name)), f"other_classifiers: {entry.name!r} names no file of answers")
+            self._check_classifier(entry, f"other_classifiers, {entry.name}")
         names = [entry.name for entry in self.classifiers]
         _require(len(set(names)) == len(names), "other_classifiers: two classifiers of one name")
-        for classifier in self.classifiers:
-            _check_classifier(classifier)
-            self._check_beside_detector(classifier)
         return self
 
-    def _check_beside_detector(self, classifier: ClassifierEntry) -> None:
-        """Rules that speak of classes of both models."""
+    def _check_classifier(self, classifier: ClassifierEntry, where: str) -> None:
+        """In itself, and beside the detector. where: words for the entry's place."""
+        _check_tensors(classifier, where)
+        _check_heads(classifier, where)
         detector = self.detector
         told_by = set() if classifier.crop.look is None else set(classifier.crop.look.told_by)
-        _require(told_by <= set(detector.classes), "classifier.crop.look.told_by: unknown class")
+        _require(told_by <= set(detector.classes), f"{where}.crop.look.told_by: unknown class")
         named = {name for names in detector.agreeing.values() for name in names} | set(detector.largest_in_red_cells)
-        _require(named <= set(classifier.classes), "detector.agreeing, largest_in_red_cells: unknown class")
+        fault = f"detector.agreeing, largest_in_red_cells: unknown class of {where}"
+        _require(named <= set(classifier.classes), fault)
         counted = {*classifier.classes, *(name for name in detector.classes if name not in detector.classified)}
         _require(set(self.cell_kinds) <= counted, "cell_kinds: a class that is never counted")
+        measured = set() if classifier.confusion is None else set(classifier.confusion.counts)
+        _require(measured <= set(classifier.classes), f"{where}.confusion: unknown class")
 
     @property
     def classifiers(self) -> tuple[ClassifierEntry, ...]:
@@ -256,35 +257,47 @@ class Manifest(ManifestPart):
         return (self.detector, *self.classifiers)
 
     def choosing(self, name: str | None) -> Manifest:
-        """The same with the classifier of this name as `classifier`; None = as it stands. Raises ModelError."""
+        """The same with the classifier of this name as `classifier`; None = as it stands. Raises ClassifierUnknown."""
         if name is None:
             return self
         found = {entry.name: entry for entry in self.classifiers}
         if name not in found:
-            raise ModelError(
-                f"models.classifier: these models have no classifier {name}, but {', '.join(sorted(found))};"
-                " name one of them, or take the line out"
+            raise ClassifierUnknown(
+                f"these models have no classifier {name}, but {', '.join(sorted(found))}:"
+                " name one of them (models.classifier in the configuration), or none for the first"
             )
         others = tuple(entry for entry in self.classifiers if entry.name != name)
         return self.model_copy(update={"classifier": found[name], "other_classifiers": others})
 
 
-def _check_classifier(classifier: ClassifierEntry) -> None:
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}\Z")
+"""What may stand in the name of a file of answers."""
+
+
+def _check_tensors(entry: DetectorEntry | ClassifierEntry, where: str) -> None:
+    """A square picture in; as many values as classes out."""
+    _, height, width, channels = entry.input.shape if len(entry.input.shape) == 4 else (0, 0, 1, 0)
+    _require(height == width and channels == 3, f"{where}.input.shape: must be 1, side, side, 3")
+    for output in entry.outputs:
+        if output.kind in ("class_scores", "class_logits"):
+            fits = output.shape[-1] == len(entry.classes)
+            _require(fits, f"{where}, output {output.name}: its last size is not the classes'")
+
+
+def _check_heads(classifier: ClassifierEntry, where: str) -> None:
     """One output of a kind, the classes always; attributes that fill their output."""
-    measured = set() if classifier.confusion is None else set(classifier.confusion.counts)
-    _require(measured <= set(classifier.classes), "classifier.confusion: unknown class")
     kinds = [output.kind for output in classifier.outputs]
-    _require(len(set(kinds)) == len(kinds), "classifier.outputs: two of one kind")
-    _require("class_logits" in kinds, "classifier.outputs: one of kind class_logits is needed")
+    _require(len(set(kinds)) == len(kinds), f"{where}.outputs: two of one kind")
+    _require("class_logits" in kinds, f"{where}.outputs: one of kind class_logits is needed")
     sizes = {output.kind: output.shape[-1] for output in classifier.outputs}
-    _require(sizes.get("cell_logit", 1) == 1, "classifier.outputs: cell_logit must be one number")
+    _require(sizes.get("cell_logit", 1) == 1, f"{where}.outputs: cell_logit must be one number")
     morphology = classifier.morphology
     if morphology is not None:
         values = sum(len(found) for found in morphology.attributes.values())
-        _require(sizes.get("attribute_logits") == values, "classifier.morphology: its values are not the output's")
+        _require(sizes.get("attribute_logits") == values, f"{where}.morphology: its values are not the output's")
         named = {field for phrase in morphology.phrases for _, field, _, _ in Formatter().parse(phrase) if field}
         unknown = (named | set(morphology.words)) - set(morphology.attributes)
-        _require(not unknown, f"classifier.morphology: unknown attribute {', '.join(sorted(unknown))}")
+        _require(not unknown, f"{where}.morphology: unknown attribute {', '.join(sorted(unknown))}")
 
 
 def _require(is_met: bool, fault: str) -> None:

@@ -43,17 +43,19 @@ class Models:
             detector.contradicted,
         )
 
-    def name_central_cell(self, pixels_bgr: Pixels) -> Classification:
+    def name_central_cell(self, pixels_bgr: Pixels, min_score: float | None = None) -> Classification:
         """The class of the one cell that a picture is about.
 
-        pixels_bgr: uint8, (height, width, 3), B G R. People cut cells tightly or with half a field around them; the
-        classifier was taught on crops of one kind. So the cell in the middle, or else the largest, is looked for and
-        cut again as in a field, and both models are heard; where the detector sees none, the whole picture is the crop.
+        pixels_bgr: uint8, (height, width, 3), B G R. min_score: replaces the manifest's. People cut cells tightly or
+        with half a field around them; the classifier was taught on crops of one kind. So the cell in the middle, or
+        else the largest, is looked for and cut again as in a field, and both models are heard; where the detector sees
+        none, the whole picture is the crop.
         """
         height, width = pixels_bgr.shape[:2]
         classified = self.manifest.detector.classified
         detections = self.detector.detect(pixels_bgr, CENTRAL_CELL_SCORE)
-        shown = shown_detection(detections, classified, width, height, self.manifest.detector.thresholds.min_score)
+        sure = self.manifest.detector.thresholds.min_score if min_score is None else min_score
+        shown = shown_detection(detections, classified, width, height, sure)
         cutter = self.cutter(pixels_bgr, detections)
         if shown is None:
             return self.classifier.classify(cutter.whole())

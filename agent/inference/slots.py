@@ -94,13 +94,15 @@ class ModelSlots:
         if active.trial_starts is not None:
             self._note(replace(active, trial_starts=None))
 
-    def stage(self, name: str) -> Manifest:
+    def stage(self, name: str, classifier: str | None = None) -> Manifest:
         """Check the models in a folder of the staging place and copy them into the slot that is not in use.
 
-        Raises ModelError: not there, not what its manifest says, cannot be copied.
+        classifier: the one that will be used; None = the first. Raises ModelError: not there, not what its manifest
+        says, cannot be copied.
         """
         source = self._staging / name
         manifest = load_manifest(source)
+        manifest.choosing(classifier)
         target = self._folder / self._other(self.active)
         fresh = target.with_name(f"{target.name}.new")
         try:
@@ -125,7 +127,7 @@ class ModelSlots:
         copied = load_manifest(target)
         for entry in copied.entries:
             read_model_file(target, entry)
-        return copied
+        return copied.choosing(classifier)
 
     def switch(self, try_them: Callable[[Path], None], *, is_rollback: bool = False) -> Active:
         """Take the other slot into use, if its models can be used. try_them: raises ModelError where they cannot."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agent.analysis.preprocessing import TAUGHT_LOOK
+from agent.inference.manifest import load_manifest
 from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.classifier.train import load_net
@@ -57,6 +58,7 @@ def main() -> None:
     file = f"classifier/{args.file or name.split('-')[0]}.tflite"
     float_file, int8_file = args.float_models / file, args.models / file
     side_px = checkpoint["side_px"]
+    require_own_file(args.models, name, file)
     begin_folder(args.models, args.float_models)
     export_float(ChannelsLast(net), side_px, float_file)
     settings = yaml.safe_load(checkpoint["settings"])
@@ -65,6 +67,13 @@ def main() -> None:
     save_norms(net, int8_file)
     for folder in (args.float_models, args.models):
         write_entry(folder, file, name, wording, args, checkpoint["command"], settings)
+
+
+def require_own_file(folder: Path, name: str, file: str) -> None:
+    """Raises SystemExit where a classifier of another name has this file: its entry would no longer be true."""
+    holder = {entry.file: entry.name for entry in load_manifest(folder).classifiers}.get(file, name)
+    if holder != name:
+        raise SystemExit(f"{file} is the file of {holder} in the manifest: give {name} another with --file NAME")
 
 
 def write_entry(

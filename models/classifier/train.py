@@ -29,7 +29,7 @@ from models.common.labels import CellImage, attribute_values, cell_classes, read
 from models.common.simulated import simulated_crops
 from models.common.training import Run, bfloat16
 from models.common.warm_start import FileDoesNotFit, load_shipped
-from models.nets.cellnet import BACKBONES, SHIPPED, Answers, CellNet
+from models.nets.cellnet import BACKBONES, Answers, CellNet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def main() -> None:
     net = CellNet(settings.backbone, len(wording.classes), wording.sizes).to(memory_format=torch.channels_last)
     if not (folder / "last.pt").exists():
         begin_with(net, settings, examples)
-    teacher = load_teacher(settings.teacher, examples, wording) if settings.teacher else None
+    teacher = load_teacher(settings.teacher, examples, settings.side_px, wording) if settings.teacher else None
     steps = settings.epochs * (settings.epoch_crops // settings.batch) if settings.epochs else None
     run = Run(folder, net, settings.rate, settings.minutes, steps, settings.rates)
     loader = train_loader(settings, examples, wording)
@@ -228,18 +228,21 @@ def load_net(checkpoint: Path, wording: crops.Wording) -> CellNet:
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def load_teacher(file: Path, examples: Mapping[str, list[crops.Example]], wording: crops.Wording) -> CellNet:
+def load_teacher(
+    file: Path, examples: Mapping[str, list[crops.Example]], side_px: int, wording: crops.Wording
+) -> CellNet:
     """The averaged net of a run, or the net of a shipped file, whichever of ours that is."""
     if file.suffix != ".tflite":
         return load_net(file, wording)
-    for name in SHIPPED:
+    pictures = some_pictures(examples, side_px)
+    for name in BACKBONES:
         net = CellNet(name, len(wording.classes), wording.sizes)
         try:
-            load_shipped(net, file, some_pictures(examples, 128))
+            load_shipped(net, file, pictures)
         except FileDoesNotFit:
             continue
         return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    raise SystemExit(f"{file}: none of {', '.join(SHIPPED)}")
+    raise SystemExit(f"teacher: {file} is no classifier of ours: none of {', '.join(BACKBONES)}")
 
 
 def train_loader(

@@ -30,9 +30,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def find_entry(manifest: Mapping[str, Any], role: str, name: str | None = None) -> dict[str, Any]:
-    """The entry of a role. name: of one of several classifiers; None = the first. Raises KeyError: there is none."""
+    """The entry of a role. name: of one of several classifiers; None = the first. Raises SystemExit: there is none."""
     entries = [manifest[role], *(manifest.get(OTHERS, ()) if role == "classifier" else ())]
-    return entries[0] if name is None else {entry["name"]: entry for entry in entries}[name]
+    found = {entry["name"]: entry for entry in entries}
+    if name is not None and name not in found:
+        raise SystemExit(f"the manifest has no {role} {name}, but {', '.join(found)}")
+    return entries[0] if name is None else found[name]
 
 
 def put_entry(manifest: dict[str, Any], entry: Mapping[str, Any]) -> None:

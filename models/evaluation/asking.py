@@ -26,7 +26,6 @@ def add_options(parser: argparse.ArgumentParser, split: str = "test") -> None:
     parser.add_argument("--split", choices=("train", "val", "test"), default=split)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
-    add_classifier(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--most-tiles", type=int, default=ModelsSection().most_tiles, help="1 = frames as a whole only")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -38,7 +37,7 @@ def add_classifier(parser: argparse.ArgumentParser) -> None:
 
 
 def section_of(args: argparse.Namespace) -> ModelsSection:
-    """The models that `add_options` was answered with."""
+    """The models that `add_options` and `add_classifier` were answered with."""
     return ModelsSection(
         folder=args.models, classifier=args.classifier, threads=args.threads, most_tiles=args.most_tiles
     )

@@ -38,9 +38,6 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 """By the name that goes into the manifest; efficientnet-lite0 only teaches, yolov10n-backbone is the detector's."""
 
-SHIPPED = ("shufflenetv2-x1.0", "mobilenetv2-x0.5", "darknet-19-x0.25")
-"""Those of which a file is shipped; the agent takes the one that its manifest names."""
-
 
 class Answers(NamedTuple):
     """Raw logits of a batch: (b, classes), (b, all values of all attributes), (b, 1)."""

@@ -48,7 +48,7 @@ def test_the_central_cell_is_the_nearest_whose_box_holds_the_middle() -> None:
 
 
 def test_where_none_holds_the_middle_the_largest_sure_cell_is_shown_and_a_cut_one_counts_half() -> None:
-    whole, cut, small = Box(60, 60, 90, 90), Box(60, 0, 100, 30), Box(5, 5, 20, 20)
+    whole, cut, small = Box(60, 60, 90, 90), Box(60, 0.5, 99.5, 30), Box(5, 5, 20, 20)
     found = [Detection(box, "WBC", 0.6) for box in (small, whole, cut)]
     red = Detection(Box(1, 55, 45, 99), "RBC", 0.9)
 

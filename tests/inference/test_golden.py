@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,8 @@ def test_the_packaged_models_bring_their_answers(tmp_path: Path) -> None:
     answers = [answers_name(name) for name in (None, *(entry.name for entry in manifest.other_classifiers))]
     for name in (*answers, *(entry.file for entry in manifest.entries)):
         assert f'"models/{name}" = "agent/_packaged/models/{name}"' in text
+    packaged = re.findall(r'^"(models/[^"]+)" = ', text, re.MULTILINE)
+    assert [name for name in packaged if not (SHIPPED.parent / name).is_file()] == []
     shutil.copyfile(SHIPPED / ANSWERS_NAME, tmp_path / ANSWERS_NAME)
     assert read_answers(tmp_path) == read_answers(SHIPPED)
     assert all(np.asarray(pixels).shape == (360, 480, 3) for pixels in read_fields().values())

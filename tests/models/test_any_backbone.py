@@ -12,9 +12,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
 from agent.config import ModelsSection  # noqa: E402
+from agent.inference.manifest import load_manifest, read_model_file  # noqa: E402
 from agent.inference.models import open_models  # noqa: E402
 from models.classifier import crops  # noqa: E402
-from models.classifier.export import ChannelsLast, write_entry  # noqa: E402
+from models.classifier.export import ChannelsLast, require_own_file, write_entry  # noqa: E402
 from models.classifier.tuning import open_base  # noqa: E402
 from models.common.quantize import begin_folder, export_float, quantize_file  # noqa: E402
 from models.common.warm_start import save_norms  # noqa: E402
@@ -42,7 +43,7 @@ def test_a_folder_with_another_backbone_answers_as_its_net_and_can_be_learnt_fro
         for _ in range(30):
             net(batch)  # the norms learn what comes: else all that a deep net says is nearly nothing
         net.eval().classes.weight.mul_(5)
-    file = f"classifier/{backbone.split('-')[0]}.tflite"
+    file = f"classifier/another-{backbone}.tflite"
     export_float(ChannelsLast(net), SIDE_PX, tmp_path / "float.tflite")
     quantize_file(tmp_path / "float.tflite", folder / file, inputs)
     save_norms(net, folder / file)
@@ -58,3 +59,11 @@ def test_a_folder_with_another_backbone_answers_as_its_net_and_can_be_learnt_fro
         assert list(answer.probabilities.values()) == pytest.approx(shares, abs=0.1)
     examples = [crops.Example(picture, (32, 32, 40, 40), 0, wording.no_attributes) for picture in pictures]
     assert open_base(folder, examples, backbone).entry.name == backbone
+    assert all(read_model_file(folder, entry) for entry in load_manifest(folder).entries)
+
+
+def test_the_file_of_another_classifier_is_not_written_over() -> None:
+    first = load_manifest(Path("models")).classifier
+    require_own_file(Path("models"), first.name, first.file)
+    with pytest.raises(SystemExit, match=f"is the file of {first.name} in the manifest: give another another with"):
+        require_own_file(Path("models"), "another", first.file)

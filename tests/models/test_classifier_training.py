@@ -139,13 +139,13 @@ def test_a_shipped_file_teaches_whichever_net_it_holds() -> None:
     wording = crops.Wording(entry.classes, entry.morphology.attributes if entry.morphology else {})
     pixels = np.random.default_rng(1).integers(0, 256, (160, 160, 3), np.uint8)
     examples = {"pbc": [crops.Example(pixels, (80, 80, 100, 100), 0, wording.no_attributes)] * 256}
-    teacher = load_teacher(Path("models") / entry.file, examples, wording)
+    teacher = load_teacher(Path("models") / entry.file, examples, 128, wording)
     with torch.inference_mode():
         told = teacher(torch.from_numpy(pixels[:128, :128].transpose(2, 0, 1).copy())[None].float() / 255)
     assert not teacher.training
     assert told.classes.shape == (1, len(entry.classes))
-    with pytest.raises(SystemExit, match=r"yolov10n\.tflite: none of shufflenetv2-x1\.0, mobilenetv2"):
-        load_teacher(Path("models/detector/yolov10n.tflite"), examples, wording)
+    with pytest.raises(SystemExit, match=r"yolov10n\.tflite is no classifier of ours: none of shuffle"):
+        load_teacher(Path("models/detector/yolov10n.tflite"), examples, 128, wording)
 
 
 @pytest.mark.parametrize(("progress", "side_px"), [(0.0, 48), (0.59, 48), (0.6, 64)])

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the train extra (matplotlib)")
 
+from agent.config import ModelsSection
 from models import plots
 from models.common.metrics import FieldBoxes
 
@@ -64,7 +65,7 @@ def test_a_researcher_gets_every_picture(data: Path, tmp_path: Path, monkeypatch
 
 
 def test_the_most_confident_mistake_comes_first(data: Path) -> None:
-    cells = plots.name_pictures(plots.open_models(plots.ModelsSection()), data, "test")
+    cells = plots.name_pictures(plots.open_models(ModelsSection()), data, "test")
     swapped = plots.NamedPictures(cells.cells, cells.answers[::-1])
     found = plots.mistakes(swapped)
     assert [m.probability for m in found] == sorted((m.probability for m in found), reverse=True)

@@ -35,7 +35,7 @@ def test_what_was_not_measured_keeps_its_old_tables() -> None:
 
 def test_the_shipped_cards_have_a_place_for_each_evaluation() -> None:
     texts = [(TOP / f"models/{role}/MODEL_CARD.md").read_text() for role in ("detector", "classifier")]
-    for what in ("detector", "classifier", "two-stage", "microscopes", "no-cell"):
+    for what in ("detector", "classifier", "classifiers", "two-stage", "microscopes", "no-cell"):
         assert sum(f"<!-- figures: {what} -->" in text for text in texts) == 1, what
 
 

@@ -98,7 +98,7 @@ def test_a_tuned_classifier_leaves_the_stain_that_it_was_taught_as_it_is() -> No
     entry = base.entry.model_copy(update={"crop": Crop(margin=0.2, look=CropLook(ground_bgr=GROUND_BGR, lab=LOOK_LAB))})
     own = tuning.with_own_stain(replace(base, entry=entry)).entry
     gains = ground_gains(np.ascontiguousarray(picture[..., ::-1]), GROUND_BGR)
-    lit = scale_channels(crops.square(picture, cell.box, 128), gains[::-1])
+    lit = scale_channels(crops.square(picture, cell.box, base.side_px), gains[::-1])
     (as_taught,), (as_before,) = (list(tuning.agent_squares(told, [cell])) for told in (own, entry))
     assert np.array_equal(as_taught, lit)
     assert not np.array_equal(as_before, lit)

@@ -25,12 +25,13 @@ MODELS = Path(__file__).parents[2] / "models"
 
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
-    """Simulated cells of all classes as the classifier meets them, (48, 3, 128, 128), 0 to 1."""
+    """Simulated cells of all classes as the classifier meets them, (48, 3, side, side), 0 to 1."""
     rng = np.random.default_rng(3)
     entry = load_manifest(MODELS).classifier
     look = entry.crop.as_look()
     assert look is not None
-    drawn = (render_training_crop(rng, entry.classes[k % len(entry.classes)], 128)[..., ::-1] for k in range(48))
+    names, side_px = (entry.classes[k % len(entry.classes)] for k in range(48)), entry.input.shape[1]
+    drawn = (render_training_crop(rng, name, side_px)[..., ::-1] for name in names)
     crops = [Relook.of(crop, look).cell(crop, 0.5)[..., ::-1] for crop in map(np.ascontiguousarray, drawn)]
     return torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy()).float() / 255
 
