@@ -233,7 +233,8 @@ class ModelsSection(Section):
     folder: Path | None = None
     """Folder with manifest.json and the model files; null = the models that came with the package."""
     classifier: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    """Name of the classifier where the manifest has more than one, for example mobilenetv2-x0.5; null = its first."""
+    """Name of the classifier where the manifest has more than one, for example mobilenetv2-x0.5; null = its first. A
+    change needs a restart."""
     runtime: Literal["auto", "ai-edge-litert", "tflite-runtime"] = "auto"
     """TFLite interpreter; auto = LiteRT where installed, else tflite-runtime."""
     threads: Annotated[int, Field(ge=1, le=64)] = 2
