@@ -1,6 +1,6 @@
 """Train a classifier of single cells, as one YAML file says.
 
-    python -m models.classifier.train models/classifier/recipes/one-look.yaml --data ../shared/data
+    python -m models.classifier.train models/classifier/recipes/finer.yaml --data ../shared/data
 
 Killed and started again, it goes on from the last epoch. Choose on other microscopes: `best.pt` is the epoch whose
 accuracy is best as a mean over PBC `val` and the sources that we named by eye.
