@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main() -> None:
     begin_folder(args.models, args.float_models)
     export_float(ChannelsLast(net), side_px, float_file)
     settings = yaml.safe_load(checkpoint["settings"])
-    pictures = calibration(args.data, wording, side_px, args.pictures, args.boxes, settings)
+    pictures = within_reach(net, *calibration(args.data, wording, side_px, args.pictures, args.boxes, settings))
     quantize_file(float_file, int8_file, pictures)
     save_norms(net, int8_file)
     for folder in (args.float_models, args.models):
@@ -121,10 +122,10 @@ def write_entry(
 
 def calibration(
     data: Path, wording: crops.Wording, side_px: int, count: int, boxes: Path, settings: Mapping[str, Any]
-) -> Iterator[NDArray[np.float32]]:
-    """Training crops as the agent cuts them, half of them in the look, the classes evenly, every source, and what is no
-    cell: what never comes in calibration is clipped, and ranges that augmentation widens are steps lost to all others.
-    settings: the run's.
+) -> tuple[list[Picture], list[Picture]]:
+    """Training crops as the agent cuts them, half of them in the look, the classes evenly, every source; and such of
+    what is no cell: what never comes in calibration is clipped, and ranges that augmentation widens are steps lost to
+    all others. settings: the run's.
     """
     torch.manual_seed(3)
     cells = read_cells(data, "train", settings.get("random_split"))
@@ -135,12 +136,41 @@ def calibration(
     pbc, foreign = crops.pbc_examples(data, chosen, read_boxes(boxes), wording), settings.get("foreign", ())
     others = crops.foreign_examples(data, foreign, ("train",), wording)
     no_cell = crops.without_cells(data, ("pbc", *foreign), rng, wording)
-    examples = pbc + crops.some(others, count // 3, rng) + crops.some(no_cell, count // 5, rng)
-    examples += crops.ruined(pbc, rng, count // 8)
-    asked = [dataclasses.replace(example, has_look=False) for example in examples]  # the agent trusts no microscope
+    shown = pbc + crops.some(others, count // 3, rng)
+    not_shown = crops.some(no_cell, count // 5, rng) + crops.ruined(pbc, rng, count // 8)
+    return cut(shown, side_px), cut(not_shown, side_px)
+
+
+Picture = NDArray[np.float32]
+"""(1, side, side, 3), 0 to 1."""
+
+
+def cut(examples: Sequence[crops.Example], side_px: int) -> list[Picture]:
+    """As the agent cuts them, which trusts no microscope; half of them in the look."""
+    asked = [dataclasses.replace(example, has_look=False) for example in examples]
     training = crops.TrainingCrops(asked, side_px, plain_share=1.0, normalised_share=0.5)
-    for index in range(len(training)):
-        yield training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255
+    return [
+        training[index][0].permute(1, 2, 0)[None].numpy().astype(np.float32) / 255 for index in range(len(training))
+    ]
+
+
+@torch.inference_mode()
+def within_reach(net: nn.Module, shown: Sequence[Picture], not_shown: Sequence[Picture]) -> list[Picture]:
+    """The pictures at which no name or look is more than twice as loud as at the median cell.
+
+    shown: pictures of cells. not_shown: others. To empty glass a net may answer with logits forty times as large as to
+    any cell: they would take nearly all steps of all layers. Clipped they still say that it is no cell.
+    """
+    pictures = [*shown, *not_shown]
+    loudness = [max(float(part.abs().max()) for part in net(as_batch(p))[:2]) for p in pictures]
+    limit = 2 * float(np.median(loudness[: len(shown)]))
+    kept = [p for p, found in zip(pictures, loudness, strict=True) if found <= limit]
+    print(f"calibration: {len(kept)} of {len(pictures)} pictures, logits up to {limit:.1f}", file=sys.stderr)
+    return kept
+
+
+def as_batch(picture: Picture) -> Tensor:
+    return torch.from_numpy(picture).permute(0, 3, 1, 2)
 
 
 def parse() -> argparse.Namespace:

@@ -50,6 +50,14 @@ def test_how_the_shipped_files_were_made_names_no_place_of_one_machine() -> None
         assert "=/" not in entry.command
 
 
+@pytest.mark.parametrize("classifier", load_manifest(SHIPPED).classifiers, ids=lambda entry: entry.name)
+def test_a_shipped_classifier_tells_names_and_looks_in_fine_steps(classifier: ClassifierEntry) -> None:
+    """Pictures of glass once took nearly all of the steps: names lost a little by it, looks much."""
+    steps = {output.kind: output.scale for output in classifier.outputs}
+    assert steps["class_logits"] < 0.1
+    assert steps["attribute_logits"] < 0.2
+
+
 def test_shipped_detector_is_int8_throughout_with_a_scale_for_each_map() -> None:
     detector = load_manifest(SHIPPED).detector
     assert {output.dtype for output in detector.outputs} == {"int8"}
