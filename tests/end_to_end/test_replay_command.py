@@ -12,13 +12,13 @@ import cv2
 import pytest
 import yaml
 from agent_process import START_S, Bench
-from test_operator import put_next_models
 
 from agent.central.database import migrate, open_database
 from agent.central.store import Arrival, Store
 from agent.cli import main
 from agent.delivery.outbox import open_outbox
 from agent.report.device import read_messages
+from tests.model_folders import put_models
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_other_thresholds_and_other_models_are_named_with_the_cells_that_differ(
     bench: Bench, make_fields: Callable[..., Path], replay: Callable[..., tuple[object, str]], tmp_path: Path
 ) -> None:
     count(bench, make_fields(2))
-    put_next_models(tmp_path / "next")
+    put_models(tmp_path / "next", "7.7")
     code, said = replay("s-1", "--models", str(tmp_path / "next"))
     assert code == 0, said  # the same files under another version: all cells are the same, and the version is told
     assert "provenance classifier.version" in said
