@@ -184,12 +184,10 @@ def measure_one(bench: Bench, seen: Seen) -> dict[str, float]:
         middle = middle_cell(bench, pixels)
         named.append(middle is not None and middle.class_name == cell.class_name)
         counted.append(named[-1] and middle is not None and middle.status is not CellStatus.UNIDENTIFIED)
-    elsewhere = [
-        field.name(Box(*cell.box)).class_name == cell.class_name
-        for cells, pixels in seen.foreign
-        for field in [SeenField.of(bench.models, preprocess(pixels, bench.preprocessing))]
-        for cell in cells
-    ]
+    elsewhere: list[bool] = []
+    for cells, pixels in seen.foreign:
+        field = SeenField.of(bench.models, preprocess(pixels, bench.preprocessing))
+        elsewhere += [field.name(Box(*cell.box)).class_name == cell.class_name for cell in cells]
     return {
         "detector": detection_figures(found, bench.models.manifest.detector.classes)["all"].map50,
         "classifier": float(np.mean(named)),

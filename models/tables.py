@@ -51,9 +51,15 @@ def main() -> None:
 
 def draw(folder: Path, what: str) -> str:
     """The tables of one evaluation: the shipped file and, where it was measured, the float net."""
+    figures = json.loads((folder / f"{what}.json").read_text())
+    return printed(lambda: TABLES[what](figures, read(folder / f"float-{what}.json")))
+
+
+def printed(show: Callable[[], None]) -> str:
+    """What a function writes to standard output."""
     drawn = io.StringIO()
     with contextlib.redirect_stdout(drawn):
-        TABLES[what](json.loads((folder / f"{what}.json").read_text()), read(folder / f"float-{what}.json"))
+        show()
     return drawn.getvalue()
 
 
@@ -69,10 +75,7 @@ def draw_classifiers(folder: Path) -> str:
         row += [elsewhere["sources"].get(source, {}).get("accuracy", "-") for source in ELSEWHERE]
         rows.append([f"{value:.4f}" if isinstance(value, float) else value for value in row])
     header = ("classifier", "accuracy", "float", "macro-F1", "surest 95 %", "calibration error", "morphology")
-    drawn = io.StringIO()
-    with contextlib.redirect_stdout(drawn):
-        table((*header, *(f"{source} accuracy" for source in ELSEWHERE)), rows)
-    return drawn.getvalue()
+    return printed(lambda: table((*header, *(f"{source} accuracy" for source in ELSEWHERE)), rows))
 
 
 ELSEWHERE = ("bccd", "raabin")

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agent.domain import Classification, Detection, Pixels
 from agent.errors import ModelError
 from agent.files import write_durably
+from agent.inference.manifest import Manifest
 
 ANSWERS_NAME = "golden.json"
 """Answers of the models that are used where the configuration names no classifier."""
@@ -144,6 +145,11 @@ def read_fields(folder: Path = FIELDS_FOLDER) -> Mapping[str, Pixels]:
 def answers_name(classifier: str | None) -> str:
     """Name of the file of answers beside the manifest. classifier: its name where it is one of the others."""
     return ANSWERS_NAME if classifier is None else f"golden-{classifier}.json"
+
+
+def answers_names(manifest: Manifest) -> tuple[str, ...]:
+    """Names of the files of answers of all models that a manifest holds."""
+    return (answers_name(None), *(answers_name(entry.name) for entry in manifest.other_classifiers))
 
 
 def read_answers(folder: Path, name: str = ANSWERS_NAME) -> GoldenAnswers:

@@ -85,5 +85,5 @@ def open_models(section: ModelsSection) -> Models:
     content = read_model_file(folder, manifest.detector)
     detector = Detector(runtime, content, manifest.detector, section.threads, section.most_tiles)
     classifier = Classifier(runtime, read_model_file(folder, manifest.classifier), manifest.classifier, section.threads)
-    name = answers_name(None if manifest.classifier == stored.classifier else manifest.classifier.name)
+    name = answers_name(None if manifest.classifier.name == stored.classifier.name else manifest.classifier.name)
     return Models(manifest, detector, classifier, runtime.name, detector.delegate, name)

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 
 from agent.errors import ModelError
 from agent.files import sync_folder, write_durably
-from agent.inference.golden import answers_name
+from agent.inference.golden import answers_names
 from agent.inference.manifest import MANIFEST_NAME, Manifest, load_manifest, read_model_file
 
 Slot = Literal["a", "b", "base"]
@@ -112,10 +112,9 @@ class ModelSlots:
             for entry in manifest.entries:
                 _must_stay_inside(entry.file)
                 contents[entry.file] = read_model_file(source, entry)  # the very bytes whose digest was checked
-            for other in (None, *(entry.name for entry in manifest.other_classifiers)):
-                answers = source / answers_name(other)
-                if answers.is_file():  # without its answers a model fails its self-test, and says why
-                    contents[answers.name] = answers.read_bytes()
+            for answers in answers_names(manifest):
+                if (source / answers).is_file():  # without its answers a model fails its self-test, and says why
+                    contents[answers] = (source / answers).read_bytes()
             for file, content in contents.items():
                 (fresh / file).parent.mkdir(parents=True, exist_ok=True)
                 write_durably(fresh / file, content)

@@ -60,6 +60,8 @@ def main() -> None:
     float_file, int8_file = args.float_models / file, args.models / file
     side_px = checkpoint["side_px"]
     require_own_file(args.models, name, file)
+    known = {entry.name: entry.version for entry in load_manifest(args.models).classifiers}
+    args.version = args.version or known.get(name, "0.1.0")
     begin_folder(args.models, args.float_models)
     export_float(ChannelsLast(net), side_px, float_file)
     settings = yaml.safe_load(checkpoint["settings"])
@@ -181,7 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
     parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
     parser.add_argument("--file", default=None, help="name of the file without its ending; default: the net's")
-    parser.add_argument("--version", default="0.5.0")
+    parser.add_argument("--version", help="default: that of the net's entry in the manifest, 0.1.0 for a new one")
     parser.add_argument("--pictures", type=int, default=160, help="calibration pictures")
     return parser.parse_args()
 

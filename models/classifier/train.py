@@ -38,19 +38,20 @@ class RunFile:
 
     init: `.pt` of ours or a foreign one, as far as it fits, or a shipped `.tflite`. teacher: `.pt` of a run of ours
     or a shipped `.tflite`, whose answers are learnt too. small_px: side to which crops shrink for the net (not for
-    its teacher) until `small_until`, a share of the run: most is learnt in a half of the time. minutes: of
-    training, over all sessions. epochs: a run of so many instead, however long they take, to be compared with
-    others. rates: share of `rate` for parameters whose names begin so; 0 freezes them, their norms too. thaw_at:
-    progress of the run at which the backbone begins to learn. foreign: sources of which the `train` cells that we
-    named by eye take part; the others are never seen. shares: of an epoch, by kind. weights: of the parts of the
-    loss; those that are not given stay as in WEIGHTS. balance: inside a kind, how much more often a rare class is
-    drawn: `even` (all classes as often), `root` (by the root of their rarity), `none`. undersample: the most
-    pictures of a PBC class that take part; None = all. random_split: seed of a random split of the PBC pictures as
-    the study draws it; None = as given. plain_share: of the crops, keeps the look of its own laboratory; the others
-    get another stain, lamp and optics. normalised_share: of those of other microscopes, is brought to the taught
-    look before, as by the agent; cut_share: of those, by what a piece of the picture shows, as people cut it.
-    soft_share: of the crops, loses its fine detail, so that this alone makes no platelet. bf16: convolve in
-    bfloat16 where the processor can: quicker for nets of full convolutions, slower for convolutions in depth.
+    its teacher) until `small_until`, a share of the run: most is learnt in a half of the time (`val` is judged at
+    side_px all along, which such a net does worse at). minutes: of training, over all sessions. epochs: a run of so
+    many instead, however long they take, to be compared with others. rates: share of `rate` for parameters whose
+    names begin so; 0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to
+    learn. foreign: sources of which the `train` cells that we named by eye take part; the others are never seen.
+    shares: of an epoch, by kind. weights: of the parts of the loss; those that are not given stay as in WEIGHTS.
+    balance: inside a kind, how much more often a rare class is drawn: `even` (all classes as often), `root` (by the
+    root of their rarity), `none`. undersample: the most pictures of a PBC class that take part; None = all.
+    random_split: seed of a random split of the PBC pictures as the study draws it; None = as given. plain_share: of
+    the crops, keeps the look of its own laboratory; the others get another stain, lamp and optics.
+    normalised_share: of those of other microscopes, is brought to the taught look before, as by the agent;
+    cut_share: of those, by what a piece of the picture shows, as people cut it. soft_share: of the crops, loses its
+    fine detail, so that this alone makes no platelet. bf16: convolve in bfloat16 where the processor can: quicker
+    for nets of full convolutions, slower for convolutions in depth.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -225,6 +226,11 @@ def load_net(checkpoint: Path, wording: crops.Wording) -> CellNet:
     state = torch.load(checkpoint, weights_only=True)
     net = CellNet(state["backbone"], len(wording.classes), wording.sizes)
     net.load_state_dict(state["average"])
+    return for_answers(net)
+
+
+def for_answers(net: CellNet) -> CellNet:
+    """The net, that learns nothing any more."""
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -241,7 +247,7 @@ def load_teacher(
             load_shipped(net, file, pictures)
         except FileDoesNotFit:
             continue
-        return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        return for_answers(net)
     raise SystemExit(f"teacher: {file} is no classifier of ours: none of {', '.join(BACKBONES)}")
 
 

@@ -25,7 +25,7 @@ from agent.inference.manifest import ClassifierEntry, load_manifest
 from agent.inference.models import Models, open_models
 from agent.inference.selftest import make_answers
 from models.classifier import crops
-from models.classifier.export import ChannelsLast
+from models.classifier.export import ChannelsLast, within_reach
 from models.common.labels import Rgb
 from models.common.manifests import OTHERS, find_entry, read_manifest, write_manifest
 from models.common.quantize import export_float, quantize_file, renew_entry
@@ -146,8 +146,9 @@ def write_models(
 ) -> Models:
     """A folder of models with the tuned classifier, quantised, beside the old detector; opened as the agent opens it.
 
-    calibration: cells that the int8 ranges are taken from. how: goes into the version, as `0.2.0+tuned-20261125`.
-    facts: figures before and after, written to `signoff.json` for the person who signs the change off.
+    calibration: crops that the int8 ranges are taken from, some of which may show no cell. how: goes into the version,
+    as `0.2.0+tuned-20261125`. facts: figures before and after, written to `signoff.json` for the person who signs the
+    change off.
     """
     output.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(base.folder)
@@ -161,8 +162,10 @@ def write_models(
     file = output / base.entry.file
     float_file = file.with_suffix(".float.tflite")
     export_float(ChannelsLast(base.net), base.side_px, float_file)
-    squares = agent_squares(base.entry, calibration)
-    quantize_file(float_file, file, (s[None].astype(np.float32) / 255 for s in squares))
+    pictures = [square[None].astype(np.float32) / 255 for square in agent_squares(base.entry, calibration)]
+    pairs = list(zip(calibration, pictures, strict=True))
+    shown, not_shown = ([p for e, p in pairs if e.is_cell == is_cell] for is_cell in (True, False))
+    quantize_file(float_file, file, within_reach(base.net, shown, not_shown))
     float_file.unlink()
     save_norms(base.net, file)
     entry = manifest["classifier"]

@@ -25,7 +25,7 @@ from agent.inference.golden import (
     GoldenCell,
     GoldenField,
     Numbers,
-    answers_name,
+    answers_names,
     differences,
     read_answers,
     read_fields,
@@ -294,8 +294,7 @@ def test_the_packaged_models_bring_their_answers(tmp_path: Path) -> None:
     """The wheel holds what pyproject.toml names: the answers stand beside the manifest."""
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     manifest = load_manifest(SHIPPED)
-    answers = [answers_name(name) for name in (None, *(entry.name for entry in manifest.other_classifiers))]
-    for name in (*answers, *(entry.file for entry in manifest.entries)):
+    for name in (*answers_names(manifest), *(entry.file for entry in manifest.entries)):
         assert f'"models/{name}" = "agent/_packaged/models/{name}"' in text
     packaged = re.findall(r'^"(models/[^"]+)" = ', text, re.MULTILINE)
     assert [name for name in packaged if not (SHIPPED.parent / name).is_file()] == []

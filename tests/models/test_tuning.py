@@ -121,3 +121,26 @@ def test_the_stain_of_a_laboratorys_field_is_told_by_its_white_cells(
     cells = adapt.find_cells(models, tmp_path, wording)
     assert len(cells) == adapt.FEWEST_CELLS
     assert {cell.has_nucleus or cell.is_in_field for cell in cells} == {tells}
+
+
+def test_a_crop_at_which_the_net_shouts_takes_no_steps_of_a_tuned_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    pictures = [np.ascontiguousarray(render_training_crop(rng, "lymphocyte", 128)) for _ in range(4)]
+    cells = [crops.Example(picture, (64, 64, 100, 100), 0, (-1,) * 11) for picture in pictures]
+    glass = crops.Example(np.full((128, 128, 3), 230, np.uint8), (64, 64, 100, 100), -1, (-1,) * 11, is_cell=False)
+    base = tuning.open_base(TOP / "models", cells)
+    asked: list[list[Any]] = []
+
+    def keep(_float_file: Path, _file: Path, pictures: Any) -> None:
+        asked.append(list(pictures))
+
+    def within(_net: Any, shown: list[Any], not_shown: list[Any]) -> list[Any]:
+        assert (len(shown), len(not_shown)) == (4, 1)
+        return shown
+
+    monkeypatch.setattr(tuning, "quantize_file", keep)
+    monkeypatch.setattr(tuning, "within_reach", within)
+    tuning.write_models(base, [*cells, glass], tmp_path / "tuned", "tuned", {})
+    assert len(asked[0]) == 4

@@ -71,7 +71,11 @@ def test_the_net_answers_as_its_file_does(
     with torch.no_grad():
         told = net.eval()(pictures).classes.numpy()
     of_file = answers_of_file(file, pictures)
-    assert (told.argmax(1) == of_file.argmax(1)).mean() >= 0.9  # drawn cells lie near the borders
+    is_same = told.argmax(1) == of_file.argmax(1)
+    best = np.sort(of_file, axis=1)
+    is_tie = best[:, -1] - best[:, -2] < 0.5  # drawn cells lie near the borders of the classes
+    assert is_same[~is_tie].all()
+    assert is_same.mean() >= 0.9
     assert np.abs(told - of_file).mean() < 0.15 * np.abs(of_file).mean()
 
 
