@@ -64,7 +64,7 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Items: uint8 RGB (3, size, size) and boxes (boxes, 5) in its pixels. size_px may be changed between epochs through
     a new dataset object. pools: fields, and how often one of them is drawn. scales: of a single field, 1 = as large as
-    fits.
+    fits. plain_share: of the pictures, keeps the look of its own laboratory.
     """
 
     def __init__(
@@ -74,19 +74,20 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         seed: int,
         mosaic_share: float = 0.5,
         scales: tuple[float, float] = (0.5, 1.5),
+        plain_share: float = 0.125,
     ):
         filled = [(fields, share) for fields, share in pools if fields and share > 0]
         self.pools = [fields for fields, _ in filled]
         self.shares = np.array([share for _, share in filled]) / sum(share for _, share in filled)
         self.size_px, self.seed = size_px, seed
-        self.mosaic_share, self.scales = mosaic_share, scales
+        self.mosaic_share, self.scales, self.plain_share = mosaic_share, scales, plain_share
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         rng = np.random.default_rng((self.seed, worker.id if worker else 0))
         while True:
             pixels, boxes = self._mosaic(rng) if rng.random() < self.mosaic_share else self._single(rng)
-            pixels = vary_look(pixels, rng, 0.8)
+            pixels = vary_look(pixels, rng, 0.8, self.plain_share)
             yield torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(boxes)
 
     def _pick(self, rng: Generator) -> LabelledField:

@@ -1,6 +1,6 @@
 """The trained detector as the int8 file that is shipped, and its entry in the manifest.
 
-python -m models.detector.export --checkpoint runs/eight-classes/best.pt --data ../shared/data
+    python -m models.detector.export --checkpoint runs/sharper/best.pt --version 0.3.0
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agent.inference.letterbox import letterbox
+from agent.inference.manifest import load_manifest
 from models.common.datasets import AugmentedFields, load_fields
 from models.common.labels import DETECTOR_CLASSES, SOURCES, cell_classes, read_complete_fields, read_rgb
 from models.common.quantize import (
@@ -62,6 +63,7 @@ def main() -> None:
     args = parse()
     net, command = averaged_net(args.checkpoint)
     args.command = args.command or command
+    args.version = args.version or load_manifest(args.models).detector.version
     begin_folder(args.models, args.float_models)
     write_files(net, args.float_models / FILE, args.models / FILE, args.data, args.pictures)
     for folder in (args.float_models, args.models):
@@ -163,11 +165,11 @@ def calibration(
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/eight-classes/best.pt"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/sharper/best.pt"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
-    parser.add_argument("--version", default="0.2.0")
+    parser.add_argument("--version", help="default: that of the detector in the manifest")
     parser.add_argument("--pictures", type=int, default=60, help="calibration pictures")
     parser.add_argument("--min-score", type=float, default=0.35, help="threshold, chosen on val")
     parser.add_argument("--same-cell-iou", type=float, default=None, help="overlap of two boxes of one cell")

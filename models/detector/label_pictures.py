@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -24,7 +24,7 @@ from agent.config import ModelsSection
 from agent.domain import Detection
 from agent.inference.models import open_models
 from models.common.datasets import LabelledField
-from models.common.labels import DETECTOR_CLASSES, CellImage, cell_classes, read_cells, read_rgb
+from models.common.labels import DETECTOR_CLASSES, PLATELET, CellImage, cell_classes, read_cells, read_rgb
 from models.common.metrics import box_overlaps
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
@@ -46,12 +46,10 @@ SHEET = (8, 6)
 def main() -> None:
     args = parse()
     models = open_models(ModelsSection(folder=args.models))
-    rng = np.random.default_rng(5)
-    cells = read_cells(args.data, "train")
-    chosen: list[CellImage] = []
-    for name in cell_classes(args.data):
-        same = [cell for cell in cells if cell.class_name == name]
-        chosen += [same[k] for k in rng.permutation(len(same))[: args.each]]
+    most = dict.fromkeys(cell_classes(args.data), args.each)
+    if args.platelets is not None:
+        most[PLATELET] = args.platelets
+    chosen = drawn(read_cells(args.data, "train"), most)
     keys, boxes = [], []
     for cell in progress(chosen, "pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
@@ -66,6 +64,16 @@ def main() -> None:
     np.savez(args.output, keys=np.array(keys), boxes=packed)
     print(f"{len(keys)} of {len(chosen)} pictures have boxes")
     draw_sheets(args.data, keys, boxes, args.output.parent / "pictures")
+
+
+def drawn(cells: Sequence[CellImage], most: Mapping[str, int]) -> list[CellImage]:
+    """Of each class as many pictures as asked for, where there are so many; the same ones each time."""
+    rng = np.random.default_rng(5)
+    chosen: list[CellImage] = []
+    for name, count in most.items():
+        same = [cell for cell in cells if cell.class_name == name]
+        chosen += [same[k] for k in rng.permutation(len(same))[:count]]
+    return chosen
 
 
 def picture_boxes(
@@ -128,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--each", type=int, default=600, help="pictures of each class to try")
+    parser.add_argument("--platelets", type=int, help="of platelets in place of --each: giant ones get lost most")
     parser.add_argument("--output", type=Path, default=Path("runs/pictures.npz"))
     return parser.parse_args()
 

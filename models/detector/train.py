@@ -55,12 +55,13 @@ SAME_CELL_IOU = 0.6  # of boxes that overlap by more the best stands, as later i
 class RunFile:
     """What a run's YAML says.
 
-    init: `.pt` of ours (of a classifier whose backbone is this one's, too) or a foreign one, as far as it fits, or a
-    shipped `.tflite`. minutes: of training, over all sessions. epochs: a run of so many instead, however long they
-    take, to be compared with others. small_px, small_share: side of the pictures in the first share of the run. steps:
-    of an epoch. mosaic_until: progress of the run at which mosaics end. scales: of a single field, 1 = as large as
-    fits. shares: of the training pictures by kind (`fields`, `pictures` from `label_pictures`, `simulated`). sources:
-    whose fields take part, in choosing the best epoch too; the others are never seen.
+    init: `.pt` of ours (of a classifier whose backbone is this one's, too) or a foreign one, as far as it fits, or
+    a shipped `.tflite`. minutes: of training, over all sessions. epochs: a run of so many instead, however long
+    they take, to be compared with others. small_px, small_share: side of the pictures in the first share of the
+    run. steps: of an epoch. mosaic_until: progress of the run at which mosaics end. scales: of a single field, 1 =
+    as large as fits. plain_share: of the pictures, keeps the look of its own laboratory. shares: of the training
+    pictures by kind (`fields`, `pictures` from `label_pictures`, `simulated`). sources: whose fields take part, in
+    choosing the best epoch too; the others are never seen.
     """
 
     init: Path | None = None
@@ -73,6 +74,7 @@ class RunFile:
     steps: int = 50
     mosaic_until: float = 0.85
     scales: tuple[float, float] = (0.5, 1.5)
+    plain_share: float = 0.125
     sources: tuple[str, ...] = SOURCES
     pictures: Path | None = None
     pictures_share: float = 0.0
@@ -109,7 +111,7 @@ def main() -> None:
         if drawn_so != (size_px, mosaic_share):
             drawn_so = size_px, mosaic_share
             seed = settings.seed + run.epoch
-            fields = AugmentedFields(pools, size_px, seed, mosaic_share, settings.scales)
+            fields = AugmentedFields(pools, size_px, seed, mosaic_share, settings.scales, settings.plain_share)
             loader = DataLoader(fields, settings.batch, collate_fn=collate_fields, num_workers=1, prefetch_factor=4)
             batches = iter(loader)
             centres, strides = places(size_px, size_px)

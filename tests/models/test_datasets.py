@@ -69,6 +69,14 @@ def test_the_stream_of_fields_repeats_with_its_seed() -> None:
     assert not np.array_equal(first(1), first(2))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_so_many_fields_as_asked_for_keep_their_own_look(share: float) -> None:
+    grey = LabelledField(np.full((60, 60, 3), 114, np.uint8), np.empty((0, 5), np.float32))  # as what is beside it
+    fields = iter(AugmentedFields([([grey], 1.0)], 60, 4, 0.0, plain_share=share))
+    plain = sum(bool((next(fields)[0] == 114).all()) for _ in range(60)) / 60
+    assert plain == pytest.approx(share, abs=0.2)
+
+
 def test_one_extreme_picture_widens_the_range_as_minimum_and_maximum_do(tmp_path: Path) -> None:
     class Scale(torch.nn.Module):
         def __init__(self) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
 from agent.domain import Box, Detection
-from models.detector.label_pictures import picture_boxes
+from models.common.labels import CellImage
+from models.detector.label_pictures import drawn, picture_boxes
 
 pytestmark = pytest.mark.train
 
@@ -60,3 +63,15 @@ def test_boxes_are_float32_rows_of_five() -> None:
     found = picture_boxes("ig", [at(50, 50, "WBC", 0.9)], 100, 100)
     assert found is not None
     assert (found.dtype, found.shape) == (np.float32, (1, 5))
+
+
+def cell(key: str, class_name: str) -> CellImage:
+    return CellImage(key, Path(key), class_name, "train")
+
+
+def test_of_each_class_as_many_pictures_are_drawn_as_asked_for_and_the_same_again() -> None:
+    cells = [cell(f"{name}-{k}", name) for name in ("ig", "platelet") for k in range(20)]
+    few = drawn(cells, {"ig": 3, "platelet": 3})
+    more = drawn(cells, {"ig": 3, "platelet": 30})
+    assert [c.class_name for c in more] == ["ig"] * 3 + ["platelet"] * 20
+    assert few == more[:6]
