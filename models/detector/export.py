@@ -1,6 +1,6 @@
 """The trained detector as the int8 file that is shipped, and its entry in the manifest.
 
-    python -m models.detector.export --checkpoint runs/sharper/best.pt --version 0.3.0
+python -m models.detector.export --checkpoint runs/sharper/best.pt --version 0.3.0
 """
 
 from __future__ import annotations
