@@ -25,7 +25,7 @@ from agent.review import CROPS_FOLDER, CropStore
 from agent.web import page as page_module
 from agent.web.handlers import ROUTES
 from agent.web.page import MOST_CONNECTIONS, Page
-from tests.web.beside import Beside
+from tests.web.beside import Beside, count
 
 Make = Callable[..., Beside]
 PASSWORD = "the page's own password"
@@ -35,16 +35,6 @@ CLOSED_ROUTES = (
     *(("POST", path) for path in ("/api/command/start", "/api/picture")),
     ("GET", "/api/picture/0123456789abcdef.jpg"),
 )
-
-
-def count(beside: Beside, *seeds: int) -> None:
-    """Have these frames counted, or refused."""
-    taken = beside.latest.read()[0]
-    wanted = (taken.number if taken else 0) + len(seeds)
-    beside.place.give(*seeds)
-    beside.wait_until(
-        lambda: (beside.latest.read()[0] or taken) is not None and beside.latest.read()[0].number >= wanted
-    )
 
 
 # --------------------------------------------------------------------------------------------------- what is watched
