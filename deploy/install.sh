@@ -107,24 +107,36 @@ install_program() {
 # The computer's name in the letters that a topic allows.
 name_of_computer() { uname -n | tr '[:upper:]_.' '[:lower:]--' | tr -cd 'a-z0-9-' | cut -c 1-63; }
 
+# Prints the outbox.folder of the configuration that is there, None for none; nothing where it cannot be read.
+configured_folder() {
+    (cd / && "$venv/bin/python" -c 'import pathlib, sys, agent.config
+print(agent.config.load_config(pathlib.Path(sys.argv[1])).outbox.folder)' "$settings/config.yaml" 2>/dev/null) || true
+}
+
 write_settings() {
     # Secrets lie here: root writes, the service reads, nobody else does.
     install -d -m 750 -o root -g "$account" "$settings"
     if [ -e "$settings/config.yaml" ]; then
         say "Kept your $settings/config.yaml"
+        if [ "$(configured_folder)" = None ]; then
+            say "It does not name the folder of the results. The service uses $results all the same; for commands in a"
+            say "shell to find it too, add this line, or set folder in the section outbox that is there:"
+            say "outbox: {folder: $results}"
+        fi
         return
     fi
     [ -n "$device" ] || device=$(name_of_computer)
     local fresh
     fresh=$(mktemp "$settings/.config.XXXXXX")
-    (cd / && "$venv/bin/python" -c 'import pathlib, agent
-print(pathlib.Path(agent.__file__).with_name("_packaged").joinpath("config.yaml").read_text(), end="")') >"$fresh"
+    (cd / && "$venv/bin/python" -c 'from agent.config import template; print(template(), end="")') >"$fresh"
+    # systemd tells the service its folder; to a command in a shell only the configuration can.
+    sed -i -E "/^outbox:/,/^[a-z]/ s|^  folder: null\$|  folder: $results|" "$fresh"
     if [ -n "$device" ]; then sed -i -E "s/^device:[^#]*/device: $device  /; s/ +\$//" "$fresh"; fi
     if [ -n "$site" ]; then sed -i -E "s/^site:[^#]*/site: $site  /; s/ +\$//" "$fresh"; fi
     chown "root:$account" "$fresh"
     chmod 640 "$fresh"
     mv "$fresh" "$settings/config.yaml"
-    say "Wrote $settings/config.yaml, device ${device:-as in the default}"
+    say "Wrote $settings/config.yaml, device ${device:-as in the default}, results in $results"
 }
 
 install_unit() {
