@@ -156,6 +156,14 @@ def test_a_sample_is_driven_from_the_page_and_audited_as_over_the_broker(beside:
     assert one.place.replies == [], "nobody at the broker has asked"
 
 
+def test_what_the_start_form_says_of_empty_fields_is_what_the_desk_does(beside: Make) -> None:
+    """The other half is in test_desk.py: a start without them takes the configured age band and limits."""
+    form = beside().get("/").content.decode().partition('id="start-form"')[2].partition("</form>")[0]
+    assert '<option value="">as configured</option>' in form
+    assert re.findall(r'name="stop_at_\w+" .*placeholder="([^"]*)"', form) == ["as configured"] * 2
+    assert "never taken from the configuration" in form
+
+
 def test_the_same_transaction_again_is_answered_and_not_done_again(beside: Make) -> None:
     one = beside()
     first = one.command("start", "t-1", sample="s-9").body
