@@ -402,6 +402,11 @@ def test_a_larger_upload_is_refused_before_its_bytes_are_taken(beside: Make) -> 
     assert "web.max_upload_mb" in said
 
 
+def test_an_empty_upload_is_refused_as_such_and_ends_no_examination(beside: Make) -> None:
+    answer = beside().ask("POST", "/api/picture", b"")
+    assert (answer.status, answer.words) == (422, "the file is empty")
+
+
 def test_a_command_is_no_larger_than_a_command(beside: Make) -> None:
     one = beside()
     answer = one.ask("POST", "/api/command/start", b'{"transaction": "t-1"}' + b" " * 20_000)
