@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ SCRIPTS = [
     for name in ("deploy/install.sh", "deploy/quickstart.sh", "deploy/broker/make-site.sh", "tests/run.sh", ".ci/run")
 ]
 SOURCED = ROOT / "deploy" / "python.sh"
+(HAS_COLLECTOR,) = re.findall(r"^has_collector\(\) .*$", (ROOT / "deploy/install.sh").read_text(), re.MULTILINE)
 
 
 def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -149,6 +151,57 @@ def test_of_a_kept_configuration_without_that_folder_the_line_to_add_is_told(tmp
     assert "outbox:" not in write_settings(tmp_path).stdout
     config.write_text("no-such-key: 1\n")
     assert "outbox:" not in write_settings(tmp_path).stdout, "what cannot be read is told by the service"
+
+
+def uninstall(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Uninstall in a folder of our own; without a running systemd, as in an image."""
+    units = folder / "units"
+    (folder / "opt" / "venv").mkdir(parents=True, exist_ok=True)
+    units.mkdir(exist_ok=True)
+    for file in (units / "hematovision.service", folder / "command"):
+        file.touch()
+    return call_installer(
+        "uninstall",
+        call=f"{HAS_COLLECTOR}; has_systemd() {{ false; }}; uninstall",
+        units=str(units),
+        unit=str(units / "hematovision.service"),
+        collector="hematovision-collector.service",
+        command=str(folder / "command"),
+        program=str(folder / "opt"),
+        settings=str(folder / "etc"),
+        results=str(folder / "var"),
+        purge="no",
+    )
+
+
+def test_uninstalling_the_agent_leaves_the_program_that_the_collector_runs_from(tmp_path: Path) -> None:
+    collector = tmp_path / "units" / "hematovision-collector.service"
+    collector.parent.mkdir()
+    collector.touch()
+    said = uninstall(tmp_path).stdout
+    assert (tmp_path / "opt" / "venv").exists()
+    assert (tmp_path / "command").exists()
+    assert not (tmp_path / "units" / "hematovision.service").exists()
+    assert "Kept" in said
+    assert f"sudo rm {collector}" in said
+    collector.unlink()
+    assert "Removed the service and" in uninstall(tmp_path).stdout
+    assert not (tmp_path / "opt").exists()
+    assert not (tmp_path / "command").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_update_of_the_agent_restarts_the_collector(tmp_path: Path, is_there: bool) -> None:
+    if is_there:
+        (tmp_path / "a-collector.service").touch()
+    done = call_installer(
+        "restart_collector",
+        call=f'{HAS_COLLECTOR}; has_systemd() {{ true; }}; systemctl() {{ echo "asked: $*"; }}; restart_collector',
+        units=str(tmp_path),
+        collector="a-collector.service",
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("asked: try-restart a-collector.service" in done.stdout) is is_there
 
 
 def test_without_root_the_packages_to_install_are_named(nobodys_path: str) -> None:
