@@ -442,7 +442,10 @@ class Desk:
 
 
 def fresh_sample(sid: str, section: SampleSection, request: Start | None = None) -> SampleState:
-    """A sample as it is asked for, and where nothing is asked as the configuration says; not begun yet."""
+    """A sample as it is asked for, and where nothing is asked as the configuration says; not begun yet.
+
+    The configured accession is for a sample that begins by itself: with a request it would stick to the next slides.
+    """
     asked = request or Start(transaction="none")
     return SampleState(
         sid,

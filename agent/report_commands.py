@@ -18,9 +18,9 @@ from agent.collected import open_collected
 from agent.config import load_config, state_folder
 from agent.delivery.commands import TOKEN
 from agent.delivery.messages import rfc3339_ms
-from agent.delivery.outbox import Outbox, open_outbox
+from agent.delivery.outbox import Outbox, has_outbox, open_outbox
 from agent.delivery.topics import Topics, is_part
-from agent.errors import ConfigError, HematoVisionError
+from agent.errors import ConfigError, HematoVisionError, OutboxError
 from agent.files import whole_file
 from agent.report.cohort import compose_cohort, render_cohort
 from agent.report.device import read_device, reported_samples
@@ -143,9 +143,17 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _key_file(arguments: argparse.Namespace) -> Path:
+    """Where the key of reports is, or is to be made: as asked for, else beside the outbox.
+
+    Raises OutboxError where there is none: what is made there would be the key of no device.
+    """
     if arguments.key_file is not None:
         return Path(arguments.key_file)
-    return (arguments.folder or state_folder(load_config(arguments.config).outbox)) / KEY_NAME
+    folder: Path = arguments.folder or state_folder(load_config(arguments.config).outbox)
+    if not has_outbox(folder) and not (folder / KEY_NAME).exists():
+        words = "there is no outbox and no key; give the folder of a running agent (outbox.folder), or --key-file"
+        raise OutboxError(f"{folder}: {words}")
+    return folder / KEY_NAME
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -95,33 +95,66 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    """Folders named by class, as `python -m models.finetune` reads them; what stands there already stays."""
+    """Folders named by class, as `python -m models.finetune` reads them; several devices may share them.
+
+    A cell stands in the folder of its newest answer alone, and in none when that is `unidentified`.
+    """
     target = Path(arguments.words[0])
+    device = load_config(arguments.config).device
     written: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
+    told: Counter[str] = Counter()
     for cell in _read(arguments):
         if not cell.answers:
             continue
         name = cell.answers[-1].person
-        if name == UNIDENTIFIED:
-            left_out["a person could not name it either"] += 1
-        elif not cell.jpeg:
-            left_out["its picture is not here any more"] += 1
+        folder = None if name == UNIDENTIFIED else target / (NO_CELL if name == ARTEFACT else name)
+        try:
+            is_there = _put(target, folder, f"{device}-{cell.cell_id}.jpg", cell.jpeg, told)
+            _rename_old(target, cell, told)
+        except OSError as error:
+            raise ConfigError(f"review export {target}", (f"cannot be written: {error.strerror}",)) from error
+        if folder is None:
+            told["left out: a person could not name it either"] += 1
+        elif not is_there:
+            told["left out: its picture is not here any more"] += 1
         else:
-            place = target / (NO_CELL if name == ARTEFACT else name)
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"review export {target}", (f"cannot be written: {error.strerror}",)) from error
-            with whole_file(place / f"{cell.cell_id}.jpg") as sink:
-                sink.write(cell.jpeg)
-            written[place.name] += 1
+            written[folder.name] += 1
     for name, count in sorted(written.items()):
         print(f"{count:>6}  {target / name}")
-    for reason, count in left_out.items():
-        print(f"{count:>6}  left out: {reason}")
+    for words, count in told.items():
+        print(f"{count:>6}  {words}")
     print(f"{sum(written.values())} crops. Next: python -m models.finetune {target} --output NEW. {RESEARCH_USE_ONLY}")
     return OK if written else SOME_FAILED
+
+
+def _put(target: Path, folder: Path | None, file: str, jpeg: bytes, told: Counter[str]) -> bool:
+    """Have the picture in this folder and in no other; None = in none. Returns whether it is there. Raises OSError.
+
+    jpeg: empty where the device does not have it any more; one that was exported before is taken then.
+    """
+    before = list(target.glob(f"*/{file}"))
+    jpeg = jpeg or next((path.read_bytes() for path in before), b"")
+    if folder is not None and jpeg:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / file) as sink:
+            sink.write(jpeg)
+    for path in before:
+        if path.parent != folder:
+            path.unlink()
+            told["answered anew: taken out of the folder of the answer before"] += 1
+    return folder is not None and bool(jpeg)
+
+
+def _rename_old(target: Path, cell: KeptCell, told: Counter[str]) -> None:
+    """Take away what an older version exported of this cell, under a name without the device. Raises OSError.
+
+    Another device may have cells of the same ids: what is not this very picture stays and is told.
+    """
+    for path in target.glob(f"*/{cell.cell_id}.jpg"):
+        if path.read_bytes() == cell.jpeg:
+            path.unlink()
+        else:
+            told[f"named as an older version did, perhaps of another device; stays in {path.parent}"] += 1
 
 
 def _agreement(arguments: argparse.Namespace) -> int:

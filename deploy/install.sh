@@ -9,7 +9,8 @@
 #                  Both are only written when there is no configuration yet.
 #   --from WHEEL   install this file instead of the checkout that the script lies in.
 #   --no-start     enable the service for the next boot, but do not start it now.
-#   --uninstall    remove program and service; configuration and stored results stay.
+#   --uninstall    remove program and service; configuration and stored results stay. The program stays too while the
+#                  collector (docs/central.md) is installed on this computer: both use it.
 #   --purge        with --uninstall: remove configuration, stored results and the user too.
 #
 # Program: /opt/hematovision    configuration: /etc/hematovision    results waiting for the broker: /var/lib/hematovision
@@ -24,7 +25,9 @@ program=/opt/hematovision
 venv=$program/venv
 settings=/etc/hematovision
 results=/var/lib/hematovision
-unit=/etc/systemd/system/hematovision.service
+units=/etc/systemd/system
+unit=$units/hematovision.service
+collector=hematovision-collector.service
 command=/usr/local/bin/hematovision
 account=hematovision
 
@@ -55,12 +58,20 @@ is_identifier() { [[ $1 =~ ^[a-z0-9-]{1,63}$ ]]; }
 # systemctl talks to a running systemd; while an image is being made there is none, and only links are written.
 has_systemd() { [ -d /run/systemd/system ]; }
 
+# The collector is installed by hand, see docs/central.md; it runs from the same program.
+has_collector() { [ -e "$units/$collector" ]; }
+
 uninstall() {
     if has_systemd; then systemctl disable --now hematovision.service 2>/dev/null || true; fi
-    rm -f "$unit" "$command" /etc/systemd/system/multi-user.target.wants/hematovision.service
+    rm -f "$unit" "$units/multi-user.target.wants/hematovision.service"
     if has_systemd; then systemctl daemon-reload; fi
-    rm -rf "$program"
-    say "Removed the service and $program."
+    if has_collector; then
+        say "Removed the service. Kept $program: $collector works with it. To remove that too, then run this again:"
+        say "  sudo systemctl disable --now $collector && sudo rm $units/$collector"
+    else
+        rm -rf "$program" "$command"
+        say "Removed the service and $program."
+    fi
     if [ "$purge" = yes ]; then
         rm -rf "$settings" "$results"
         userdel "$account" 2>/dev/null || true
@@ -88,12 +99,13 @@ make_account() {
 }
 
 install_program() {
-    local python
+    local python extras=web
     python=$(find_python)
+    if has_collector; then extras=web,central,export; fi
     install -d -m 755 "$program"
     make_venv "$python" "$venv"
     say "Installing from $source into $venv"
-    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade "${source}[web]" ||
+    "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --upgrade "${source}[$extras]" ||
         fail "pip could not install the agent; its message stands above."
     if [ -f "$source" ]; then # pip leaves a wheel of the same version alone, changed or not
         "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --force-reinstall --no-deps "$source"
@@ -104,27 +116,49 @@ install_program() {
     say "Installed $("$venv/bin/hematovision" version | head -n 1)"
 }
 
+# One that runs still has the program of before in its memory.
+restart_collector() {
+    if ! has_collector || ! has_systemd; then return; fi
+    if systemctl try-restart "$collector"; then
+        say "Restarted $collector, if it was running: it uses this program too"
+    else
+        say "$collector did not start again; see: journalctl -u $collector"
+    fi
+}
+
 # The computer's name in the letters that a topic allows.
 name_of_computer() { uname -n | tr '[:upper:]_.' '[:lower:]--' | tr -cd 'a-z0-9-' | cut -c 1-63; }
+
+# Prints the outbox.folder of the configuration that is there, None for none; nothing where it cannot be read.
+configured_folder() {
+    (cd / && "$venv/bin/python" -c 'import pathlib, sys, agent.config
+print(agent.config.load_config(pathlib.Path(sys.argv[1])).outbox.folder)' "$settings/config.yaml" 2>/dev/null) || true
+}
 
 write_settings() {
     # Secrets lie here: root writes, the service reads, nobody else does.
     install -d -m 750 -o root -g "$account" "$settings"
     if [ -e "$settings/config.yaml" ]; then
         say "Kept your $settings/config.yaml"
+        if [ "$(configured_folder)" = None ]; then
+            say "It does not name the folder of the results. The service uses $results all the same; for commands in a"
+            say "shell to find it too, add this line, or set folder in the section outbox that is there:"
+            say "outbox: {folder: $results}"
+        fi
         return
     fi
     [ -n "$device" ] || device=$(name_of_computer)
     local fresh
     fresh=$(mktemp "$settings/.config.XXXXXX")
-    (cd / && "$venv/bin/python" -c 'import pathlib, agent
-print(pathlib.Path(agent.__file__).with_name("_packaged").joinpath("config.yaml").read_text(), end="")') >"$fresh"
+    (cd / && "$venv/bin/python" -c 'from agent.config import template; print(template(), end="")') >"$fresh"
+    # systemd tells the service its folder; to a command in a shell only the configuration can.
+    sed -i -E "/^outbox:/,/^[a-z]/ s|^  folder: null\$|  folder: $results|" "$fresh"
     if [ -n "$device" ]; then sed -i -E "s/^device:[^#]*/device: $device  /; s/ +\$//" "$fresh"; fi
     if [ -n "$site" ]; then sed -i -E "s/^site:[^#]*/site: $site  /; s/ +\$//" "$fresh"; fi
     chown "root:$account" "$fresh"
     chmod 640 "$fresh"
     mv "$fresh" "$settings/config.yaml"
-    say "Wrote $settings/config.yaml, device ${device:-as in the default}"
+    say "Wrote $settings/config.yaml, device ${device:-as in the default}, results in $results"
 }
 
 install_unit() {
@@ -151,6 +185,7 @@ fi
 check_machine
 make_account
 install_program
+restart_collector
 write_settings
 install_unit
 cat <<END

@@ -251,6 +251,10 @@ def test_the_commands_list_show_and_compare(outbox: Outbox, tmp_path: Path, caps
     assert run("review", "show", "--config", config) == 2
 
 
+def exported(target: Path) -> list[str]:
+    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+
+
 def test_answered_crops_are_exported_in_class_folders(
     outbox: Outbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,10 +263,55 @@ def test_answered_crops_are_exported_in_class_folders(
     amend(place, "t-2", "s-1-3", "artefact")
     target = tmp_path / "crops-for-training"
     assert run("review", "export", str(target), "--config", make_config(tmp_path)) == 0
-    found = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
-    assert found == ["lobed/s-1-1.jpg", "no-cell/s-1-3.jpg"]
+    assert exported(target) == ["lobed/dev-s-1-1.jpg", "no-cell/dev-s-1-3.jpg"]
     assert "2 crops" in capsys.readouterr().out
     amend(place, "t-3", "s-1-1", "unidentified")
     other = tmp_path / "other"
     assert run("review", "export", str(other), "--config", make_config(tmp_path)) == 0
     assert "a person could not name it either" in capsys.readouterr().out
+
+
+def test_a_cell_answered_anew_leaves_the_folder_of_the_answer_before(
+    outbox: Outbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = count_two_fields(outbox, name(0.55, 0.45))
+    target = tmp_path / "shared"
+    export = ("review", "export", str(target), "--config", make_config(tmp_path))
+    amend(place, "t-1", "s-1-1", "lobed")
+    amend(place, "t-2", "s-1-3", "round")
+    assert run(*export) == 0
+    amend(place, "t-3", "s-1-1", "artefact")
+    assert run(*export) == 0
+    assert exported(target) == ["no-cell/dev-s-1-1.jpg", "round/dev-s-1-3.jpg"]
+    assert "1  answered anew" in capsys.readouterr().out
+
+    # Of a picture that has left the device the exported one is taken; what nobody can name stands nowhere.
+    crop = (target / "no-cell/dev-s-1-1.jpg").read_bytes()
+    CropStore(tmp_path / "crops").path("s-1", "s-1-1").unlink()
+    amend(place, "t-4", "s-1-1", "lobed")
+    amend(place, "t-5", "s-1-3", "unidentified")
+    assert run(*export) == 0
+    assert exported(target) == ["lobed/dev-s-1-1.jpg"]
+    assert (target / "lobed/dev-s-1-1.jpg").read_bytes() == crop
+
+
+def test_devices_share_a_folder_and_what_an_older_version_exported_is_not_there_twice(
+    outbox: Outbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = count_two_fields(outbox, name(0.55, 0.45))
+    amend(place, "t-1", "s-1-1", "lobed")
+    amend(place, "t-2", "s-1-3", "lobed")
+    target = tmp_path / "shared"
+    for file, content in {
+        "lobed/other-s-1-1.jpg": JPEG,
+        "lobed/s-1-1.jpg": JPEG,  # of another device, or taken from here: nobody knows
+        "round/s-1-3.jpg": CropStore(tmp_path / "crops").read("s-1", "s-1-3"),
+    }.items():
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (target / file).write_bytes(content)
+    assert run("review", "export", str(target), "--config", make_config(tmp_path)) == 0
+    assert exported(target) == [f"lobed/{name}.jpg" for name in ("dev-s-1-1", "dev-s-1-3", "other-s-1-1", "s-1-1")]
+    assert (target / "lobed/other-s-1-1.jpg").read_bytes() == JPEG
+    assert f"1  named as an older version did, perhaps of another device; stays in {target}/lobed" in (
+        capsys.readouterr().out
+    )

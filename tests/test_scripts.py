@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from agent.config import Config, OutboxSection, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
@@ -15,6 +20,7 @@ SCRIPTS = [
     for name in ("deploy/install.sh", "deploy/quickstart.sh", "deploy/broker/make-site.sh", "tests/run.sh", ".ci/run")
 ]
 SOURCED = ROOT / "deploy" / "python.sh"
+(HAS_COLLECTOR,) = re.findall(r"^has_collector\(\) .*$", (ROOT / "deploy/install.sh").read_text(), re.MULTILINE)
 
 
 def bash(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +43,33 @@ def install(*arguments: str, path: str | None = None) -> subprocess.CompletedPro
         text=True,
         timeout=30,
         check=False,
+    )
+
+
+def call_installer(*names: str, call: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Call functions of the installer, which run as root on a system otherwise. names: those that are needed."""
+    text = (ROOT / "deploy/install.sh").read_text()
+    functions = [text[text.index(f"\n{name}() {{") :].partition("\n}\n")[0] + "\n}" for name in names]
+    values = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return bash("\n".join([*values, *functions, call]), PYTHONPATH=str(ROOT))
+
+
+def write_settings(tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """What the installer does about the configuration, in a folder of our own."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True, exist_ok=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    owners = 'chown() { :; }; install() { mkdir -p "${@: -1}"; }\n'
+    return call_installer(
+        *("configured_folder", "write_settings"),
+        call=owners + "write_settings",
+        settings=str(tmp_path / "etc"),
+        results="/var/lib/hematovision",
+        venv=str(tmp_path / "venv"),
+        device="scope-3",
+        site="lab",
+        account="hematovision",
     )
 
 
@@ -91,6 +124,84 @@ def test_the_installer_explains_itself() -> None:
     assert done.returncode == 0
     assert "--uninstall" in done.stdout
     assert "/etc/hematovision" in done.stdout
+
+
+def test_a_new_configuration_names_the_folder_in_which_the_service_stores(tmp_path: Path) -> None:
+    """The unit tells the service alone: without it `hematovision outbox` in a shell looks into somebody's home."""
+    done = write_settings(tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = load_config(tmp_path / "etc" / "config.yaml")
+    outbox = OutboxSection(folder=Path("/var/lib/hematovision"))
+    assert written == Config(device="scope-3", site="lab", outbox=outbox)
+    assert "results in /var/lib/hematovision" in done.stdout
+    again = write_settings(tmp_path)
+    assert "Kept your" in again.stdout
+    assert "outbox:" not in again.stdout
+
+
+def test_of_a_kept_configuration_without_that_folder_the_line_to_add_is_told(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    config = tmp_path / "etc" / "config.yaml"
+    config.write_text("device: scope-3\n")
+    said = write_settings(tmp_path).stdout
+    assert config.read_text() == "device: scope-3\n"
+    (line,) = [line for line in said.splitlines() if "outbox:" in line]
+    config.write_text(f"device: scope-3\n{line.strip()}\n")
+    assert load_config(config).outbox.folder == Path("/var/lib/hematovision")
+    assert "outbox:" not in write_settings(tmp_path).stdout
+    config.write_text("no-such-key: 1\n")
+    assert "outbox:" not in write_settings(tmp_path).stdout, "what cannot be read is told by the service"
+
+
+def uninstall(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Uninstall in a folder of our own; without a running systemd, as in an image."""
+    units = folder / "units"
+    (folder / "opt" / "venv").mkdir(parents=True, exist_ok=True)
+    units.mkdir(exist_ok=True)
+    for file in (units / "hematovision.service", folder / "command"):
+        file.touch()
+    return call_installer(
+        "uninstall",
+        call=f"{HAS_COLLECTOR}; has_systemd() {{ false; }}; uninstall",
+        units=str(units),
+        unit=str(units / "hematovision.service"),
+        collector="hematovision-collector.service",
+        command=str(folder / "command"),
+        program=str(folder / "opt"),
+        settings=str(folder / "etc"),
+        results=str(folder / "var"),
+        purge="no",
+    )
+
+
+def test_uninstalling_the_agent_leaves_the_program_that_the_collector_runs_from(tmp_path: Path) -> None:
+    collector = tmp_path / "units" / "hematovision-collector.service"
+    collector.parent.mkdir()
+    collector.touch()
+    said = uninstall(tmp_path).stdout
+    assert (tmp_path / "opt" / "venv").exists()
+    assert (tmp_path / "command").exists()
+    assert not (tmp_path / "units" / "hematovision.service").exists()
+    assert "Kept" in said
+    assert f"sudo rm {collector}" in said
+    collector.unlink()
+    assert "Removed the service and" in uninstall(tmp_path).stdout
+    assert not (tmp_path / "opt").exists()
+    assert not (tmp_path / "command").exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_update_of_the_agent_restarts_the_collector(tmp_path: Path, is_there: bool) -> None:
+    if is_there:
+        (tmp_path / "a-collector.service").touch()
+    done = call_installer(
+        "restart_collector",
+        call=f'{HAS_COLLECTOR}; has_systemd() {{ true; }}; systemctl() {{ echo "asked: $*"; }}; restart_collector',
+        units=str(tmp_path),
+        collector="a-collector.service",
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("asked: try-restart a-collector.service" in done.stdout) is is_there
 
 
 def test_without_root_the_packages_to_install_are_named(nobodys_path: str) -> None:

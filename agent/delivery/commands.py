@@ -105,7 +105,10 @@ class Ping(Request):
 
 
 class Start(Request):
-    """Begin a sample. What is not given is taken from the configuration; no sample id = one is made."""
+    """Begin a sample. What is not given is taken from the configuration, but for the accession: none given = none.
+
+    sample: its id; given neither here nor there = one is made.
+    """
 
     sample: Identifier | None = None
     accession: Accession | None = None

@@ -322,6 +322,16 @@ def _remove(path: Path) -> None:
         raise OutboxError(f"{path}: cannot be removed: {error.strerror}; mend the rights of the folder") from error
 
 
+def has_outbox(folder: Path) -> bool:
+    """Whether there is one. Raises OutboxError where this user may not look."""
+    try:
+        return (folder / DATABASE_NAME).exists()
+    except PermissionError as error:
+        raise OutboxError(
+            f"outbox folder {folder}: {error.strerror}; ask as the agent's user: sudo -u hematovision hematovision ..."
+        ) from error
+
+
 def lock_folder(folder: Path) -> IO[str]:
     """Keep a second agent off this folder while the returned file is open; raises OutboxError when one is there."""
     import fcntl  # not on every system; only the agent itself needs it
@@ -371,7 +381,7 @@ def open_outbox(
     """
     _refuse_network_file_system(folder, mounts_file)
     path = folder / DATABASE_NAME
-    if not create and not path.exists():
+    if not create and not has_outbox(folder):
         raise OutboxError(f"{path}: there is no outbox; give the folder of a running agent")
     salvage: Salvage | None = None
     mark = folder / DAMAGE_NAME

@@ -58,7 +58,11 @@ class Examiner:
         self._ending: asyncio.Future[None] | None = None
 
     async def examine(self, content: bytes) -> tuple[dict[str, Any], bytes]:
-        """What is found in a picture, and the picture as JPEG. Raises ExaminerBusy, ExaminerFailed."""
+        """What is found in a picture, and the picture as JPEG. Raises ExaminerBusy, ExaminerFailed.
+
+        content: a file's bytes, not empty: on the pipe a block of no bytes tells the program to end.
+        """
+        assert content
         if self._busy.locked():
             raise ExaminerBusy("another picture is being examined; try again in a moment")
         async with self._busy:

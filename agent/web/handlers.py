@@ -279,6 +279,8 @@ class Upload(Handler):
         length = self.request.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > limit_bytes:
             self.refuse(413, f"more than {self.parts.section.max_upload_mb:g} MB (web.max_upload_mb), or of no length")
+        elif int(length) == 0:
+            self.refuse(422, "the file is empty")
         elif self.parts.uploads.locked():
             self.refuse(429, "another picture is being examined; try again in a moment")
         else:

@@ -6,6 +6,7 @@
     FOLDER/devices/N/   ca.pem N.pem N.key config.yaml        a microscope: writes below its own topic
     FOLDER/receivers/N/ ca.pem N.pem N.key                    a collector: reads everything, acknowledges, asks again
     FOLDER/operators/N/ ca.pem N.pem N.key                    a person: reads everything, sends commands
+    FOLDER/.../N/old/   certificates of N that were renewed, SERIAL.pem: good until they expire or N is removed
     FOLDER/removed/     what --remove took away; the broker refuses these certificates
 
 The folders are the roster: who has one is in the broker's rights. Running it again keeps every certificate that is
@@ -239,6 +240,7 @@ def make_site(
         is_due = is_renewal and (not clients or client in clients)
         what = "renewed" if is_due else pair.describes(authority, now)
         if what is not None:
+            keep_old(pair)
             issue(pair, authority, authority_key, client.name, now, days)
         write_client_files(client, top, settings, authority)
         outcomes.append(outcome(client.kind, client.name, what, pair))
@@ -380,6 +382,14 @@ def issue(
     pair.write(request.sign(authority_key, hashes.SHA256()), key)
 
 
+def keep_old(pair: Pair) -> None:
+    """A client's certificate before it is replaced, where `take_away` finds it: who is removed is refused with all."""
+    certificate = pair.read_certificate()
+    if certificate is not None:
+        content = certificate.public_bytes(serialization.Encoding.PEM)
+        write_file(pair.certificate_file.parent / "old" / f"{certificate.serial_number:x}.pem", content)
+
+
 def builder(
     name: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, days: int, latest: datetime | None = None
 ) -> x509.CertificateBuilder:
@@ -476,7 +486,7 @@ def write_broker_files(
     write_file(folder / "acl", acl(settings.site, clients).encode())
     write_file(folder / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
     revoked = [
-        Pair(file, file).read_certificate() for file in sorted((top / "removed").glob("*/*.pem")) if file.stem != "ca"
+        Pair(file, file).read_certificate() for file in sorted((top / "removed").glob("**/*.pem")) if file.stem != "ca"
     ]
     write_revoked(
         folder / "revoked.pem", {one.serial_number for one in revoked if one is not None}, authority, authority_key, now
@@ -607,7 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         soon = "   <- renew soon, with --renew" if left < RENEW_SOON_DAYS else ""
         print(f"{one.kind:<10}{one.name:<32}{one.what}, good until {one.expires:%Y-%m-%d} ({left} days){soon}")
     for name in options.remove:
-        print(f"{'removed':<10}{name:<32}its certificate is on the list of refused ones")
+        print(f"{'removed':<10}{name:<32}its certificates are on the list of refused ones")
     print(
         f"Now carry {options.folder / 'broker'} to the broker and the others' folders to their owners: docs/security.md"
     )

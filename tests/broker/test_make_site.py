@@ -46,6 +46,17 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
+def old_file(top: Path, place: str, name: str) -> str:
+    """Where the certificate that is there now is kept when it is renewed."""
+    return f"{place}/{name}/old/{certificate(top / place / name / f'{name}.pem').serial_number:x}.pem"
+
+
+def refused(top: Path) -> list[int]:
+    """Serial numbers on the broker's list."""
+    revoked = x509.load_pem_x509_crl((top / "broker/revoked.pem").read_bytes())
+    return sorted(one.serial_number for one in revoked)
+
+
 def test_a_second_run_changes_nothing(top: Path) -> None:
     before = contents(top)
     outcomes = make_site(top, now=NOW + timedelta(days=1))
@@ -71,16 +82,20 @@ def test_private_keys_are_for_their_owner_alone_and_so_is_the_folder(top: Path) 
 
 def test_renewing_gives_new_keys_to_everybody_and_keeps_the_authority(top: Path) -> None:
     before = contents(top)
+    kept = {old_file(top, f"{c.kind}s", c.name) for c in CLIENTS}
     make_site(top, is_renewal=True, now=NOW + timedelta(days=700))
     pairs = ("broker/broker", *(f"{c.kind}s/{c.name}/{c.name}" for c in CLIENTS))
-    assert changed(before, contents(top)) == {f"{pair}.{ending}" for pair in pairs for ending in ("pem", "key")}
+    new = {f"{pair}.{ending}" for pair in pairs for ending in ("pem", "key")}
+    assert changed(before, contents(top)) == new | kept
     assert certificate(top / "broker/broker.pem").not_valid_after_utc == NOW + timedelta(days=700 + 730)
 
 
 def test_renewing_one_by_name_leaves_the_others(top: Path) -> None:
     before = contents(top)
+    kept = old_file(top, "operators", "anna")
     make_site(top, clients=[Client("operator", "anna")], is_renewal=True, now=NOW)
-    assert changed(before, contents(top)) == {"operators/anna/anna.pem", "operators/anna/anna.key"}
+    assert changed(before, contents(top)) == {"operators/anna/anna.pem", "operators/anna/anna.key", kept}
+    assert contents(top)[kept] == before["operators/anna/anna.pem"]
 
 
 def test_what_has_expired_is_made_again_by_any_run(top: Path) -> None:
@@ -116,13 +131,27 @@ def test_another_name_of_the_broker_gives_it_a_new_certificate_and_nobody_else(t
 def test_who_is_removed_loses_the_rights_and_stands_on_the_list_of_the_refused(top: Path) -> None:
     serial = certificate(top / "devices/microscope-2/microscope-2.pem").serial_number
     make_site(top, remove=["microscope-2"], now=NOW)
-    revoked = x509.load_pem_x509_crl((top / "broker/revoked.pem").read_bytes())
-    assert [one.serial_number for one in revoked] == [serial]
+    assert refused(top) == [serial]
     assert "microscope-2" not in (top / "broker/acl").read_text()
     assert not (top / "devices/microscope-2").exists()
     before = contents(top)
     make_site(top, now=NOW)
     assert contents(top) == before
+
+
+def test_who_is_removed_is_refused_with_the_certificates_before_the_renewal_too(top: Path) -> None:
+    file = top / "devices/microscope-2/microscope-2.pem"
+    device = Client("device", "microscope-2")
+    serials = [certificate(file).serial_number]
+    for _ in range(2):
+        make_site(top, clients=[device], is_renewal=True, now=NOW)
+        serials.append(certificate(file).serial_number)
+    assert refused(top) == [], "a renewed one works on until it expires"
+    make_site(top, remove=["microscope-2"], now=NOW)
+    assert refused(top) == sorted(serials)
+    make_site(top, clients=[device], now=NOW)  # another computer under the same name
+    assert refused(top) == sorted(serials)
+    assert certificate(file).serial_number not in serials
 
 
 def test_the_lines_for_a_device_are_a_valid_configuration_of_the_agent(top: Path) -> None:

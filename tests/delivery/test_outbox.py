@@ -587,6 +587,15 @@ def test_looking_into_an_outbox_that_is_not_there_makes_none(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_a_user_may_not_look_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path, **_options: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(OutboxError, match="Permission denied; ask as the agent's user"):
+        open_outbox(tmp_path, create=False)
+
+
 def test_a_second_agent_is_kept_off_the_folder(tmp_path: Path) -> None:
     held = lock_folder(tmp_path)
     with pytest.raises(OutboxError, match="another agent uses it"):

@@ -86,6 +86,15 @@ def run(*words: str) -> int:
     return int(ended.value.code or 0)
 
 
+def test_where_there_is_no_outbox_no_key_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be the key of no device: the outbox that was meant is elsewhere."""
+    folder = tmp_path / "elsewhere"
+    assert run("report", "key", "--folder", str(folder)) != 0
+    assert "there is no outbox" in capsys.readouterr().err
+    assert not folder.exists()
+    assert run("report", "key", "--folder", str(folder), "--key-file", str(tmp_path / "centre.pem")) == 0
+
+
 @pytest.mark.usefixtures("outbox")
 def test_the_commands_sign_verify_and_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"

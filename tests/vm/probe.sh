@@ -28,6 +28,7 @@ fact groups "$(ps -o supgrp= -p "$pid")"
 fact capabilities "$(grep CapEff "/proc/$pid/status" | tr -d '\t ' | cut -d: -f2)"
 fact no_new_privileges "$(grep NoNewPrivs "/proc/$pid/status" | tr -d '\t ' | cut -d: -f2)"
 fact state_folder "$(stat -c '%U %a' /var/lib/hematovision)"
+fact outbox_in_a_shell "$(runuser -u hematovision -- hematovision outbox --config /etc/hematovision/config.yaml status >/dev/null && echo found)"
 fact settings "$(stat -c '%U %G %a' /etc/hematovision/config.yaml)"
 
 mosquitto_sub -h 127.0.0.1 -t 'hv/1/#' -v -C 40 -W 60 >/probe/messages

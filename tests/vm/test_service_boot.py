@@ -156,6 +156,7 @@ def test_the_installer_says_what_it_did_and_keeps_the_operators_configuration(bo
     assert "Enabled hematovision.service" in first
     assert "Kept your /etc/hematovision/config.yaml" in second
     assert booted.facts["settings"] == "root hematovision 640"
+    assert booted.facts["outbox_in_a_shell"] == "found", "a command in a shell finds what the service stores"
 
 
 def test_the_service_reaches_ready_without_waiting_for_the_network(booted: Installed) -> None:

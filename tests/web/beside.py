@@ -136,3 +136,13 @@ class Beside:
         while not is_so():
             assert time.monotonic() < deadline_s, "it did not come to it"
             time.sleep(0.02)
+
+
+def count(beside: Beside, *seeds: int) -> None:
+    """Have these frames counted, or refused."""
+    taken = beside.latest.read()[0]
+    wanted = (taken.number if taken else 0) + len(seeds)
+    beside.place.give(*seeds)
+    beside.wait_until(
+        lambda: (beside.latest.read()[0] or taken) is not None and beside.latest.read()[0].number >= wanted
+    )

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 
 from agent.camera.simulated import open_simulated
 from agent.config import CameraSection, Config, models_folder
 from agent.delivery.outbox import open_outbox
+from agent.domain import SampleState
+from agent.review import CROPS_FOLDER, CropStore
 from tests.brokers import free_port
 from tests.end_to_end.agent_process import Agent, Bench, wait_until
+from tests.web.beside import Beside, count
 from tests.web.browser import DESKTOP, TABLET, UPRIGHT, Browser
 
 pytestmark = pytest.mark.skipif(
@@ -109,14 +114,27 @@ def test_a_sample_is_begun_watched_paused_reviewed_and_finished(bench: Bench, br
     browser.press("1")
     browser.wait_for("document.getElementById('review-said').innerText.includes('your token')")
     browser.type("mtl-7")
-    browser.evaluate("document.activeElement.blur()")
+    assert browser.evaluate("localStorage.getItem('person')") is None, "what is still being typed is not kept"
+    browser.press("Enter")
     browser.press("1")
+    assert browser.evaluate("[document.getElementById('person').value, localStorage.getItem('person')]") == [
+        *("mtl-7", "mtl-7")
+    ]
     browser.wait_for(f"document.getElementById('review-said').innerText.includes('{first}')")
     browser.wait_for("document.getElementById('review-said').classList.contains('good')")
     second = browser.text("#cell-id")
     assert second != first
     browser.click("#answers button[data-name=artefact]")
     browser.wait_for("document.getElementById('review-title').innerText.includes('2 answered')")
+    third, guess = browser.text("#cell-id"), browser.evaluate("document.querySelector('#answers .models').dataset.name")
+    browser.press("Enter")
+    browser.wait_for("document.getElementById('review-title').innerText.includes('3 answered')")
+    fourth = browser.text("#cell-id")
+    browser.click(f"#strip button:not([data-cell='{fourth}']):not(.done)")
+    picked, also = browser.text("#cell-id"), browser.evaluate("document.querySelector('#answers .models').dataset.name")
+    assert picked not in (first, second, third, fourth)
+    browser.press("Enter")
+    browser.wait_for("document.getElementById('review-title').innerText.includes('4 answered')")
     browser.screenshot(tmp_path / "review.png")
 
     # Finish: asked first.
@@ -135,14 +153,36 @@ def test_a_sample_is_begun_watched_paused_reviewed_and_finished(bench: Bench, br
     assert told == [
         ("cmd.start", None, "done"),
         ("cmd.pause", None, "done"),
-        ("cmd.amend", "mtl-7", "done"),
-        ("cmd.amend", "mtl-7", "done"),
+        *[("cmd.amend", "mtl-7", "done")] * 4,
         ("cmd.stop", "mtl-7", "done"),
     ]
     amended = [entry["detail"] for entry in audit(bench) if entry["action"] == "cmd.amend"]
-    assert [(one["cell_id"], one["to"]) for one in amended] == [(first, names[0]), (second, "artefact")]
+    assert [(one["cell_id"], one["to"]) for one in amended] == [
+        *((first, names[0]), (second, "artefact")),
+        *((third, guess), (picked, also)),  # Enter agrees with the model, whatever was clicked before
+    ]
     assert agent.terminate() == 0, "an open page does not hold the agent up"
     assert "Traceback" not in agent.log_text
+
+
+def test_a_cell_whose_answer_failed_comes_back_with_its_picture(
+    beside: Callable[..., Beside], browser: Browser
+) -> None:
+    one = beside(sample=SampleState("s-1"))
+    count(one, 1)
+    crop = cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+    CropStore(one.folder / CROPS_FOLDER).put("s-1", "s-1-1", crop)
+    browser.open(f"http://127.0.0.1:{one.section.port}/#review")
+    browser.wait_for("!document.getElementById('crop').hidden")
+    one.is_taking = False
+    browser.click("#person")
+    browser.type("mtl-7")
+    browser.press("Enter")
+    browser.press("Enter")
+    browser.wait_for("document.getElementById('no-crop').innerText === 'No cell waits for a person.'")
+    browser.wait_for("document.getElementById('review-said').innerText.includes('s-1-1 has no answer')")
+    browser.wait_for("document.getElementById('cell-id').innerText === 's-1-1'")
+    browser.wait_for("!document.getElementById('crop').hidden && document.getElementById('no-crop').hidden", 5)
 
 
 def test_a_picture_is_examined_and_an_agent_that_does_not_answer_makes_the_page_old(

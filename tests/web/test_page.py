@@ -25,7 +25,7 @@ from agent.review import CROPS_FOLDER, CropStore
 from agent.web import page as page_module
 from agent.web.handlers import ROUTES
 from agent.web.page import MOST_CONNECTIONS, Page
-from tests.web.beside import Beside
+from tests.web.beside import Beside, count
 
 Make = Callable[..., Beside]
 PASSWORD = "the page's own password"
@@ -35,16 +35,6 @@ CLOSED_ROUTES = (
     *(("POST", path) for path in ("/api/command/start", "/api/picture")),
     ("GET", "/api/picture/0123456789abcdef.jpg"),
 )
-
-
-def count(beside: Beside, *seeds: int) -> None:
-    """Have these frames counted, or refused."""
-    taken = beside.latest.read()[0]
-    wanted = (taken.number if taken else 0) + len(seeds)
-    beside.place.give(*seeds)
-    beside.wait_until(
-        lambda: (beside.latest.read()[0] or taken) is not None and beside.latest.read()[0].number >= wanted
-    )
 
 
 # --------------------------------------------------------------------------------------------------- what is watched
@@ -164,6 +154,14 @@ def test_a_sample_is_driven_from_the_page_and_audited_as_over_the_broker(beside:
     ]
     assert one.state()["sample"]["accession"] == "A-7"
     assert one.place.replies == [], "nobody at the broker has asked"
+
+
+def test_what_the_start_form_says_of_empty_fields_is_what_the_desk_does(beside: Make) -> None:
+    """The other half is in test_desk.py: a start without them takes the configured age band and limits."""
+    form = beside().get("/").content.decode().partition('id="start-form"')[2].partition("</form>")[0]
+    assert '<option value="">as configured</option>' in form
+    assert re.findall(r'name="stop_at_\w+" .*placeholder="([^"]*)"', form) == ["as configured"] * 2
+    assert "never taken from the configuration" in form
 
 
 def test_the_same_transaction_again_is_answered_and_not_done_again(beside: Make) -> None:
@@ -402,6 +400,11 @@ def test_a_larger_upload_is_refused_before_its_bytes_are_taken(beside: Make) -> 
         said = client.recv(4096).decode()
     assert said.startswith("HTTP/1.1 413")
     assert "web.max_upload_mb" in said
+
+
+def test_an_empty_upload_is_refused_as_such_and_ends_no_examination(beside: Make) -> None:
+    answer = beside().ask("POST", "/api/picture", b"")
+    assert (answer.status, answer.words) == (422, "the file is empty")
 
 
 def test_a_command_is_no_larger_than_a_command(beside: Make) -> None:

@@ -103,9 +103,13 @@ function preparePerson() {
     const isToken = /^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$/.test(person.value.trim());
     person.setCustomValidity(isToken ? "" : "Letters, digits, . _ and - only, beginning with a letter or digit");
   };
-  person.addEventListener("input", () => {
-    check();
+  person.addEventListener("input", check);
+  person.addEventListener("change", () => {
     if (person.validity.valid) localStorage.setItem("person", person.value.trim());
+  });
+  // Typed to its end: the next key is no part of it, but on the review list an answer.
+  person.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && person.reportValidity()) person.blur();
   });
   check();
   $("logout").addEventListener("click", async () => {

@@ -82,13 +82,13 @@ function showCell() {
   for (const id of ["cell-id", "model-says", "cell-why"]) $(id).textContent = "";
   $("persons-said").replaceChildren();
   if (!cell) {
+    $("crop").removeAttribute("src"); // so that the picture is asked for again should the cell come back
     $("crop").hidden = true;
     $("no-crop").hidden = false;
     $("no-crop").textContent = "No cell waits for a person.";
     return;
   }
-  if ($("crop").dataset.cell !== cell.cell_id) {
-    $("crop").dataset.cell = cell.cell_id;
+  if ($("crop").getAttribute("src") !== cropOf(cell)) {
     $("crop").src = cropOf(cell);
     $("crop").alt = `Cell ${cell.cell_id}`;
   }
@@ -107,10 +107,12 @@ function showCell() {
   }
 }
 
+/** Show this cell. The focus leaves the button that was pressed: Enter would press it again, for another cell. */
 function select(cellId) {
   current = cellId;
   showStrip();
   showCell();
+  $("cell-id").focus({ preventScroll: true });
   $("strip").querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
 }
 
