@@ -254,10 +254,12 @@ class SampleSection(Section):
     id: Identifier | None = None
     """The sample's id in topics; null = the agent makes one for each slide (date, boot and number)."""
     start: Literal["auto", "each-slide", "command"] = "auto"
-    """auto = a sample begins when the agent starts and none is open; each-slide = and when another slide is seen, which
-    ends the sample before; command = only cmd/start begins one."""
+    """auto = a sample begins at the agent's first start, and at the next start after a folder or video was read to its
+    end; after one that has stopped otherwise, cmd/start begins the next. each-slide = and when another slide is seen,
+    which ends the sample before; command = only cmd/start begins one."""
     absence_s: Annotated[float, Field(ge=2, le=3600)] = 15.0
-    """s; with each-slide: so long no slide is in view before a field at an unknown place is taken for another slide."""
+    """s; with each-slide: so long no slide is in view, or the agent is off, before a field at an unknown place is taken
+    for another slide. A new start of the computer counts as long enough."""
     accession: Accession | None = None
     """The laboratory's opaque token for the sample (a bar code); never a name, a birth date or a personal fact."""
     age_band: AgeBand | None = None
