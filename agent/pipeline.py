@@ -542,6 +542,7 @@ class Pipeline(threading.Thread):
         words = f"sample {self.sample.sid}: {self.sample.fields} fields"
         self.tell("source-ended", words, detail={"sample": self.sample.sid, "fields": self.sample.fields})
         self._store_events()
+        self._health.retire("pipeline")
         self.is_source_finished = True
 
     # ---- the sample

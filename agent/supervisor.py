@@ -5,7 +5,7 @@
 
 A thread may end only when it was asked to, or with its finite source. Any other end of one ends the process with an
 exit code of its own, and systemd starts it again. The watchdog is fed only when camera, pipeline and publisher have all
-moved since the last time.
+moved since the last time; those that ended with their source are not waited for.
 """
 
 from __future__ import annotations

@@ -17,9 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_pipeline import make_bench
 
 from agent import supervisor
 from agent.analysis.differential import Rules
+from agent.camera.grabber import FrameQueue
 from agent.config import Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
@@ -27,6 +29,7 @@ from agent.delivery.topics import Topics
 from agent.domain import AgentState, ModelIdentity, Provenance, SampleState
 from agent.errors import ConfigError, ModelError, OutboxError
 from agent.health import Health, SelfTest
+from agent.pipeline import Pipeline
 from agent.reporting import Reporter
 from agent.signals import StopSignal, stop_on_signals
 from agent.supervisor import (
@@ -313,6 +316,28 @@ def test_the_watchdog_is_fed_only_when_every_stage_has_moved(
     time.sleep(0.02)
     watch.feed_watchdog()
     assert fed == [1], "nothing has moved since"
+
+
+def test_the_watchdog_is_fed_while_a_source_that_was_read_drains_for_long(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    fed: list[int] = []
+    monkeypatch.setattr("agent.systemd.feed_watchdog", lambda: fed.append(1))
+    health, frames = Health(), FrameQueue(1)
+    pipeline = Pipeline(frames=frames, outbox=outbox, bench=make_bench(), sample=SampleState("s-1"), health=health)
+    frames.end()
+    health.retire("camera")  # as the grabber does at the end
+    pipeline.start()
+    pipeline.join(10)
+    assert pipeline.is_source_finished
+    watch = make_watch(outbox.path.parent, health)
+    for left in range(3):
+        time.sleep(0.02)
+        health.beat("publisher")
+        watch.feed_watchdog()
+        assert len(fed) == left + 1
 
 
 @needs_models
