@@ -188,6 +188,11 @@ class CameraSection(Section):
         """Whether all frames come from one microscope; the pictures of a folder that is read once may not."""
         return self.kind != "folder" or self.folder.watch
 
+    @property
+    def can_begin_anew(self) -> bool:
+        """Whether another sample takes the same pictures from the first: stored ones of one slide, or a drawn slide."""
+        return self.kind in ("video", "simulated") or (self.kind == "folder" and not self.folder.watch)
+
 
 class QualitySection(Section):
     """The gate: which frames are good enough to count."""
@@ -252,7 +257,9 @@ class SampleSection(Section):
     """The slide under the microscope."""
 
     id: Identifier | None = None
-    """The sample's id in topics; null = the agent makes one for each slide (date, boot and number)."""
+    """The sample's id in topics; null = the agent makes one for each slide (date, boot and number). Another one begins
+    another sample at the next start: a folder that is read once, or a video, from its beginning; in a watched folder
+    with what has not been counted."""
     start: Literal["auto", "each-slide", "command"] = "auto"
     """auto = a sample begins at the agent's first start, and at the next start after a folder or video was read to its
     end; after one that has stopped otherwise, cmd/start begins the next. each-slide = and when another slide is seen,

@@ -150,7 +150,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
 
         bench = workshop.work.bench
         latest = Latest() if config.web.enabled else None
-        sample, is_new = begin_sample(outbox, config.sample, datetime.now(timezone.utc), bench.reporter)
+        now, is_anew = datetime.now(timezone.utc), config.camera.can_begin_anew
+        sample, is_new = begin_sample(outbox, config.sample, now, bench.reporter, takes_all_anew=is_anew)
         frames = FrameQueue(config.camera.queue_frames)
         pipeline = Pipeline(
             frames=frames,
@@ -405,11 +406,13 @@ def open_unfinished(section: CameraSection, open_outbox_here: Callable[[], Outbo
     return open_camera(section, done=done)
 
 
-def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter: Reporter) -> tuple[SampleState, bool]:
+def begin_sample(
+    outbox: Outbox, section: SampleSection, now: datetime, reporter: Reporter, *, takes_all_anew: bool
+) -> tuple[SampleState, bool]:
     """The sample that was not closed, else a new one, and whether it is new.
 
     Another id in the configuration ends the sample before and begins another. With `sample.start: command` none is
-    begun.
+    begun. takes_all_anew: whether that other sample gets the source from its beginning; else it gets what comes now.
     """
     stored = outbox.sample_state()
     is_asked = stored is not None and section.id in (None, stored.sid)
@@ -421,7 +424,7 @@ def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter
             ending = reporter.finish(stored, now, "replaced")
             documents = reporter.documents(ending.sample, boot=outbox.boot, at=now)
             outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes=ending.notes)
-        outbox.clear_finished()
+        outbox.clear_sample(with_finished=takes_all_anew)
         stored = None
     if section.start == "command":
         return stored or NO_SAMPLE_YET, False
@@ -441,7 +444,7 @@ def close_sample(outbox: Outbox, sample: SampleState, wanted_id: str | None) -> 
     cell_id is given twice.
     """
     try:
-        outbox.clear_finished()
+        outbox.clear_sample(with_finished=True)
         if wanted_id is not None:
             closed = SampleState(
                 sample.sid, next_cell_number=sample.next_cell_number, reports=sample.reports, phase="idle"

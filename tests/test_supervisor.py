@@ -22,7 +22,7 @@ from test_pipeline import make_bench
 from agent import supervisor
 from agent.analysis.differential import Rules
 from agent.camera.grabber import FrameQueue
-from agent.config import Config, SampleSection, models_folder
+from agent.config import CameraSection, Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
 from agent.delivery.topics import Topics
@@ -110,8 +110,10 @@ def test_the_state_follows_from_health(camera: Any, broker: Any, outbox_state: A
 # ---------------------------------------------------------------------------------------------------- the sample
 
 
-def begin(outbox: Outbox, sid: str | None = None, **section: Any) -> tuple[SampleState, bool]:
-    return begin_sample(outbox, SampleSection(id=sid, **section), TODAY, REPORTER)
+def begin(
+    outbox: Outbox, sid: str | None = None, *, takes_all_anew: bool = True, **section: Any
+) -> tuple[SampleState, bool]:
+    return begin_sample(outbox, SampleSection(id=sid, **section), TODAY, REPORTER, takes_all_anew=takes_all_anew)
 
 
 def test_a_new_sample_is_named_by_date_and_boot_and_runs(outbox: Outbox) -> None:
@@ -138,6 +140,44 @@ def test_another_id_in_the_configuration_ends_the_sample_with_its_report_and_beg
     (report, event) = [json.loads(row.payload) for row in outbox.pending(0, 9)]
     assert (report["status"], report["report"]) == ("final", "first-r1")
     assert event["detail"]["reason"] == "replaced"
+
+
+def test_another_id_does_not_count_the_earlier_slides_of_a_watched_folder(outbox: Outbox) -> None:
+    outbox.append((), sample=SampleState("first"), finished_keys=("one",))
+    assert begin(outbox, "second", takes_all_anew=False)[0].sid == "second"
+    assert outbox.finished_keys() == {"one"}
+    assert begin(outbox, "third", takes_all_anew=False, start="command")[0].phase == "idle"
+    assert (outbox.sample_state(), outbox.finished_keys()) == (None, {"one"})
+
+
+@pytest.mark.parametrize(
+    ("camera", "is_taken_anew"),
+    [
+        ({"kind": "folder"}, True),
+        ({"kind": "video"}, True),
+        ({"kind": "simulated"}, True),
+        ({"kind": "folder", "folder": {"watch": True}}, False),
+        ({"kind": "usb"}, False),
+    ],
+)
+def test_only_what_was_made_for_one_slide_is_taken_anew_by_another_sample(camera: Any, is_taken_anew: bool) -> None:
+    assert CameraSection.model_validate(camera).can_begin_anew is is_taken_anew
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left")
+def test_the_agent_leaves_a_watched_folders_earlier_pictures_to_the_sample_before(tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    begin_boot(tmp_path / "o")
+    with open_outbox(tmp_path / "o", min_free_mb=0, device="dev") as outbox:
+        outbox.append((), sample=SampleState("first"), finished_keys=("one",))
+    camera = {"kind": "folder", "folder": {"path": watched, "watch": True}}
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_agent(make_config(tmp_path / "o", camera=camera, sample={"id": "second"})) == 0
+    with open_outbox(tmp_path / "o", min_free_mb=0, device="dev") as outbox:
+        assert (outbox.sample_state() or SampleState("none")).sid == "second"
+        assert outbox.finished_keys() == {"one"}
 
 
 def test_a_closed_sample_is_followed_by_a_new_one_with_another_id(outbox: Outbox) -> None:

@@ -782,7 +782,7 @@ class Outbox:
             if sample is not None:
                 connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (sample_text(sample),))
             if closes_sample:
-                _forget_sample(connection)
+                _forget_sample(connection, with_finished=True)
             self._store_documents(documents)
             for key, value in notes.items():
                 _note(connection, key, value)
@@ -931,10 +931,10 @@ class Outbox:
                 for letter_id in letter_ids
             )
 
-    def clear_finished(self) -> None:
-        """Forget the sample's state and the finished frames: the source has come to its regular end."""
+    def clear_sample(self, *, with_finished: bool) -> None:
+        """Forget the sample's state. with_finished: and the finished frames, so that the source is taken anew."""
         with self._writing() as connection:
-            _forget_sample(connection)
+            _forget_sample(connection, with_finished=with_finished)
 
     # ---- reading
 
@@ -1471,9 +1471,10 @@ def _checksum(topic: str, payload: bytes) -> int:
     return zlib.crc32(payload, zlib.crc32(topic.encode()))
 
 
-def _forget_sample(connection: sqlite3.Connection) -> None:
-    connection.execute("DELETE FROM finished")
+def _forget_sample(connection: sqlite3.Connection, *, with_finished: bool) -> None:
     connection.execute("DELETE FROM sample")
+    if with_finished:
+        connection.execute("DELETE FROM finished")
 
 
 _SAMPLE_KEYS = tuple(part.name for part in dataclasses.fields(SampleState))

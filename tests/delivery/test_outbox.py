@@ -148,7 +148,10 @@ def test_closing_the_sample_forgets_it_in_the_same_transaction(outbox: Outbox) -
     assert outbox.finished_keys() == frozenset()
     assert outbox.depth() == 2
     outbox.append([], sample=SampleState("s2"), finished_keys=["b"])
-    outbox.clear_finished()
+    outbox.clear_sample(with_finished=False)
+    assert (outbox.sample_state(), outbox.finished_keys()) == (None, {"b"})
+    outbox.append([], sample=SampleState("s3"))
+    outbox.clear_sample(with_finished=True)
     assert (outbox.sample_state(), outbox.finished_keys()) == (None, frozenset())
 
 
