@@ -67,7 +67,8 @@ class FolderSection(Section):
     path: Path | None = None
     """Folder of images; images are read in the natural order of their paths."""
     watch: bool = False
-    """false: read what is there once, then finish. true: go on waiting for new files."""
+    """false: read what is there once, then finish. true: go on waiting for new files; each is counted once, and one
+    that is deleted for more than an hour is forgotten."""
     recursive: bool = True
     """Whether sub-folders are read too."""
     settle_s: Annotated[float, Field(ge=0, le=60)] = 1.0

@@ -403,7 +403,16 @@ def open_unfinished(section: CameraSection, open_outbox_here: Callable[[], Outbo
             done = outbox.finished_keys()
     except OutboxError as error:
         raise CameraError(f"which pictures are done with cannot be looked up: {error}") from error
-    return open_camera(section, done=done)
+    return open_camera(section, done=done, forget=partial(forget_finished, open_outbox_here))
+
+
+def forget_finished(open_outbox_here: Callable[[], Outbox], keys: Sequence[str]) -> None:
+    """These stored pictures were deleted: nobody need know any more that they are done with."""
+    try:
+        with open_outbox_here() as outbox:
+            outbox.forget_finished(keys)
+    except OutboxError as error:
+        logger.debug("deleted pictures stay noted: %s", error)
 
 
 def begin_sample(

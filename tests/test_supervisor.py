@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from test_pipeline import make_bench
 
 from agent import supervisor
 from agent.analysis.differential import Rules
+from agent.camera.camera import NOTHING_YET
 from agent.camera.grabber import FrameQueue
 from agent.config import CameraSection, Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
@@ -38,6 +41,7 @@ from agent.supervisor import (
     begin_sample,
     close_sample,
     derive_state,
+    open_unfinished,
     run_agent,
 )
 from tests.brokers import free_port
@@ -178,6 +182,30 @@ def test_the_agent_leaves_a_watched_folders_earlier_pictures_to_the_sample_befor
     with open_outbox(tmp_path / "o", min_free_mb=0, device="dev") as outbox:
         assert (outbox.sample_state() or SampleState("none")).sid == "second"
         assert outbox.finished_keys() == {"one"}
+
+
+def test_deleted_pictures_of_a_watched_folder_leave_the_outbox_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.camera.deletions.FORGET_AFTER_S", 0)
+    monkeypatch.setattr("agent.camera.deletions.FORGET_EVERY_S", 0)
+    open_here = partial(open_outbox, tmp_path / "o", min_free_mb=0, device="dev")
+    begin_boot(tmp_path / "o")
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    picture = watched / "a.png"
+    picture.write_bytes(b"x")
+    key = f"a.png|1|{picture.stat().st_mtime_ns}"
+    with open_here() as outbox:
+        outbox.append((), finished_keys=(key, "b.png|1|1"))
+    section = CameraSection.model_validate({"kind": "folder", "folder": {"path": watched, "watch": True}})
+    with closing(open_unfinished(section, open_here)) as camera:
+        assert camera.read() is NOTHING_YET
+        picture.unlink()
+        for _ in range(3):
+            camera.read()
+    with open_here() as outbox:
+        assert outbox.finished_keys() == {"b.png|1|1"}
 
 
 def test_a_closed_sample_is_followed_by_a_new_one_with_another_id(outbox: Outbox) -> None:

@@ -936,6 +936,11 @@ class Outbox:
         with self._writing() as connection:
             _forget_sample(connection, with_finished=with_finished)
 
+    def forget_finished(self, keys: Sequence[str]) -> None:
+        """These frames cannot come again: their pictures were deleted. A power cut may bring the keys back."""
+        with self._leaving() as connection:
+            connection.executemany("DELETE FROM finished WHERE origin_key = ?", ((key,) for key in keys))
+
     # ---- reading
 
     def documents(self, after_version: int = 0, limit: int = MOST_DOCUMENTS) -> list[StoredDocument]:

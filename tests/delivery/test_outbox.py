@@ -148,6 +148,9 @@ def test_closing_the_sample_forgets_it_in_the_same_transaction(outbox: Outbox) -
     assert outbox.finished_keys() == frozenset()
     assert outbox.depth() == 2
     outbox.append([], sample=SampleState("s2"), finished_keys=["b"])
+    outbox.append([], finished_keys=["c", "d"])
+    outbox.forget_finished(["c", "d", "never"])
+    assert outbox.finished_keys() == {"b"}
     outbox.clear_sample(with_finished=False)
     assert (outbox.sample_state(), outbox.finished_keys()) == (None, {"b"})
     outbox.append([], sample=SampleState("s3"))
