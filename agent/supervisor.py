@@ -51,7 +51,7 @@ from agent.delivery.topics import Topics
 from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid
 from agent.domain import AgentState, SampleState
 from agent.errors import CameraError, ConfigError, OutboxError
-from agent.health import CameraState, Health, HealthSnapshot
+from agent.health import CameraState, Health, HealthSnapshot, Throttling
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
 from agent.latest import Latest
@@ -585,6 +585,7 @@ class Watch:
         self._dropped: Mapping[str, int] = {}
         self._near_expiries: tuple[str, ...] = ()
         self._is_clock_true = True
+        self._throttling: Throttling | None = None
 
     @property
     def has_died(self) -> bool:
@@ -706,6 +707,7 @@ class Watch:
         self._near_expiries = tuple(expiry.words for expiry in expiries if expiry.is_near)
         self._look_into_outbox()
         self._is_clock_true = machine.clock.is_synchronised
+        self._throttling = machine.throttling
         self._publisher.publish_health(
             health_body(
                 seen,
@@ -734,6 +736,7 @@ class Watch:
             is_clock_true=self._is_clock_true,
             salvage=self._salvage,
             dropped=self._dropped,
+            throttling=self._throttling,
         )
         self._alerts.show(problems, datetime.now(timezone.utc))
 

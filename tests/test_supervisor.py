@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -29,9 +30,9 @@ from agent.config import CameraSection, Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
 from agent.delivery.topics import Topics
-from agent.domain import AgentState, ModelIdentity, Provenance, SampleState
+from agent.domain import AgentState, ClockReading, ModelIdentity, Provenance, SampleState
 from agent.errors import ConfigError, ModelError, OutboxError
-from agent.health import Health, SelfTest
+from agent.health import Health, MachineReading, SelfTest, Throttling
 from agent.pipeline import Pipeline
 from agent.reporting import Reporter
 from agent.signals import StopSignal, stop_on_signals
@@ -348,6 +349,24 @@ def test_a_disk_that_runs_low_is_told_before_intake_stops_and_again_only_after_i
         ("disk-low", "255 MB left"),
         ("disk-low", "200 MB left"),
     ]
+
+
+def test_a_board_that_is_short_of_power_raises_an_alert_at_the_next_health_and_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[list[str]] = []
+    board = SimpleNamespace(show=lambda problems, _now: shown.append(sorted(problems)))
+    health = Health()
+    health.camera_state("open")
+    watch = make_watch(tmp_path, health, alerts=board)
+    monkeypatch.setattr(watch, "_look_into_outbox", lambda: None)
+    for bits in (None, 0x1, 0x50000):
+        throttling = None if bits is None else Throttling(bits)
+        reading = MachineReading(None, throttling, None, None, ClockReading(is_synchronised=True))
+        monkeypatch.setattr(supervisor, "read_machine", lambda _folder, reading=reading: reading)
+        watch._told_at_s = -math.inf
+        watch.look()
+    assert shown == [[], ["under-voltage"], []]
 
 
 def test_a_certificate_that_ends_soon_is_told_once_for_each_file(tmp_path: Path) -> None:
