@@ -44,7 +44,7 @@ from agent.delivery.audit import Entry
 from agent.delivery.certificates import Expiry, read_expiries
 from agent.delivery.commands import Gatekeeper, InboundCommand, canonical_json
 from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body, rfc3339_ms
-from agent.delivery.outbox import Outbox, Salvage, begin_boot, lock_folder, open_outbox
+from agent.delivery.outbox import START_ROOM_BYTES, Outbox, Salvage, begin_boot, lock_folder, open_outbox
 from agent.delivery.publisher import Publisher
 from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
@@ -55,7 +55,7 @@ from agent.health import CameraState, Health, HealthSnapshot, Throttling
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
 from agent.latest import Latest
-from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_machine
+from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_disk_free, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
 from agent.reporting import Reporter
@@ -116,6 +116,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
     with stop_on_signals() as stop, ExitStack() as cleanup:
         folder = state_folder(config.outbox)
         cleanup.enter_context(lock_folder(folder))
+        make_room_to_start(folder)
         begin_boot(folder)
         open_here = partial(
             open_outbox,
@@ -254,6 +255,19 @@ def open_pictures(config: Config, folder: Path) -> PictureStore | None:
     min_free_bytes = int(DISK_LOW_FACTOR * config.outbox.min_free_mb * 2**20)
     keep_bytes = int(config.pictures.keep_mb * 2**20)
     return PictureStore(folder / PICTURES_FOLDER, keep_bytes, min_free_bytes) if keep_bytes else None
+
+
+def make_room_to_start(folder: Path) -> None:
+    """On a disk that somebody else has filled, let our own pictures go until the outbox can be opened.
+
+    Whole fields before the cells that a person should look at. Where that does not suffice, the opening says so.
+    """
+    pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+    with contextlib.suppress(OSError):  # a disk that lets nothing go tells more at the opening
+        while (free_bytes := read_disk_free(folder)) is not None and free_bytes < START_ROOM_BYTES:
+            if not (pictures.let_go() or crops.let_go()):
+                return
+            logger.warning("the disk has %.1f MB left: the oldest pictures are let go", free_bytes / 2**20)
 
 
 def folder_in_use(config: Config) -> Path:

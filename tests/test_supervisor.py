@@ -28,7 +28,7 @@ from agent.camera.camera import NOTHING_YET
 from agent.camera.grabber import FrameQueue
 from agent.config import CameraSection, Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
-from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
+from agent.delivery.outbox import START_ROOM_BYTES, Outbox, begin_boot, open_outbox, read_boot
 from agent.delivery.topics import Topics
 from agent.domain import AgentState, ClockReading, ModelIdentity, Provenance, SampleState
 from agent.errors import ConfigError, ModelError, OutboxError
@@ -42,6 +42,7 @@ from agent.supervisor import (
     begin_sample,
     close_sample,
     derive_state,
+    make_room_to_start,
     open_unfinished,
     run_agent,
 )
@@ -83,6 +84,75 @@ def outbox(tmp_path: Path) -> Iterator[Outbox]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain that gives a broker up which is away after 0.3 s."""
     monkeypatch.setattr(supervisor, "DRAIN_PATIENCE_S", 0.3)
+
+
+# ------------------------------------------------------------------------------------------------------ a full disk
+
+
+class FullDisk:
+    """A disk on which files are deleted and the room that they leave is counted."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.setattr(supervisor, "read_disk_free", lambda _folder: self.all_bytes - self.used_bytes())
+        self.all_bytes = 0
+
+    def put(self, name: str, size_mb: float, age_s: float) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(int(size_mb * 2**20)))
+        os.utime(path, (TODAY.timestamp() - age_s,) * 2)
+        self.all_bytes = self.used_bytes()
+        return path
+
+    def used_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def test_on_a_full_disk_a_start_lets_whole_fields_go_first_and_no_more_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    pictures = [disk.put(f"pictures/{n}.png", 2, age_s=100 - n) for n in range(5)]
+    crop = disk.put("crops/s-1/s-1-7.jpg", 0.1, age_s=500)
+    make_room_to_start(tmp_path)
+    assert [path.exists() for path in pictures] == [False, False, False, True, True]
+    assert crop.exists()
+
+
+def test_the_cells_of_the_review_go_when_no_field_is_left_and_results_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    field, crop = disk.put("pictures/1.png", 2, age_s=0), disk.put("crops/s-1/s-1-7.jpg", 0.1, age_s=500)
+    others = [disk.put("outbox.db", 2, age_s=900), disk.put("of-somebody-else.png", 2, age_s=900)]
+    make_room_to_start(tmp_path)
+    assert not field.exists()
+    assert not crop.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_start_with_room_lets_nothing_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    picture = disk.put("pictures/1.png", 2, age_s=0)
+    disk.all_bytes += START_ROOM_BYTES
+    make_room_to_start(tmp_path)
+    assert picture.exists()
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_the_agent_makes_room_before_it_counts_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    picture = disk.put("pictures/1.png", 7, age_s=0)
+    begun = supervisor.begin_boot
+
+    def begin_on_a_full_disk(folder: Path) -> int:
+        assert not picture.exists()
+        return begun(folder)
+
+    monkeypatch.setattr(supervisor, "begin_boot", begin_on_a_full_disk)
+    assert run_agent(make_config(tmp_path)) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- the state

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -72,6 +73,11 @@ EVENT_RESERVE_BYTES = 1024 * 1024
 
 LEAST_FREE_BYTES = 2 * 1024 * 1024
 """Left free whatever `outbox.min_free_mb` says: to take rows out needs room too, in the write-ahead log."""
+
+START_ROOM_BYTES = LEAST_FREE_BYTES + WAL_LIMIT_BYTES
+"""Free on the disk, a start works: the boot counter, the write-ahead log and its index are written anew."""
+
+FULL_DISK = f"the disk is full; free space there, for a start of the agent {START_ROOM_BYTES / 2**20:g} MB"
 
 VACUUM_ABOVE_PAGES = 1024
 VACUUM_STEP_PAGES = 256
@@ -312,6 +318,8 @@ def _write_boot(folder: Path, boot: int) -> None:
     try:
         write_durably(path, f"{boot}\n".encode("ascii"))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutboxError(f"{path}: cannot be written: {FULL_DISK}") from error
         raise OutboxError(f"{path}: cannot be written: {error.strerror}; free space or mend the rights") from error
 
 
@@ -1407,7 +1415,7 @@ def _explained(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         text = str(error)
         if "full" in text:
-            hint = "the disk is full; free space there"
+            hint = FULL_DISK
         elif "readonly" in text or "read-only" in text:
             hint = "cannot be written; mend the rights, or the disk has become read-only"
         elif "unable to open" in text:

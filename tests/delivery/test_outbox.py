@@ -29,6 +29,7 @@ from agent.delivery.outbox import (
     DATABASE_NAME,
     EVENT_RESERVE_BYTES,
     NUMBERING_NOTE,
+    START_ROOM_BYTES,
     Outbox,
     ReplayAnswer,
     begin_boot,
@@ -437,6 +438,18 @@ def test_rows_that_cannot_leave_because_others_filled_the_disk_are_whole_and_lea
         filler.unlink()
         outbox.acknowledge(left)
         assert outbox.depth() == 0
+
+
+def test_a_start_on_a_full_disk_says_how_much_room_it_needs(small_disk: Path) -> None:
+    begin_boot(small_disk)
+    filler = fill_the_disk(small_disk)
+    with pytest.raises(OutboxError, match=r"boot: cannot be written: the disk is full; .* 6 MB"):
+        begin_boot(small_disk)
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - START_ROOM_BYTES)
+    assert begin_boot(small_disk) == 2
+    with make_outbox(small_disk) as outbox:
+        outbox.append([make_draft()])
 
 
 def test_a_disk_that_becomes_read_only_is_said_in_these_words(small_disk: Path) -> None:
