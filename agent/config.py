@@ -67,7 +67,8 @@ class FolderSection(Section):
     path: Path | None = None
     """Folder of images; images are read in the natural order of their paths."""
     watch: bool = False
-    """false: read what is there once, then finish. true: go on waiting for new files."""
+    """false: read what is there once, then finish. true: go on waiting for new files; each is counted once, and one
+    that is deleted for more than an hour is forgotten."""
     recursive: bool = True
     """Whether sub-folders are read too."""
     settle_s: Annotated[float, Field(ge=0, le=60)] = 1.0
@@ -188,6 +189,11 @@ class CameraSection(Section):
         """Whether all frames come from one microscope; the pictures of a folder that is read once may not."""
         return self.kind != "folder" or self.folder.watch
 
+    @property
+    def can_begin_anew(self) -> bool:
+        """Whether another sample takes the same pictures from the first: stored ones of one slide, or a drawn slide."""
+        return self.kind in ("video", "simulated") or (self.kind == "folder" and not self.folder.watch)
+
 
 class QualitySection(Section):
     """The gate: which frames are good enough to count."""
@@ -252,12 +258,16 @@ class SampleSection(Section):
     """The slide under the microscope."""
 
     id: Identifier | None = None
-    """The sample's id in topics; null = the agent makes one for each slide (date, boot and number)."""
+    """The sample's id in topics; null = the agent makes one for each slide (date, boot and number). Another one begins
+    another sample at the next start: a folder that is read once, or a video, from its beginning; in a watched folder
+    with what has not been counted."""
     start: Literal["auto", "each-slide", "command"] = "auto"
-    """auto = a sample begins when the agent starts and none is open; each-slide = and when another slide is seen, which
-    ends the sample before; command = only cmd/start begins one."""
+    """auto = a sample begins at the agent's first start, and at the next start after a folder or video was read to its
+    end; after one that has stopped otherwise, cmd/start begins the next. each-slide = and when another slide is seen,
+    which ends the sample before; command = only cmd/start begins one."""
     absence_s: Annotated[float, Field(ge=2, le=3600)] = 15.0
-    """s; with each-slide: so long no slide is in view before a field at an unknown place is taken for another slide."""
+    """s; with each-slide: so long no slide is in view, or the agent is off, before a field at an unknown place is taken
+    for another slide. A new start of the computer counts as long enough."""
     accession: Accession | None = None
     """The laboratory's opaque token for the sample (a bar code); never a name, a birth date or a personal fact."""
     age_band: AgeBand | None = None

@@ -73,6 +73,14 @@ def read_machine(state_folder: Path, *, sys: Path = Path("/sys"), proc: Path = P
     )
 
 
+def read_kernel_boot(proc: Path = Path("/proc")) -> str:
+    """What names this start of the computer (not of the agent); empty where the kernel does not tell."""
+    try:
+        return (proc / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def read_software() -> Software:
     """What the numbers depend on besides the models: decoding, crops and registration are OpenCV's and numpy's."""
     return Software(platform.machine(), platform.python_version(), np.__version__, cv2.__version__)

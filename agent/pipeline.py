@@ -57,13 +57,14 @@ from agent.domain import (
     Frame,
     FrameQuality,
     JoinedPart,
+    SamplePhase,
     SampleState,
     SlidePlace,
 )
 from agent.errors import MessageRejected, OutboxDamaged, OutboxError
 from agent.health import Health, SelfTest
 from agent.latest import Latest
-from agent.machine import read_clock
+from agent.machine import read_clock, read_kernel_boot
 from agent.pictures import PictureStore
 from agent.reporting import ANSWERS, REVIEW, cell_key, kept_key, note_cells, tally_of
 from agent.review import CropStore, read_kept_cells, review_key, review_notes
@@ -99,6 +100,9 @@ DRIFT_NOTE = "drift"
 
 SLIDE_NOTES = "slide/"
 """The outbox's notes of the current sample's fields, from which the map of its slide is made again after a restart."""
+
+SEEN_NOTE = "slide-seen"
+"""The outbox's note of when a slide was in view last; kept only where another slide begins a sample by itself."""
 
 STAGES_OF_A_FRAME = ("capture", "quality", "preprocess", "detect", "crop", "classify", "total")
 """The keys of `timing_ms`, all of them in every field: a stage that had nothing to do took 0 ms."""
@@ -390,7 +394,8 @@ class Pipeline(threading.Thread):
         self._pictures = pictures
         self._latest = latest
         outbox.spare(self._let_a_picture_go)
-        self._slide_watch = watch_slides(bench)
+        # Who has paused a sample or told it to stop says what comes next.
+        self._slide_watch = watch_slides(bench, None if sample.phase in UNWATCHED else outbox.note(SEEN_NOTE))
         self._events: deque[Draft] = deque(maxlen=MOST_EVENTS_WAITING)
         self._memos: deque[tuple[str, str]] = deque(maxlen=MOST_EVENTS_WAITING)
         self._stopping = threading.Event()
@@ -472,6 +477,8 @@ class Pipeline(threading.Thread):
                 self._store(outcome)
                 if self._latest is not None:
                     self._latest.show(taken, outcome.sample.sid, outcome.field, outcome.dropped)
+        if self._slide_watch is not None and self._health.snapshot().outbox == "ok":  # else a frame was given up
+            self.remember(SEEN_NOTE, self._slide_watch.note)
         self._store_events()
 
     def tell_self_test(self, test: SelfTest) -> None:
@@ -504,7 +511,7 @@ class Pipeline(threading.Thread):
         """Whether the frame shows another slide than the sample's; false where nobody wants to know."""
         if self._slide_watch is None or self._service is None:
             return False
-        if self.sample.phase in ("idle", "paused", "finishing"):
+        if self.sample.phase in UNWATCHED:
             self._slide_watch.forget()
             return False
         reason = outcome.dropped
@@ -535,6 +542,7 @@ class Pipeline(threading.Thread):
         words = f"sample {self.sample.sid}: {self.sample.fields} fields"
         self.tell("source-ended", words, detail={"sample": self.sample.sid, "fields": self.sample.fields})
         self._store_events()
+        self._health.retire("pipeline")
         self.is_source_finished = True
 
     # ---- the sample
@@ -762,12 +770,13 @@ class Pipeline(threading.Thread):
         if not outcome.drafts and outcome.finished_key is None and not documents:
             return  # a live frame that gave nothing need not wear the disk
         keys = () if outcome.finished_key is None else (outcome.finished_key,)
+        seen = {} if self._slide_watch is None else {SEEN_NOTE: self._slide_watch.note}
         self._outbox.append(
             outcome.drafts,
             sample=outcome.sample,
             finished_keys=keys,
             documents=documents,
-            notes=outcome.notes,
+            notes={**outcome.notes, **seen},
         )
         if documents:
             self._note_told(outcome.sample)
@@ -823,9 +832,13 @@ class Pipeline(threading.Thread):
             self._memos.popleft()
 
 
-def watch_slides(bench: Bench) -> SlideWatch | None:
-    """What recognises another slide; None where only commands begin samples."""
-    return None if bench.absence_s is None else SlideWatch(bench.absence_s)
+UNWATCHED: frozenset[SamplePhase] = frozenset({"idle", "paused", "finishing"})
+"""In these phases of the sample a person decides which slide comes next."""
+
+
+def watch_slides(bench: Bench, before: str | None = None) -> SlideWatch | None:
+    """What recognises another slide; None where only commands begin samples. before: its note of the last run."""
+    return None if bench.absence_s is None else SlideWatch(bench.absence_s, before, read_kernel_boot())
 
 
 def _slide_from_notes(outbox: Outbox, sample: SampleState) -> SlideMap:

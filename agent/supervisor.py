@@ -5,7 +5,7 @@
 
 A thread may end only when it was asked to, or with its finite source. Any other end of one ends the process with an
 exit code of its own, and systemd starts it again. The watchdog is fed only when camera, pipeline and publisher have all
-moved since the last time.
+moved since the last time; those that ended with their source are not waited for.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from agent.delivery.audit import Entry
 from agent.delivery.certificates import Expiry, read_expiries
 from agent.delivery.commands import Gatekeeper, InboundCommand, canonical_json
 from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body, rfc3339_ms
-from agent.delivery.outbox import Outbox, Salvage, begin_boot, lock_folder, open_outbox
+from agent.delivery.outbox import START_ROOM_BYTES, Outbox, Salvage, begin_boot, lock_folder, open_outbox
 from agent.delivery.publisher import Publisher
 from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
 from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid
 from agent.domain import AgentState, SampleState
 from agent.errors import CameraError, ConfigError, OutboxError
-from agent.health import CameraState, Health, HealthSnapshot
+from agent.health import CameraState, Health, HealthSnapshot, Throttling
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
 from agent.latest import Latest
-from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_machine
+from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_disk_free, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
 from agent.reporting import Reporter
@@ -116,6 +116,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
     with stop_on_signals() as stop, ExitStack() as cleanup:
         folder = state_folder(config.outbox)
         cleanup.enter_context(lock_folder(folder))
+        make_room_to_start(folder)
         begin_boot(folder)
         open_here = partial(
             open_outbox,
@@ -150,7 +151,8 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
 
         bench = workshop.work.bench
         latest = Latest() if config.web.enabled else None
-        sample, is_new = begin_sample(outbox, config.sample, datetime.now(timezone.utc), bench.reporter)
+        now, is_anew = datetime.now(timezone.utc), config.camera.can_begin_anew
+        sample, is_new = begin_sample(outbox, config.sample, now, bench.reporter, takes_all_anew=is_anew)
         frames = FrameQueue(config.camera.queue_frames)
         pipeline = Pipeline(
             frames=frames,
@@ -253,6 +255,19 @@ def open_pictures(config: Config, folder: Path) -> PictureStore | None:
     min_free_bytes = int(DISK_LOW_FACTOR * config.outbox.min_free_mb * 2**20)
     keep_bytes = int(config.pictures.keep_mb * 2**20)
     return PictureStore(folder / PICTURES_FOLDER, keep_bytes, min_free_bytes) if keep_bytes else None
+
+
+def make_room_to_start(folder: Path) -> None:
+    """On a disk that somebody else has filled, let our own pictures go until the outbox can be opened.
+
+    Whole fields before the cells that a person should look at. Where that does not suffice, the opening says so.
+    """
+    pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+    with contextlib.suppress(OSError):  # a disk that lets nothing go tells more at the opening
+        while (free_bytes := read_disk_free(folder)) is not None and free_bytes < START_ROOM_BYTES:
+            if not (pictures.let_go() or crops.let_go()):
+                return
+            logger.warning("the disk has %.1f MB left: the oldest pictures are let go", free_bytes / 2**20)
 
 
 def folder_in_use(config: Config) -> Path:
@@ -402,14 +417,25 @@ def open_unfinished(section: CameraSection, open_outbox_here: Callable[[], Outbo
             done = outbox.finished_keys()
     except OutboxError as error:
         raise CameraError(f"which pictures are done with cannot be looked up: {error}") from error
-    return open_camera(section, done=done)
+    return open_camera(section, done=done, forget=partial(forget_finished, open_outbox_here))
 
 
-def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter: Reporter) -> tuple[SampleState, bool]:
+def forget_finished(open_outbox_here: Callable[[], Outbox], keys: Sequence[str]) -> None:
+    """These stored pictures were deleted: nobody need know any more that they are done with."""
+    try:
+        with open_outbox_here() as outbox:
+            outbox.forget_finished(keys)
+    except OutboxError as error:
+        logger.debug("deleted pictures stay noted: %s", error)
+
+
+def begin_sample(
+    outbox: Outbox, section: SampleSection, now: datetime, reporter: Reporter, *, takes_all_anew: bool
+) -> tuple[SampleState, bool]:
     """The sample that was not closed, else a new one, and whether it is new.
 
     Another id in the configuration ends the sample before and begins another. With `sample.start: command` none is
-    begun.
+    begun. takes_all_anew: whether that other sample gets the source from its beginning; else it gets what comes now.
     """
     stored = outbox.sample_state()
     is_asked = stored is not None and section.id in (None, stored.sid)
@@ -421,7 +447,7 @@ def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter
             ending = reporter.finish(stored, now, "replaced")
             documents = reporter.documents(ending.sample, boot=outbox.boot, at=now)
             outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes=ending.notes)
-        outbox.clear_finished()
+        outbox.clear_sample(with_finished=takes_all_anew)
         stored = None
     if section.start == "command":
         return stored or NO_SAMPLE_YET, False
@@ -441,7 +467,7 @@ def close_sample(outbox: Outbox, sample: SampleState, wanted_id: str | None) -> 
     cell_id is given twice.
     """
     try:
-        outbox.clear_finished()
+        outbox.clear_sample(with_finished=True)
         if wanted_id is not None:
             closed = SampleState(
                 sample.sid, next_cell_number=sample.next_cell_number, reports=sample.reports, phase="idle"
@@ -573,6 +599,7 @@ class Watch:
         self._dropped: Mapping[str, int] = {}
         self._near_expiries: tuple[str, ...] = ()
         self._is_clock_true = True
+        self._throttling: Throttling | None = None
 
     @property
     def has_died(self) -> bool:
@@ -694,6 +721,7 @@ class Watch:
         self._near_expiries = tuple(expiry.words for expiry in expiries if expiry.is_near)
         self._look_into_outbox()
         self._is_clock_true = machine.clock.is_synchronised
+        self._throttling = machine.throttling
         self._publisher.publish_health(
             health_body(
                 seen,
@@ -722,6 +750,7 @@ class Watch:
             is_clock_true=self._is_clock_true,
             salvage=self._salvage,
             dropped=self._dropped,
+            throttling=self._throttling,
         )
         self._alerts.show(problems, datetime.now(timezone.utc))
 

@@ -10,7 +10,7 @@ import pytest
 
 from agent.alerts import ALERT_IDS, Problem, open_problems
 from agent.domain import DriftReading, FigureReading
-from agent.health import Health, SelfTest
+from agent.health import Health, SelfTest, Throttling
 from agent.supervisor import AlertBoard
 
 AT = datetime(2026, 11, 25, 8, 0, tzinfo=timezone.utc)
@@ -41,6 +41,8 @@ def test_figures_that_are_watched_and_have_not_moved_are_no_problem() -> None:
         ("clock-not-synchronised", None, {"is_clock_true": False}),
         ("outbox-set-aside", None, {"salvage": "damaged, 3 messages were read out of it"}),
         ("outbox-dropping", None, {"dropped": {"cell": 64}}),
+        ("under-voltage", None, {"throttling": Throttling(0x50001)}),
+        ("throttled", None, {"throttling": Throttling(0x40004)}),
     ],
 )
 def test_each_problem_has_its_alert(alert_id: str, change: Any, more: dict[str, Any]) -> None:
@@ -51,6 +53,17 @@ def test_each_problem_has_its_alert(alert_id: str, change: Any, more: dict[str, 
     assert found[0] == alert_id
     assert alert_id in ALERT_IDS
     assert found[1].message
+
+
+def test_a_board_that_was_short_of_power_and_is_not_now_has_no_open_problem() -> None:
+    assert open_problems(Health().snapshot(), throttling=Throttling(0x50000)) == {}
+
+
+def test_both_at_once_are_two_alerts_and_say_what_to_mend_first() -> None:
+    found = open_problems(Health().snapshot(), throttling=Throttling(0x50005))
+    assert list(found) == ["under-voltage", "throttled"]
+    assert "power supply" in found["under-voltage"].message
+    assert found["throttled"].message.endswith("mend its power first")
 
 
 class Board:

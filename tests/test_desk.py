@@ -273,9 +273,9 @@ def test_a_sample_stops_by_itself_and_its_report_is_stored_with_the_last_field(o
 EMPTY = np.full((480, 640, 3), 225, np.uint8)
 
 
-def each_slide(outbox: Outbox) -> Place:
+def each_slide(outbox: Outbox, sample: SampleState = NO_SAMPLE_YET) -> Place:
     bench = replace(make_bench(), counting=Rules(KINDS), absence_s=15.0)
-    return Place(outbox, section=SampleSection(start="each-slide"), bench=bench)
+    return Place(outbox, sample, section=SampleSection(start="each-slide"), bench=bench)
 
 
 def test_another_slide_ends_the_sample_and_begins_the_next_one(outbox: Outbox) -> None:
@@ -323,6 +323,84 @@ def test_that_each_slide_begins_a_sample_can_be_switched_on_while_the_agent_runs
     place.pipeline.use_bench(replace(place.pipeline._bench, absence_s=15.0))
     place.give(1, 40)
     place.run_a_while(lambda: place.pipeline.sample.sid != "s-1")
+
+
+def restarted(before: Place) -> Place:
+    """The agent after a restart, with what the outbox holds and nothing else."""
+    return each_slide(before.outbox, before.outbox.sample_state() or NO_SAMPLE_YET)
+
+
+def switch_off_and_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.pipeline.read_kernel_boot", lambda: "the next morning")
+
+
+@pytest.mark.parametrize("target", [None, 2])
+def test_a_slide_that_was_changed_while_the_computer_was_off_begins_a_sample(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, target: int | None
+) -> None:
+    evening = each_slide(outbox)
+    monkeypatch.setattr(evening.pipeline, "remember", lambda *_note: None)  # the power goes: there is no orderly end
+    evening.do("start", sample="s-1", stop_at_cells=target)
+    evening.give(1, 2)
+    evening.run_a_while(lambda: evening.pipeline.sample.fields == 2)
+    assert evening.phase == ("running" if target is None else "finished")
+    switch_off_and_on(monkeypatch)
+    morning = restarted(evening)
+    morning.give(3, 4)
+    morning.run_a_while(lambda: morning.pipeline.sample.fields == 2 and morning.pipeline.sample.sid != "s-1")
+    second = morning.pipeline.sample.sid
+    assert [field["sample"] for field in morning.messages("field")] == ["s-1", "s-1", second, second]
+    assert [report["sample"] for report in morning.messages("differential")] == ["s-1"]
+
+
+def test_the_slide_that_still_lies_there_in_the_morning_goes_on(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evening = each_slide(outbox)
+    evening.do("start", sample="s-1")
+    evening.give(1, 2)
+    evening.run_a_while(lambda: evening.pipeline.sample.fields == 2)
+    switch_off_and_on(monkeypatch)
+    morning = restarted(evening)
+    morning.give(1, 3)
+    morning.run_a_while(lambda: morning.pipeline.sample.fields == 4)
+    assert morning.pipeline.sample.sid == "s-1"
+
+
+def test_a_short_restart_goes_on_with_the_sample_though_the_stage_has_moved(outbox: Outbox) -> None:
+    before = each_slide(outbox)
+    before.do("start", sample="s-1")
+    before.give(1, 2)
+    before.run_a_while(lambda: before.pipeline.sample.fields == 2)
+    after = restarted(before)
+    after.give(10)
+    after.run_a_while(lambda: after.pipeline.sample.fields == 3)
+    assert after.pipeline.sample.sid == "s-1"
+
+
+def test_what_was_seen_after_the_last_stored_field_counts_over_an_orderly_restart(outbox: Outbox) -> None:
+    before = each_slide(outbox)
+    before.do("start", sample="s-1", stop_at_cells=2)
+    before.give(1, 2, 12, 22)  # the last two are not counted any more: looked at, on the same slide
+    before.run_a_while(lambda: before.health.snapshot().dropped.get(NO_SAMPLE) == 2)
+    after = restarted(before)
+    after.give(30)
+    after.run_a_while(lambda: after.health.snapshot().dropped.get(NO_SAMPLE) == 1)
+    assert after.pipeline.sample.sid == "s-1"
+
+
+def test_who_has_paused_a_sample_says_which_slide_goes_on(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    evening = each_slide(outbox)
+    evening.do("start", sample="s-1")
+    evening.give(1)
+    evening.run_a_while(lambda: evening.pipeline.sample.fields == 1)
+    evening.do("pause", "t-2")
+    switch_off_and_on(monkeypatch)
+    morning = restarted(evening)
+    morning.do("resume", "t-3")
+    morning.give(40)
+    morning.run_a_while(lambda: morning.pipeline.sample.fields == 2)
+    assert morning.pipeline.sample.sid == "s-1"
 
 
 def test_where_commands_alone_begin_samples_an_absence_changes_nothing(outbox: Outbox) -> None:

@@ -38,6 +38,12 @@ def test_under_voltage_is_read_from_the_firmware_without_a_shell(tmp_path: Path)
     assert throttling.was_under_voltage
 
 
+def test_a_start_of_the_computer_has_a_name_that_stays() -> None:
+    assert len(machine.read_kernel_boot()) == 36
+    assert machine.read_kernel_boot() == machine.read_kernel_boot()
+    assert machine.read_kernel_boot(Path("/nowhere")) == ""
+
+
 def test_a_machine_that_does_not_tell_is_no_fault(tmp_path: Path) -> None:
     reading = machine.read_machine(tmp_path / "missing", sys=tmp_path, proc=tmp_path)
     assert reading.temperature_c is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -11,22 +12,28 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_pipeline import make_bench
 
 from agent import supervisor
 from agent.analysis.differential import Rules
-from agent.config import Config, SampleSection, models_folder
+from agent.camera.camera import NOTHING_YET
+from agent.camera.grabber import FrameQueue
+from agent.config import CameraSection, Config, SampleSection, models_folder
 from agent.delivery.certificates import Expiry
-from agent.delivery.outbox import Outbox, begin_boot, open_outbox, read_boot
+from agent.delivery.outbox import START_ROOM_BYTES, Outbox, begin_boot, open_outbox, read_boot
 from agent.delivery.topics import Topics
-from agent.domain import AgentState, ModelIdentity, Provenance, SampleState
+from agent.domain import AgentState, ClockReading, ModelIdentity, Provenance, SampleState
 from agent.errors import ConfigError, ModelError, OutboxError
-from agent.health import Health, SelfTest
+from agent.health import Health, MachineReading, SelfTest, Throttling
+from agent.pipeline import Pipeline
 from agent.reporting import Reporter
 from agent.signals import StopSignal, stop_on_signals
 from agent.supervisor import (
@@ -35,6 +42,8 @@ from agent.supervisor import (
     begin_sample,
     close_sample,
     derive_state,
+    make_room_to_start,
+    open_unfinished,
     run_agent,
 )
 from tests.brokers import free_port
@@ -77,6 +86,75 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "DRAIN_PATIENCE_S", 0.3)
 
 
+# ------------------------------------------------------------------------------------------------------ a full disk
+
+
+class FullDisk:
+    """A disk on which files are deleted and the room that they leave is counted."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.setattr(supervisor, "read_disk_free", lambda _folder: self.all_bytes - self.used_bytes())
+        self.all_bytes = 0
+
+    def put(self, name: str, size_mb: float, age_s: float) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(int(size_mb * 2**20)))
+        os.utime(path, (TODAY.timestamp() - age_s,) * 2)
+        self.all_bytes = self.used_bytes()
+        return path
+
+    def used_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def test_on_a_full_disk_a_start_lets_whole_fields_go_first_and_no_more_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    pictures = [disk.put(f"pictures/{n}.png", 2, age_s=100 - n) for n in range(5)]
+    crop = disk.put("crops/s-1/s-1-7.jpg", 0.1, age_s=500)
+    make_room_to_start(tmp_path)
+    assert [path.exists() for path in pictures] == [False, False, False, True, True]
+    assert crop.exists()
+
+
+def test_the_cells_of_the_review_go_when_no_field_is_left_and_results_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    field, crop = disk.put("pictures/1.png", 2, age_s=0), disk.put("crops/s-1/s-1-7.jpg", 0.1, age_s=500)
+    others = [disk.put("outbox.db", 2, age_s=900), disk.put("of-somebody-else.png", 2, age_s=900)]
+    make_room_to_start(tmp_path)
+    assert not field.exists()
+    assert not crop.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_start_with_room_lets_nothing_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    picture = disk.put("pictures/1.png", 2, age_s=0)
+    disk.all_bytes += START_ROOM_BYTES
+    make_room_to_start(tmp_path)
+    assert picture.exists()
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_the_agent_makes_room_before_it_counts_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    picture = disk.put("pictures/1.png", 7, age_s=0)
+    begun = supervisor.begin_boot
+
+    def begin_on_a_full_disk(folder: Path) -> int:
+        assert not picture.exists()
+        return begun(folder)
+
+    monkeypatch.setattr(supervisor, "begin_boot", begin_on_a_full_disk)
+    assert run_agent(make_config(tmp_path)) == 0
+
+
 # ----------------------------------------------------------------------------------------------------- the state
 
 
@@ -107,8 +185,10 @@ def test_the_state_follows_from_health(camera: Any, broker: Any, outbox_state: A
 # ---------------------------------------------------------------------------------------------------- the sample
 
 
-def begin(outbox: Outbox, sid: str | None = None, **section: Any) -> tuple[SampleState, bool]:
-    return begin_sample(outbox, SampleSection(id=sid, **section), TODAY, REPORTER)
+def begin(
+    outbox: Outbox, sid: str | None = None, *, takes_all_anew: bool = True, **section: Any
+) -> tuple[SampleState, bool]:
+    return begin_sample(outbox, SampleSection(id=sid, **section), TODAY, REPORTER, takes_all_anew=takes_all_anew)
 
 
 def test_a_new_sample_is_named_by_date_and_boot_and_runs(outbox: Outbox) -> None:
@@ -135,6 +215,68 @@ def test_another_id_in_the_configuration_ends_the_sample_with_its_report_and_beg
     (report, event) = [json.loads(row.payload) for row in outbox.pending(0, 9)]
     assert (report["status"], report["report"]) == ("final", "first-r1")
     assert event["detail"]["reason"] == "replaced"
+
+
+def test_another_id_does_not_count_the_earlier_slides_of_a_watched_folder(outbox: Outbox) -> None:
+    outbox.append((), sample=SampleState("first"), finished_keys=("one",))
+    assert begin(outbox, "second", takes_all_anew=False)[0].sid == "second"
+    assert outbox.finished_keys() == {"one"}
+    assert begin(outbox, "third", takes_all_anew=False, start="command")[0].phase == "idle"
+    assert (outbox.sample_state(), outbox.finished_keys()) == (None, {"one"})
+
+
+@pytest.mark.parametrize(
+    ("camera", "is_taken_anew"),
+    [
+        ({"kind": "folder"}, True),
+        ({"kind": "video"}, True),
+        ({"kind": "simulated"}, True),
+        ({"kind": "folder", "folder": {"watch": True}}, False),
+        ({"kind": "usb"}, False),
+    ],
+)
+def test_only_what_was_made_for_one_slide_is_taken_anew_by_another_sample(camera: Any, is_taken_anew: bool) -> None:
+    assert CameraSection.model_validate(camera).can_begin_anew is is_taken_anew
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left")
+def test_the_agent_leaves_a_watched_folders_earlier_pictures_to_the_sample_before(tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    begin_boot(tmp_path / "o")
+    with open_outbox(tmp_path / "o", min_free_mb=0, device="dev") as outbox:
+        outbox.append((), sample=SampleState("first"), finished_keys=("one",))
+    camera = {"kind": "folder", "folder": {"path": watched, "watch": True}}
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_agent(make_config(tmp_path / "o", camera=camera, sample={"id": "second"})) == 0
+    with open_outbox(tmp_path / "o", min_free_mb=0, device="dev") as outbox:
+        assert (outbox.sample_state() or SampleState("none")).sid == "second"
+        assert outbox.finished_keys() == {"one"}
+
+
+def test_deleted_pictures_of_a_watched_folder_leave_the_outbox_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.camera.deletions.FORGET_AFTER_S", 0)
+    monkeypatch.setattr("agent.camera.deletions.FORGET_EVERY_S", 0)
+    open_here = partial(open_outbox, tmp_path / "o", min_free_mb=0, device="dev")
+    begin_boot(tmp_path / "o")
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    picture = watched / "a.png"
+    picture.write_bytes(b"x")
+    key = f"a.png|1|{picture.stat().st_mtime_ns}"
+    with open_here() as outbox:
+        outbox.append((), finished_keys=(key, "b.png|1|1"))
+    section = CameraSection.model_validate({"kind": "folder", "folder": {"path": watched, "watch": True}})
+    with closing(open_unfinished(section, open_here)) as camera:
+        assert camera.read() is NOTHING_YET
+        picture.unlink()
+        for _ in range(3):
+            camera.read()
+    with open_here() as outbox:
+        assert outbox.finished_keys() == {"b.png|1|1"}
 
 
 def test_a_closed_sample_is_followed_by_a_new_one_with_another_id(outbox: Outbox) -> None:
@@ -279,6 +421,24 @@ def test_a_disk_that_runs_low_is_told_before_intake_stops_and_again_only_after_i
     ]
 
 
+def test_a_board_that_is_short_of_power_raises_an_alert_at_the_next_health_and_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[list[str]] = []
+    board = SimpleNamespace(show=lambda problems, _now: shown.append(sorted(problems)))
+    health = Health()
+    health.camera_state("open")
+    watch = make_watch(tmp_path, health, alerts=board)
+    monkeypatch.setattr(watch, "_look_into_outbox", lambda: None)
+    for bits in (None, 0x1, 0x50000):
+        throttling = None if bits is None else Throttling(bits)
+        reading = MachineReading(None, throttling, None, None, ClockReading(is_synchronised=True))
+        monkeypatch.setattr(supervisor, "read_machine", lambda _folder, reading=reading: reading)
+        watch._told_at_s = -math.inf
+        watch.look()
+    assert shown == [[], ["under-voltage"], []]
+
+
 def test_a_certificate_that_ends_soon_is_told_once_for_each_file(tmp_path: Path) -> None:
     told: list[tuple[Any, ...]] = []
     watch = make_watch(tmp_path, Health(), told)
@@ -313,6 +473,28 @@ def test_the_watchdog_is_fed_only_when_every_stage_has_moved(
     time.sleep(0.02)
     watch.feed_watchdog()
     assert fed == [1], "nothing has moved since"
+
+
+def test_the_watchdog_is_fed_while_a_source_that_was_read_drains_for_long(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    fed: list[int] = []
+    monkeypatch.setattr("agent.systemd.feed_watchdog", lambda: fed.append(1))
+    health, frames = Health(), FrameQueue(1)
+    pipeline = Pipeline(frames=frames, outbox=outbox, bench=make_bench(), sample=SampleState("s-1"), health=health)
+    frames.end()
+    health.retire("camera")  # as the grabber does at the end
+    pipeline.start()
+    pipeline.join(10)
+    assert pipeline.is_source_finished
+    watch = make_watch(outbox.path.parent, health)
+    for left in range(3):
+        time.sleep(0.02)
+        health.beat("publisher")
+        watch.feed_watchdog()
+        assert len(fed) == left + 1
 
 
 @needs_models

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Final, Literal, Protocol
@@ -126,17 +126,24 @@ def make_frame(
     )
 
 
-def open_camera(section: CameraSection, *, done: Container[str] = (), clocks: Clocks = SYSTEM_CLOCKS) -> Camera:
+def open_camera(
+    section: CameraSection,
+    *,
+    done: Container[str] = (),
+    clocks: Clocks = SYSTEM_CLOCKS,
+    forget: Callable[[Sequence[str]], None] = lambda _keys: None,
+) -> Camera:
     """The camera that the configuration names, opened. Raises CameraError where that fails.
 
     done: origin keys of stored pictures that are finished; these are skipped. It is asked again for each picture, so
-    a set that grows meanwhile is fine.
+    a set that grows meanwhile is fine. forget: told, while the camera is read, of which pictures nobody need know any
+    more that they are finished: they were deleted for good.
     """
     # Imported here: a folder needs no camera libraries, and a source that cannot be imported must not stop the others.
     if section.kind == "folder":
         from agent.camera.replay import open_folder
 
-        return open_folder(section, done=done, clocks=clocks)
+        return open_folder(section, done=done, clocks=clocks, forget=forget)
     if section.kind == "video":
         from agent.camera.replay import open_video
 

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -25,6 +25,7 @@ import cv2
 
 from agent.camera.camera import NOTHING_YET, POLL_S, SYSTEM_CLOCKS, Clocks, NothingYet, make_frame
 from agent.camera.decoding import decode_bytes, describe_os_error, read_content
+from agent.camera.deletions import Deletions
 from agent.camera.opencv import captured_pixels, check_capture_size, quiet_opencv
 from agent.config import CameraSection
 from agent.domain import Frame
@@ -48,13 +49,14 @@ than this share is missing."""
 
 @dataclass(frozen=True, slots=True)
 class _PictureFile:
-    """One file of a folder at one moment. name: relative to the folder, printable."""
+    """One file of a folder at one moment. name: relative to the folder, printable. device: of the file system."""
 
     path: Path
     name: str
     size_bytes: int
     mtime_ns: int
     ctime_ns: int
+    device: int
 
     @property
     def origin_key(self) -> str:
@@ -145,7 +147,15 @@ class _PictureFolder:
         except OSError:
             return None
         name = printable(path.relative_to(self.path))
-        return _PictureFile(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return _PictureFile(path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, device=status.st_dev)
+
+    def place(self) -> tuple[int, int]:
+        """Device and inode of the folder itself: another disk in its place has others. Raises CameraError."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise CameraError(f"{printable(self.path)}: {_describe_folder_error(error)}") from error
+        return status.st_dev, status.st_ino
 
     def read(self, file: _PictureFile) -> Frame:
         """A frame of one file.
@@ -207,7 +217,8 @@ class WatchedFolderCamera:
 
     A file is taken when its size and time have not changed for `settle_s`, measured by looking twice with the
     monotonic clock: a file's date comes from the clock of the machine that wrote it. Looking again and again works on
-    network shares too, where the kernel sends no notes about changes.
+    network shares too, where the kernel sends no notes about changes. forget: told the origin keys of files that were
+    deleted for good.
     """
 
     is_live: Final = False
@@ -219,6 +230,7 @@ class WatchedFolderCamera:
         done: Container[str],
         monotonic_ns: Callable[[], int],
         sleep: Callable[[float], object],
+        forget: Callable[[Sequence[str]], None],
     ) -> None:
         self.description = f"watched folder {printable(folder.path)}"
         self._folder = folder
@@ -229,7 +241,9 @@ class WatchedFolderCamera:
         self._next_look_ns = monotonic_ns()
         self._waiting: deque[_PictureFile] = deque()
         self._settling: dict[Path, tuple[_PictureFile, int]] = {}
-        # What this opening has handed out, by path, so that the memory is bounded by the folder.
+        self._forget = forget
+        self._deletions = Deletions()
+        # What this opening has handed out, by path; of files that were deleted for good nothing is kept.
         self._taken: dict[Path, str] = {}
         # What the disk or the rights refused; tried again when the file changes in any way, its rights included.
         self._refused: dict[Path, _PictureFile] = {}
@@ -263,7 +277,10 @@ class WatchedFolderCamera:
 
     def _look_for_settled(self) -> None:
         started_ns = self._monotonic_ns()
-        files = [file for file in self._folder.look() if not self._is_known(file)]
+        place = self._folder.place()
+        listed = self._folder.look()
+        self._forget_deleted(listed, place, started_ns)
+        files = [file for file in listed if not self._is_known(file)]
         now_ns = self._monotonic_ns()
         self._next_look_ns = now_ns + max(int(POLL_S * 1e9), int((now_ns - started_ns) * (1 / LOOK_SHARE - 1)))
         settling: dict[Path, tuple[_PictureFile, int]] = {}
@@ -276,6 +293,15 @@ class WatchedFolderCamera:
             else:
                 settling[file.path] = (file, since_ns)
         self._settling = settling
+
+    def _forget_deleted(self, listed: Iterable[_PictureFile], place: tuple[int, int], now_ns: int) -> None:
+        there = {file.origin_key: file.path for file in listed if file.device == place[0]}
+        deleted = self._deletions.follow(there, place, now_ns)
+        if deleted:
+            gone = frozenset(deleted)
+            self._taken = {path: key for path, key in self._taken.items() if key not in gone}
+            self._refused = {path: file for path, file in self._refused.items() if file.origin_key not in gone}
+            self._forget(deleted)
 
     def _is_known(self, file: _PictureFile) -> bool:
         return (
@@ -291,6 +317,7 @@ def open_folder(
     done: Container[str] = (),
     clocks: Clocks = SYSTEM_CLOCKS,
     sleep: Callable[[float], object] = time.sleep,
+    forget: Callable[[Sequence[str]], None] = lambda _keys: None,
 ) -> FolderCamera | WatchedFolderCamera:
     """The folder of the configuration, once or watched.
 
@@ -300,7 +327,7 @@ def open_folder(
     folder = _PictureFolder(section, clocks)
     if section.folder.watch:
         folder.check()
-        return WatchedFolderCamera(folder, section.folder.settle_s, done, clocks.monotonic_ns, sleep)
+        return WatchedFolderCamera(folder, section.folder.settle_s, done, clocks.monotonic_ns, sleep, forget)
     files = folder.look()
     if not files:
         where = "in this folder and its sub-folders" if section.folder.recursive else "in this folder"

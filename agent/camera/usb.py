@@ -34,6 +34,9 @@ V4L2_CAP_DEVICE_CAPS: Final = 0x80000000
 V4L2_BUF_TYPE_VIDEO_CAPTURE: Final = 1
 V4L2_MEMORY_MMAP: Final = 1
 
+OVERFLOW_GID_FILE: Final = Path("/proc/sys/kernel/overflowgid")
+"""Has the number that stands for a group of which a user namespace does not know (user_namespaces(7))."""
+
 Ioctl = Callable[[int, int, bytearray], Any]
 WaitAny = Callable[[Sequence[cv2.VideoCapture], int], tuple[bool, Sequence[int]]]
 
@@ -144,7 +147,7 @@ def _explain_open(device: Path, error: OSError) -> str:
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return f"no such camera; is it plugged in? {_list_cameras()}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission; put the user that runs the agent into the group `{_group_of(device)}` and log in anew"
+        return f"no permission; {_let_in(device)}"
     if error.errno == errno.EBUSY:
         return _busy(device)
     return f"it cannot be opened: {error.strerror or error}"
@@ -156,11 +159,24 @@ def _list_cameras() -> str:
     return f"There are: {', '.join(map(str, there))}" if there else "There is no camera at all on this machine"
 
 
+def _let_in(device: Path) -> str:
+    """What to do so that the agent may use the device."""
+    group = _group_of(device)
+    if "NOTIFY_SOCKET" not in os.environ:
+        return f"put the user that runs the agent into the group `{group}` and log in anew"
+    return (
+        f"give the service the device's group (`ls -lL {device}` shows it): `systemctl edit` the unit, "
+        f"`SupplementaryGroups={group}` under [Service], and restart it"
+    )
+
+
 def _group_of(device: Path) -> str:
-    """Whose members may use the device; on all usual systems `video`."""
+    """Whose members may use the device; on all usual systems, and where it cannot be told, `video`."""
     try:
-        return grp.getgrgid(device.stat().st_gid).gr_name
-    except (OSError, KeyError):
+        gid = device.stat().st_gid
+        # With `PrivateUsers=` in the service's unit all groups but its own look like this one.
+        return "video" if gid == int(OVERFLOW_GID_FILE.read_text()) else grp.getgrgid(gid).gr_name
+    except (OSError, KeyError, ValueError):
         return "video"
 
 

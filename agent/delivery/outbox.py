@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -72,6 +73,11 @@ EVENT_RESERVE_BYTES = 1024 * 1024
 
 LEAST_FREE_BYTES = 2 * 1024 * 1024
 """Left free whatever `outbox.min_free_mb` says: to take rows out needs room too, in the write-ahead log."""
+
+START_ROOM_BYTES = LEAST_FREE_BYTES + WAL_LIMIT_BYTES
+"""Free on the disk, a start works: the boot counter, the write-ahead log and its index are written anew."""
+
+FULL_DISK = f"the disk is full; free space there, for a start of the agent {START_ROOM_BYTES / 2**20:g} MB"
 
 VACUUM_ABOVE_PAGES = 1024
 VACUUM_STEP_PAGES = 256
@@ -312,6 +318,8 @@ def _write_boot(folder: Path, boot: int) -> None:
     try:
         write_durably(path, f"{boot}\n".encode("ascii"))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutboxError(f"{path}: cannot be written: {FULL_DISK}") from error
         raise OutboxError(f"{path}: cannot be written: {error.strerror}; free space or mend the rights") from error
 
 
@@ -792,7 +800,7 @@ class Outbox:
             if sample is not None:
                 connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (sample_text(sample),))
             if closes_sample:
-                _forget_sample(connection)
+                _forget_sample(connection, with_finished=True)
             self._store_documents(documents)
             for key, value in notes.items():
                 _note(connection, key, value)
@@ -941,10 +949,15 @@ class Outbox:
                 for letter_id in letter_ids
             )
 
-    def clear_finished(self) -> None:
-        """Forget the sample's state and the finished frames: the source has come to its regular end."""
+    def clear_sample(self, *, with_finished: bool) -> None:
+        """Forget the sample's state. with_finished: and the finished frames, so that the source is taken anew."""
         with self._writing() as connection:
-            _forget_sample(connection)
+            _forget_sample(connection, with_finished=with_finished)
+
+    def forget_finished(self, keys: Sequence[str]) -> None:
+        """These frames cannot come again: their pictures were deleted. A power cut may bring the keys back."""
+        with self._leaving() as connection:
+            connection.executemany("DELETE FROM finished WHERE origin_key = ?", ((key,) for key in keys))
 
     # ---- reading
 
@@ -1412,7 +1425,7 @@ def _explained(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         text = str(error)
         if "full" in text:
-            hint = "the disk is full; free space there"
+            hint = FULL_DISK
         elif "readonly" in text or "read-only" in text:
             hint = "cannot be written; mend the rights, or the disk has become read-only"
         elif "unable to open" in text:
@@ -1481,9 +1494,10 @@ def _checksum(topic: str, payload: bytes) -> int:
     return zlib.crc32(payload, zlib.crc32(topic.encode()))
 
 
-def _forget_sample(connection: sqlite3.Connection) -> None:
-    connection.execute("DELETE FROM finished")
+def _forget_sample(connection: sqlite3.Connection, *, with_finished: bool) -> None:
     connection.execute("DELETE FROM sample")
+    if with_finished:
+        connection.execute("DELETE FROM finished")
 
 
 _SAMPLE_KEYS = tuple(part.name for part in dataclasses.fields(SampleState))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,15 @@ def open_once(path: Path, done: Container[str] = (), **keys: Any) -> FolderCamer
     return camera
 
 
-def open_watched(path: Path, time: MadeTime, done: Container[str] = (), **keys: Any) -> WatchedFolderCamera:
+def open_watched(
+    path: Path,
+    time: MadeTime,
+    done: Container[str] = (),
+    forget: Callable[[Sequence[str]], None] = lambda _keys: None,
+    **keys: Any,
+) -> WatchedFolderCamera:
     section = folder_section(path, watch=True, **keys)
-    camera = open_folder(section, done=done, clocks=time.clocks, sleep=time.sleep)
+    camera = open_folder(section, done=done, clocks=time.clocks, sleep=time.sleep, forget=forget)
     assert isinstance(camera, WatchedFolderCamera)
     return camera
 
@@ -340,6 +347,54 @@ def test_a_watched_folder_passes_over_finished_files_and_reports_bad_ones_once(t
     with pytest.raises(FrameUnreadable):
         camera.read()
     assert read_for(camera, time, 3) == []
+
+
+def test_of_files_that_were_deleted_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.camera.deletions.FORGET_AFTER_S", 20)
+    monkeypatch.setattr("agent.camera.deletions.FORGET_EVERY_S", 5)
+    monkeypatch.setattr(replay, "POLL_S", 1)
+    time, forgotten = MadeTime(), list[str]()
+    old = save_picture(tmp_path / "old.png")
+    done = {read_frame(open_once(tmp_path)).origin_key or ""}
+    camera = open_watched(tmp_path, time, done=done, forget=forgotten.extend, settle_s=0)
+    save_picture(tmp_path / "new.png")
+    save_picture(tmp_path / "stays.png")
+    assert read_for(camera, time, 3) == ["new.png", "stays.png"]
+    assert len(camera._taken) == 2
+    old.unlink()
+    (tmp_path / "new.png").unlink()
+    assert read_for(camera, time, 15) == []
+    assert forgotten == []
+    assert read_for(camera, time, 15) == []
+    assert sorted(key.partition("|")[0] for key in forgotten) == ["new.png", "old.png"]
+    assert list(camera._taken) == [tmp_path / "stays.png"]
+    assert read_for(camera, time, 30) == []
+
+
+def test_files_on_a_disk_that_is_mounted_below_the_folder_are_not_forgotten_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.camera.deletions.FORGET_AFTER_S", 20)
+    monkeypatch.setattr("agent.camera.deletions.FORGET_EVERY_S", 5)
+    monkeypatch.setattr(replay, "POLL_S", 1)
+    time, forgotten = MadeTime(), list[str]()
+    stick = tmp_path / "stick"
+    save_picture(stick / "a.png")
+    save_picture(tmp_path / "b.png")
+    look_at = replay._PictureFolder.look_at
+
+    def on_its_own_disk(folder: Any, path: Path) -> Any:
+        file = look_at(folder, path)
+        return file and replace(file, device=file.device + (path.parent == stick))
+
+    monkeypatch.setattr(replay._PictureFolder, "look_at", on_its_own_disk)
+    camera = open_watched(tmp_path, time, forget=forgotten.extend, settle_s=0)
+    assert sorted(read_for(camera, time, 3)) == ["a.png", "b.png"]
+    shutil.move(stick, tmp_path.parent / f"{tmp_path.name}-away")
+    assert read_for(camera, time, 60) == []
+    shutil.move(tmp_path.parent / f"{tmp_path.name}-away", stick)
+    assert read_for(camera, time, 5) == []
+    assert forgotten == []
 
 
 def test_a_watched_folder_that_goes_away_is_a_lost_camera(tmp_path: Path) -> None:

@@ -135,10 +135,32 @@ def test_a_device_that_is_no_camera_is_told_as_such() -> None:
 
 def test_a_missing_permission_names_the_group_that_has_it(monkeypatch: pytest.MonkeyPatch, device: Path) -> None:
     monkeypatch.setattr(os, "open", opening_error(errno.EACCES))
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     group = usb._group_of(device)
     with pytest.raises(CameraError, match=rf"put the user that runs the agent into the group `{group}`"):
         check_device(device)
     assert usb._group_of(device / "absent") == "video"
+
+
+def test_a_group_that_the_services_namespace_hides_is_told_as_video(
+    monkeypatch: pytest.MonkeyPatch, device: Path, tmp_path: Path
+) -> None:
+    hidden = tmp_path / "overflowgid"
+    hidden.write_text(f"{device.stat().st_gid}\n")
+    monkeypatch.setattr(usb, "OVERFLOW_GID_FILE", hidden)
+    assert usb._group_of(device) == "video"
+    assert usb.grp.getgrgid(device.stat().st_gid).gr_name != "video"
+
+
+def test_a_service_without_permission_is_told_what_its_unit_needs(
+    monkeypatch: pytest.MonkeyPatch, device: Path
+) -> None:
+    monkeypatch.setattr(os, "open", opening_error(errno.EACCES))
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+    with pytest.raises(CameraError, match="SupplementaryGroups=") as told:
+        check_device(device)
+    assert "restart" in str(told.value)
+    assert "log in" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from agent.delivery.outbox import (
     DATABASE_NAME,
     EVENT_RESERVE_BYTES,
     NUMBERING_NOTE,
+    START_ROOM_BYTES,
     Outbox,
     ReplayAnswer,
     begin_boot,
@@ -148,7 +149,13 @@ def test_closing_the_sample_forgets_it_in_the_same_transaction(outbox: Outbox) -
     assert outbox.finished_keys() == frozenset()
     assert outbox.depth() == 2
     outbox.append([], sample=SampleState("s2"), finished_keys=["b"])
-    outbox.clear_finished()
+    outbox.append([], finished_keys=["c", "d"])
+    outbox.forget_finished(["c", "d", "never"])
+    assert outbox.finished_keys() == {"b"}
+    outbox.clear_sample(with_finished=False)
+    assert (outbox.sample_state(), outbox.finished_keys()) == (None, {"b"})
+    outbox.append([], sample=SampleState("s3"))
+    outbox.clear_sample(with_finished=True)
     assert (outbox.sample_state(), outbox.finished_keys()) == (None, frozenset())
 
 
@@ -431,6 +438,18 @@ def test_rows_that_cannot_leave_because_others_filled_the_disk_are_whole_and_lea
         filler.unlink()
         outbox.acknowledge(left)
         assert outbox.depth() == 0
+
+
+def test_a_start_on_a_full_disk_says_how_much_room_it_needs(small_disk: Path) -> None:
+    begin_boot(small_disk)
+    filler = fill_the_disk(small_disk)
+    with pytest.raises(OutboxError, match=r"boot: cannot be written: the disk is full; .* 6 MB"):
+        begin_boot(small_disk)
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - START_ROOM_BYTES)
+    assert begin_boot(small_disk) == 2
+    with make_outbox(small_disk) as outbox:
+        outbox.append([make_draft()])
 
 
 def test_a_disk_that_becomes_read_only_is_said_in_these_words(small_disk: Path) -> None:
