@@ -144,7 +144,10 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         publisher.start()
         cleanup.callback(publisher.stop, 0)  # for a start that fails below; a second stop does nothing
 
-        workshop = Workshop(config, model_slots(config, folder), health, reread or (lambda: config))
+        slots = model_slots(config, folder)
+        workshop = Workshop(config, slots, health, reread or (lambda: config))
+        if (words := slots.staying_words) is not None:
+            logger.log(logging.INFO if config.models.folder is None else logging.WARNING, "%s", words)
         since_boot = outbox.numbered_since_boot()
         publisher.publish_info(describe(config, workshop.work.models, outbox.boot, since_boot))
 
@@ -242,9 +245,9 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
 # ------------------------------------------------------------------------------------------------------- the parts
 
 
-def model_slots(config: Config, folder: Path) -> ModelSlots:
-    """The slots of this device, beside its outbox."""
-    place = folder / "models"
+def model_slots(config: Config, folder: Path | None = None) -> ModelSlots:
+    """The slots of this device, beside its outbox. folder: of the outbox; None = as configured."""
+    place = (folder or state_folder(config.outbox)) / "models"
     return ModelSlots(place, models_folder(config.models), config.commands.staging_folder or place / "staging")
 
 
@@ -256,8 +259,8 @@ def open_pictures(config: Config, folder: Path) -> PictureStore | None:
 
 
 def folder_in_use(config: Config) -> Path:
-    """The folder of models that the next start would use, as things are."""
-    slots = model_slots(config, state_folder(config.outbox))
+    """The folder of models that is in use: the configured one, or that of the slot that was activated."""
+    slots = model_slots(config)
     return slots.path(slots.active.slot)
 
 

@@ -74,7 +74,7 @@ def adapt(args: argparse.Namespace) -> None:
             f"{args.output} exists already; the adapted models lie in {work}: move them where you want them"
         )
     work.rename(args.output)
-    print(f"written: {args.output}. Look at signoff.json, then set models.folder to it.", file=sys.stderr)
+    print(f"written: {args.output}. {tuning.NEXT}", file=sys.stderr)
 
 
 def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[crops.Example]:

@@ -5,7 +5,8 @@
 crops: a folder with one folder for each class, named as in the manifest, of crops as the agent cuts them (the
 review page will export such folders); `no-cell` may hold crops of what is none. One crop in four is kept back to judge
 by. With --data the PBC pictures are learnt along, so that less is forgotten. The new folder is written only if the int8
-file names the crops that were kept back better than before; set `models.folder` to it, or stage it with `model.stage`.
+file names the crops that were kept back better than before; set `models.folder` to it, or stage it
+with `model.stage`, as a device needs on which models were activated before.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def finetune(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise CropsUnfit(f"{args.output} exists already; the tuned models lie in {work}: move them where you want them")
     work.rename(args.output)
-    print(f"written: {args.output}. Look at signoff.json, then set models.folder to it.", file=sys.stderr)
+    print(f"written: {args.output}. {tuning.NEXT}", file=sys.stderr)
 
 
 def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example], list[crops.Example]]:

@@ -38,6 +38,7 @@ from agent.supervisor import (
     run_agent,
 )
 from tests.brokers import free_port
+from tests.model_folders import put_models
 from tests.slides import small_slide
 
 TODAY = datetime(2026, 11, 23, 8, tzinfo=timezone.utc)
@@ -207,6 +208,22 @@ def test_other_signals_wake_the_wait_once_and_ask_for_nothing() -> None:
             assert time.monotonic() - begun_s >= 0.15, "a stray signal must not make the wait spin"
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+# ----------------------------------------------------------------------------------------- which models are in use
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_a_start_with_activated_models_says_that_the_configured_ones_are_not_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    configured = put_models(tmp_path / "mine", "8.8")
+    put_models(tmp_path / "models" / "a", "9.9")
+    (tmp_path / "models" / "active.json").write_text('{"slot": "a", "before": "base", "trial_starts": null}')
+    with caplog.at_level(logging.WARNING, "agent.supervisor"):
+        assert run_agent(make_config(tmp_path, models={"folder": configured, "threads": 1})) == 0
+    assert f"slot a is in use ({tmp_path / 'models' / 'a'}), {configured} is not; to use it" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------- the self-test

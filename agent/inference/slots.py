@@ -61,13 +61,23 @@ class ModelSlots:
     @property
     def active(self) -> Active:
         """Which is in use; the base where nothing was ever activated, or where what was noted cannot be read."""
-        try:
-            noted = json.loads((self._folder / ACTIVE_NAME).read_text("utf-8"))
-            active = Active(noted["slot"], noted["before"], noted["trial_starts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return Active()
-        is_known = active.slot in get_args(Slot) and active.before in (*get_args(Slot), None)
-        return active if is_known and isinstance(active.trial_starts, (int, type(None))) else Active()
+        return self._read()[0]
+
+    @property
+    def fault(self) -> str | None:
+        """Why it cannot be told which is in use, in words; None = it can."""
+        return self._read()[1]
+
+    @property
+    def staying_words(self) -> str | None:
+        """That the base models are not in use, and how they would be; None = they are."""
+        slot = self.active.slot
+        if slot == "base":
+            return None
+        return (
+            f"slot {slot} is in use ({self.path(slot)}), {self._base} is not; to use it, put it into {self._staging}"
+            f" for model.stage and model.activate, or remove {self._folder / ACTIVE_NAME} and restart the agent"
+        )
 
     def path(self, slot: Slot) -> Path:
         """The folder of models of a slot."""
@@ -141,6 +151,26 @@ class ModelSlots:
         switched = Active(slot, before=active.slot, trial_starts=0)
         self._note(switched)
         return switched
+
+    def _read(self) -> tuple[Active, str | None]:
+        path = self._folder / ACTIVE_NAME
+        try:
+            noted = json.loads(path.read_text("utf-8"))
+            active = Active(noted["slot"], noted["before"], noted["trial_starts"])
+        except FileNotFoundError:
+            return Active(), None
+        except OSError as error:
+            return Active(), f"{path}: cannot be read: {error.strerror}; which models were activated is not known"
+        except (ValueError, KeyError, TypeError):
+            active = None
+        if (
+            active is None
+            or active.slot not in get_args(Slot)
+            or active.before not in (*get_args(Slot), None)
+            or not isinstance(active.trial_starts, (int, type(None)))
+        ):
+            return Active(), f"{path}: is damaged; which models were activated is not known"
+        return active, None
 
     def _go_back(self, active: Active) -> Active:
         back = Active(active.before or "base", before=None, trial_starts=None)
