@@ -195,7 +195,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             grabber,
             open_another,
             alerts=AlertBoard(publisher, pipeline, stale=read_raised(outbox)),
-            went_back=workshop.went_back,
+            fell_back=lambda: workshop.fell_back,
             salvage=None if outbox.salvage is None else salvage_words(outbox.salvage),
         )
         if latest is not None:
@@ -527,7 +527,7 @@ def read_raised(outbox: Outbox) -> tuple[str, ...]:
 class Watch:
     """Looks at the running parts and tells what it sees: the state, events, the health message, the watchdog.
 
-    page: watched too, where there is one. state, raised_alerts: may be read on any thread.
+    page: watched too, where there is one. fell_back: of the workshop. state, raised_alerts: may be read on any thread.
     """
 
     def __init__(
@@ -543,7 +543,7 @@ class Watch:
         wall_ahead_s: Callable[[], float] = lambda: time.time() - time.monotonic(),
         *,
         alerts: AlertBoard | None = None,
-        went_back: str | None = None,
+        fell_back: Callable[[], str | None] = lambda: None,
         salvage: str | None = None,
     ) -> None:
         self.boot = boot
@@ -569,7 +569,7 @@ class Watch:
         self._is_disk_low = False
         self._told_expiries: set[str] = set()
         self._alerts = alerts
-        self._went_back = went_back
+        self._fell_back = fell_back
         self._salvage = salvage
         self._dead_letters: int | None = None
         self._dropped_before: Mapping[str, int] | None = None
@@ -721,7 +721,7 @@ class Watch:
             is_disk_low=self._is_disk_low,
             dead_letters=self._dead_letters,
             near_expiries=self._near_expiries,
-            went_back=self._went_back,
+            fell_back=self._fell_back(),
             is_clock_true=self._is_clock_true,
             salvage=self._salvage,
             dropped=self._dropped,

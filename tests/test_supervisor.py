@@ -271,6 +271,17 @@ def make_watch(
     return Watch(Config(), tmp_path, 1, health, publisher, part, part, open_outbox, **more)  # type: ignore[arg-type]
 
 
+def test_the_alert_of_models_that_fell_back_stands_until_others_were_activated(tmp_path: Path) -> None:
+    fell_back: list[str | None] = ["the models in slot a cannot be used"]
+    shown: list[set[str]] = []
+    board = SimpleNamespace(show=lambda problems, _now: shown.append(set(problems)), raised=())
+    watch = make_watch(tmp_path, Health(), alerts=board, fell_back=lambda: fell_back[0])
+    watch.look()
+    fell_back[0] = None
+    watch.look()
+    assert ["models-fell-back" in ids for ids in shown] == [True, False]
+
+
 def test_a_clock_that_is_set_is_told_once(tmp_path: Path) -> None:
     ahead_s = [100.0]
     told: list[tuple[Any, ...]] = []

@@ -43,11 +43,15 @@ class NothingToSwitchTo(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """Which slot is in use. trial_starts: starts since it was activated without a counted field; None = proven."""
+    """Which slot is in use. trial_starts: starts since it was activated without a counted field; None = proven.
+
+    fell_back: why it is in use and not the one that was activated, in words, until the next switch; None = it was.
+    """
 
     slot: Slot = "base"
     before: Slot | None = None
     trial_starts: int | None = None
+    fell_back: str | None = None
 
 
 class ModelSlots:
@@ -85,18 +89,21 @@ class ModelSlots:
 
     def begin(self) -> tuple[Active, str | None]:
         """What to start with, counting one start more while on trial; and why it is not what was active, if so."""
-        active = self.active
+        active, fault = self._read()
+        if fault is not None:
+            return active, f"{fault}; the configured ones are in use"
         if active.trial_starts is None:
             return active, None
         if active.trial_starts + 1 >= TRIAL_STARTS:
-            words = f"the models in slot {active.slot} did not count a field in {active.trial_starts} starts"
-            return self._go_back(active), words
+            why = f"the models in slot {active.slot} did not count a field in {active.trial_starts} starts"
+            back = self._go_back(active, why)
+            return back, back.fell_back
         self._note(replace(active, trial_starts=active.trial_starts + 1))
         return active, None
 
-    def go_back(self) -> Active:
+    def go_back(self, why: str) -> Active:
         """The ones before are in use again, without trying them: what is in use cannot be used at all."""
-        return self._go_back(self.active)
+        return self._go_back(self.active, why)
 
     def mark_proven(self) -> None:
         """The models in use have counted a field."""
@@ -156,24 +163,30 @@ class ModelSlots:
         path = self._folder / ACTIVE_NAME
         try:
             noted = json.loads(path.read_text("utf-8"))
-            active = Active(noted["slot"], noted["before"], noted["trial_starts"])
+            fell_back = noted.get("fell_back")  # older versions did not note it
+            active = Active(noted["slot"], noted["before"], noted["trial_starts"], fell_back)
         except FileNotFoundError:
             return Active(), None
         except OSError as error:
             return Active(), f"{path}: cannot be read: {error.strerror}; which models were activated is not known"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             active = None
         if (
             active is None
             or active.slot not in get_args(Slot)
             or active.before not in (*get_args(Slot), None)
             or not isinstance(active.trial_starts, (int, type(None)))
+            or not isinstance(active.fell_back, (str, type(None)))
         ):
             return Active(), f"{path}: is damaged; which models were activated is not known"
         return active, None
 
-    def _go_back(self, active: Active) -> Active:
-        back = Active(active.before or "base", before=None, trial_starts=None)
+    def _go_back(self, active: Active, why: str) -> Active:
+        slot = active.before or "base"
+        mend = "activate others (model.stage, model.activate)"
+        if slot == "base":
+            mend += f", or remove {self._folder / ACTIVE_NAME} and restart the agent if these are to stay"
+        back = Active(slot, fell_back=f"{why}; the ones before are in use: {mend}")
         self._note(back)
         return back
 
