@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
+import torch
+
 from agent.analysis.preprocessing import GROUND_BGR, LOOK_LAB, ground_gains, scale_channels
 from agent.camera.simulated import render_training_crop, render_training_field
 from agent.config import ModelsSection
@@ -24,6 +26,7 @@ from agent.inference.manifest import Crop, CropLook, load_manifest
 from agent.inference.models import open_models
 from models import adapt
 from models.classifier import crops, tuning
+from models.finetune import CropsUnfit
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
 
@@ -121,6 +124,46 @@ def test_the_stain_of_a_laboratorys_field_is_told_by_its_white_cells(
     cells = adapt.find_cells(models, tmp_path, wording)
     assert len(cells) == adapt.FEWEST_CELLS
     assert {cell.has_nucleus or cell.is_in_field for cell in cells} == {tells}
+
+
+@pytest.mark.parametrize(("side", "most", "mean"), [(100, 0, 0), (300, 40, 2)])
+def test_a_cell_with_its_surroundings_only_gives_the_crops_that_its_whole_field_gives(
+    side: float, most: int, mean: float
+) -> None:
+    field, _ = render_training_field(np.random.default_rng(8), 1600, 1200)
+    small = crops.small_picture(field)
+    whole = [
+        crops.Example(field, (x, y, side, 0.9 * side), 0, (-1,), is_in_field=True)
+        for x, y in ((700, 500), (30, 20), (1580, 600.5))
+    ]
+    kept = [example.without_the_rest(small) for example in whole]
+    assert all(example.pixels.base is None for example in kept), "a view would keep the whole field"
+    assert all(max(example.pixels.shape[:2]) <= 3.3 * crops.KEPT_SIDE_PX for example in kept)
+    assert [example.share for example in kept] == [example.share for example in whole]
+    looks = [crops.TrainingCrops(e, 128, plain_share=1.0, normalised_share=1.0) for e in (whole, kept)]
+    for number in range(30):
+        pair = []
+        for look in looks:
+            torch.manual_seed(number)
+            pair.append(look[number % 3][0].numpy().astype(int))
+        apart = abs(pair[0] - pair[1])
+        assert apart.max() <= most
+        assert apart.mean() <= mean
+
+
+def test_fields_are_not_kept_whole_and_too_many_cells_are_refused_before_the_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cv2.imwrite(str(tmp_path / "field.png"), np.full((1200, 1600, 3), 220, np.uint8))
+    found = [Detection(Box(20 * n, 10, 40 + 20 * n, 40), "WBC", 0.9) for n in range(adapt.FEWEST_CELLS)]
+    manifest = load_manifest(Path("models"))
+    models: Any = SimpleNamespace(manifest=manifest, detector=SimpleNamespace(detect=lambda _pixels: found))
+    wording = crops.Wording(manifest.classifier.classes, {})
+    cells = adapt.find_cells(models, tmp_path, wording)
+    assert sum(cell.pixels.nbytes for cell in cells) < 1600 * 1200 * 3 / 2
+    monkeypatch.setattr(adapt, "MOST_BYTES", 10_000)
+    with pytest.raises(CropsUnfit, match=r"60 cells up to field\.png take more than .* take fewer pictures"):
+        adapt.find_cells(models, tmp_path, wording)
 
 
 def test_a_crop_at_which_the_net_shouts_takes_no_steps_of_a_tuned_file(
