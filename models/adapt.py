@@ -31,7 +31,7 @@ from models.classifier.locate import read_boxes
 from models.common.labels import NUCLEATED, Rgb, read_cells
 from models.common.warm_start import FileDoesNotFit
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
-from models.finetune import PICTURES, CropsUnfit
+from models.finetune import CropsUnfit, others_words, pictures_among
 from models.nets.cellnet import CellNet
 
 FEWEST_CELLS = 60
@@ -81,7 +81,9 @@ def adapt(args: argparse.Namespace) -> None:
 
 def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[crops.Example]:
     """What the detector hands to the classifier, in all pictures of a folder."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise CropsUnfit(f"{folder}: no such folder; give one with fields of the microscope")
+    paths, others = pictures_among(folder.rglob("*"))
     classified = models.manifest.detector.classified
     found: list[crops.Example] = []
     bytes_kept = 0
@@ -111,7 +113,10 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
                 " take fewer pictures, a few hundred do"
             )
     if len(found) < FEWEST_CELLS:
-        raise CropsUnfit(f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least")
+        raise CropsUnfit(
+            f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least"
+            f"{others_words(others)}"
+        )
     return found
 
 

@@ -24,7 +24,7 @@ from agent.config import ModelsSection
 from agent.domain import Box, Detection
 from agent.inference.manifest import Crop, CropLook, load_manifest
 from agent.inference.models import open_models
-from models import adapt
+from models import adapt, finetune
 from models.classifier import crops, tuning
 from models.finetune import CropsUnfit
 
@@ -77,6 +77,40 @@ def test_a_folder_that_nothing_can_be_learnt_from_is_refused_in_words(
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def put_pictures(folder: Path, ending: str, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        done, coded = cv2.imencode(".webp", np.full((60, 60, 3), number, np.uint8))
+        assert done
+        (folder / f"{number}{ending}").write_bytes(coded.tobytes())
+
+
+WORDING = crops.Wording(("neutrophil", "platelet"), {})
+
+
+def test_crops_in_each_format_that_the_agent_reads_are_learnt_from_and_others_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_pictures(tmp_path / "crops" / "neutrophil", ".webp", 60)
+    put_pictures(tmp_path / "crops" / "platelet", ".gif", 3)
+    learnt, judged = finetune.read_crops(tmp_path / "crops", WORDING)
+    assert len(learnt) + len(judged) == 60
+    assert capsys.readouterr().err == f"{tmp_path / 'crops'}; left out because of their ending: 3 .gif\n"
+
+
+def test_why_crops_are_too_few_is_told_as_it_is(tmp_path: Path) -> None:
+    put_pictures(tmp_path / "crops" / "no-cell", ".png", 60)
+    (tmp_path / "crops" / "neutrophil").mkdir()
+    learnt = next(p for p in sorted((tmp_path / "crops" / "no-cell").iterdir()) if not finetune.is_kept_back(p))
+    learnt.rename(tmp_path / "crops" / "neutrophil" / "one.png")
+    with pytest.raises(CropsUnfit, match=r"1 crops of cells are too few: none of them is among .* not in no-cell$"):
+        finetune.read_crops(tmp_path / "crops", WORDING)
+    put_pictures(tmp_path / "others" / "neutrophil", ".gif", 60)
+    told = r"0 crops are too few: .* 20 are the least; left out because of their ending: 60 \.gif$"
+    with pytest.raises(CropsUnfit, match=told):
+        finetune.read_crops(tmp_path / "others", WORDING)
 
 
 def test_fields_without_labels_adapt_the_classifier(tmp_path: Path) -> None:
