@@ -151,10 +151,15 @@ class Workshop:
         }
 
     def mark_proven(self) -> None:
-        """The models in use have counted a field."""
-        if self._is_on_trial:
-            self._is_on_trial = False
+        """The models in use have counted a field. Where that cannot be noted it is tried again at the next one."""
+        if not self._is_on_trial:
+            return
+        try:
             self._slots.mark_proven()
+        except ModelError as error:
+            logger.error("%s", error)  # noqa: TRY400 - its words say all
+        else:
+            self._is_on_trial = False
 
     # ---- inside
 

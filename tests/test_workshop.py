@@ -151,6 +151,23 @@ def test_that_activated_models_gave_way_is_known_over_restarts_until_others_are_
     assert Workshop(place.read(), place.slots, place.health, place.read).fell_back is None
 
 
+def test_a_full_disk_when_models_are_proven_ends_nothing_and_it_is_noted_at_the_next_field(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_path: Path, _content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    put_models(tmp_path / "staging" / "next", version="7.7")
+    place.workshop.stage("next")
+    place.workshop.activate()
+    with monkeypatch.context() as full:
+        full.setattr("agent.inference.slots.write_durably", fail)
+        place.workshop.mark_proven()
+    assert place.slots.active.trial_starts == 0
+    place.workshop.mark_proven()
+    assert place.slots.active.trial_starts is None
+
+
 def test_altered_models_are_not_staged_and_the_ones_in_use_stay(place: Place, tmp_path: Path) -> None:
     folder = put_models(tmp_path / "staging" / "next", "9.9")
     file = folder / place.workshop.work.models.manifest.detector.file

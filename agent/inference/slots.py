@@ -120,7 +120,9 @@ class ModelSlots:
         source = self._staging / name
         manifest = load_manifest(source)
         manifest.choosing(classifier)
-        target = self._folder / self._other(self.active)
+        active = self.active
+        slot = self._other(active)
+        target = self._folder / slot
         fresh = target.with_name(f"{target.name}.new")
         try:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -135,6 +137,8 @@ class ModelSlots:
             for file, content in contents.items():
                 (fresh / file).parent.mkdir(parents=True, exist_ok=True)
                 write_durably(fresh / file, content)
+            if active.before == slot:  # those are gone now; what was never tried must not be gone back to
+                self._note(replace(active, before="base"))
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
             sync_folder(self._folder)

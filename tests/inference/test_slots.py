@@ -125,6 +125,16 @@ def test_models_on_trial_that_never_count_a_field_give_way_at_the_third_start(sl
     assert slots.active == Active("a", "base", 0), "the reason is kept until the next switch"
 
 
+def test_models_that_were_staged_over_the_ones_before_are_not_gone_back_to_untried(slots: ModelSlots) -> None:
+    for _ in range(2):
+        slots.stage("next")
+        slots.switch(take)
+    assert slots.active == Active("b", "a", 0)
+    slots.stage("next")
+    assert slots.active == Active("b", "base", 0)
+    assert slots.go_back("slot b cannot be used").slot == "base"
+
+
 def test_models_that_have_counted_a_field_stay(slots: ModelSlots) -> None:
     slots.stage("next")
     slots.switch(take)
