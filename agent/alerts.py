@@ -33,7 +33,7 @@ def open_problems(
     is_disk_low: bool = False,
     dead_letters: int | None = None,
     near_expiries: Iterable[str] = (),
-    went_back: str | None = None,
+    fell_back: str | None = None,
     is_clock_true: bool = True,
     salvage: str | None = None,
     dropped: Mapping[str, int] | None = None,
@@ -41,7 +41,7 @@ def open_problems(
 ) -> Mapping[str, Problem]:
     """The problems of this moment by alert id.
 
-    near_expiries: in words, of each certificate that ends soon. went_back: why other models are in use than activated.
+    near_expiries: in words, of each certificate that ends soon. fell_back: why other models are in use than activated.
     salvage: what came of a damaged outbox at this start. dropped: messages of each stream that went unconfirmed, for
     room, since this start. throttling: what the firmware says now; None = this machine does not tell.
     """
@@ -69,8 +69,8 @@ def open_problems(
     expiring = "; ".join(near_expiries)
     if expiring:
         found["certificate-expiring"] = Problem("warning", expiring)
-    if went_back is not None:
-        found["models-fell-back"] = Problem("error", f"{went_back}; the ones before are in use")
+    if fell_back is not None:
+        found["models-fell-back"] = Problem("error", fell_back)
     if not is_clock_true:
         words = "the clock follows no reference: times in messages may be wrong, their order (seq) is not"
         found["clock-not-synchronised"] = Problem("info", words)

@@ -46,7 +46,7 @@ from agent.offline import (
     find_pictures,
 )
 from agent.preflight import run_checks
-from agent.supervisor import folder_in_use, run_agent
+from agent.supervisor import folder_in_use, model_slots, run_agent
 
 OK, SOME_FAILED = 0, 1
 
@@ -310,8 +310,12 @@ def version(arguments: argparse.Namespace) -> int:
     print(f"hematovision-agent {__version__}")
     print(f"python             {platform.python_version()} on {platform.machine()}")
     print(RESEARCH_USE_ONLY)
-    models = open_models(load_config(arguments.config).models)
+    config = load_config(arguments.config)
+    slots = model_slots(config)
+    folder = slots.path(slots.active.slot)
+    models = open_models(config.models.model_copy(update={"folder": folder}))
     print(f"runtime            {models.runtime}, delegate {models.delegate}")
+    print(f"models             {slots.fault or slots.staying_words or folder}")
     for entry in (models.manifest.detector, models.manifest.classifier):
         print(f"{entry.role:<18} {entry.name} {entry.version}, sha256 {entry.sha256}")
         print(f"{'':<18} {', '.join(entry.classes)}")

@@ -237,7 +237,9 @@ class ModelsSection(Section):
     """The detector and the classifier."""
 
     folder: Path | None = None
-    """Folder with manifest.json and the model files; null = the models that came with the package."""
+    """Folder with manifest.json and the model files; null = the models that came with the package. Once models were
+    activated (model.activate), those are in use instead, after a restart and an update too; `hematovision check-config`
+    says so, and how to come back to this folder."""
     classifier: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """Name of the classifier where the manifest has more than one, for example mobilenetv2-x0.5; null = its first. A
     change needs a restart."""

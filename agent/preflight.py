@@ -38,7 +38,7 @@ from agent.errors import (
 )
 from agent.inference.models import open_models
 from agent.inference.selftest import GoldenTest
-from agent.supervisor import folder_in_use, import_page
+from agent.supervisor import import_page, model_slots
 
 FIRST_FRAME_TIMEOUT_S = 20.0
 """s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
@@ -90,7 +90,8 @@ def _try_passwords(config: Config) -> str:
 
 def _try_models(config: Config) -> str:
     """Load both models and ask them the golden fields; opening checks their digests and tensors."""
-    folder = folder_in_use(config)
+    slots = model_slots(config)
+    folder = slots.path(slots.active.slot)
     models = open_models(config.models.model_copy(update={"folder": folder}))
     verdict = GoldenTest(folder).run(models)
     if not verdict.is_passed:
@@ -99,7 +100,7 @@ def _try_models(config: Config) -> str:
         f"{identity.name} {identity.version}" for identity in (models.detector.identity, models.classifier.identity)
     ]
     words = f"{' and '.join(names)} load and run with {models.runtime}; their SHA-256 is the manifest's"
-    return f"{words}; {verdict.detail}"
+    return "; ".join(told for told in (words, verdict.detail, slots.fault, slots.staying_words) if told is not None)
 
 
 def _try_commands(config: Config) -> str:

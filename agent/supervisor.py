@@ -145,7 +145,10 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         publisher.start()
         cleanup.callback(publisher.stop, 0)  # for a start that fails below; a second stop does nothing
 
-        workshop = Workshop(config, model_slots(config, folder), health, reread or (lambda: config))
+        slots = model_slots(config, folder)
+        workshop = Workshop(config, slots, health, reread or (lambda: config))
+        if (words := slots.staying_words) is not None:
+            logger.log(logging.INFO if config.models.folder is None else logging.WARNING, "%s", words)
         since_boot = outbox.numbered_since_boot()
         publisher.publish_info(describe(config, workshop.work.models, outbox.boot, since_boot))
 
@@ -194,7 +197,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             grabber,
             open_another,
             alerts=AlertBoard(publisher, pipeline, stale=read_raised(outbox)),
-            went_back=workshop.went_back,
+            fell_back=lambda: workshop.fell_back,
             salvage=None if outbox.salvage is None else salvage_words(outbox.salvage),
         )
         if latest is not None:
@@ -244,9 +247,9 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
 # ------------------------------------------------------------------------------------------------------- the parts
 
 
-def model_slots(config: Config, folder: Path) -> ModelSlots:
-    """The slots of this device, beside its outbox."""
-    place = folder / "models"
+def model_slots(config: Config, folder: Path | None = None) -> ModelSlots:
+    """The slots of this device, beside its outbox. folder: of the outbox; None = as configured."""
+    place = (folder or state_folder(config.outbox)) / "models"
     return ModelSlots(place, models_folder(config.models), config.commands.staging_folder or place / "staging")
 
 
@@ -271,8 +274,8 @@ def make_room_to_start(folder: Path) -> None:
 
 
 def folder_in_use(config: Config) -> Path:
-    """The folder of models that the next start would use, as things are."""
-    slots = model_slots(config, state_folder(config.outbox))
+    """The folder of models that is in use: the configured one, or that of the slot that was activated."""
+    slots = model_slots(config)
     return slots.path(slots.active.slot)
 
 
@@ -550,7 +553,7 @@ def read_raised(outbox: Outbox) -> tuple[str, ...]:
 class Watch:
     """Looks at the running parts and tells what it sees: the state, events, the health message, the watchdog.
 
-    page: watched too, where there is one. state, raised_alerts: may be read on any thread.
+    page: watched too, where there is one. fell_back: of the workshop. state, raised_alerts: may be read on any thread.
     """
 
     def __init__(
@@ -566,7 +569,7 @@ class Watch:
         wall_ahead_s: Callable[[], float] = lambda: time.time() - time.monotonic(),
         *,
         alerts: AlertBoard | None = None,
-        went_back: str | None = None,
+        fell_back: Callable[[], str | None] = lambda: None,
         salvage: str | None = None,
     ) -> None:
         self.boot = boot
@@ -592,7 +595,7 @@ class Watch:
         self._is_disk_low = False
         self._told_expiries: set[str] = set()
         self._alerts = alerts
-        self._went_back = went_back
+        self._fell_back = fell_back
         self._salvage = salvage
         self._dead_letters: int | None = None
         self._dropped_before: Mapping[str, int] | None = None
@@ -746,7 +749,7 @@ class Watch:
             is_disk_low=self._is_disk_low,
             dead_letters=self._dead_letters,
             near_expiries=self._near_expiries,
-            went_back=self._went_back,
+            fell_back=self._fell_back(),
             is_clock_true=self._is_clock_true,
             salvage=self._salvage,
             dropped=self._dropped,

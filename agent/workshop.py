@@ -54,7 +54,8 @@ class Workshop:
     """Holds what is in use. reread: the configuration as it stands in its file now, raises ConfigError.
 
     on_change: told of each change, after it; the pipeline takes the bench, the publisher tells who counts.
-    went_back: why other models are in use than were activated.
+    fell_back: why other models are in use than were activated, until the next switch; may be read on any thread.
+    went_back: the same where this start went back to them.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Workshop:
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_change = on_change
+        self.fell_back: str | None = None
         self.went_back: str | None = None
         self._slots = slots
         self._health = health
@@ -149,10 +151,15 @@ class Workshop:
         }
 
     def mark_proven(self) -> None:
-        """The models in use have counted a field."""
-        if self._is_on_trial:
-            self._is_on_trial = False
+        """The models in use have counted a field. Where that cannot be noted it is tried again at the next one."""
+        if not self._is_on_trial:
+            return
+        try:
             self._slots.mark_proven()
+        except ModelError as error:
+            logger.error("%s", error)  # noqa: TRY400 - its words say all
+        else:
+            self._is_on_trial = False
 
     # ---- inside
 
@@ -172,6 +179,7 @@ class Workshop:
         models, golden, test = opened[-1]
         self._use(Work(self.work.config, models, make_bench(self.work.config, models), golden))
         self._is_on_trial = True
+        self.fell_back = None
         self._note(test)
         words = f"slot {active.slot} is in use, {active.before} was before; {test.detail}"
         return Done(words, {"slot": active.slot, **self.describe()})
@@ -207,10 +215,12 @@ class Workshop:
             except ModelError as error:
                 if active.slot == "base":
                     raise
-                self.went_back = f"the models in slot {active.slot} cannot be used: {error}"
-                logger.error("%s", self.went_back)  # noqa: TRY400 - its words say all
-                active = self._slots.go_back()
+                active = self._slots.go_back(f"the models in slot {active.slot} cannot be used: {error}")
+                self.went_back = active.fell_back
             else:
+                self.fell_back = self.went_back or active.fell_back
+                if self.fell_back is not None:
+                    logger.error("%s", self.fell_back)
                 (logger.info if test.is_passed else logger.error)("%s", test.detail)
                 return models, golden
 

@@ -31,12 +31,14 @@ from models.classifier.locate import read_boxes
 from models.common.labels import NUCLEATED, Rgb, read_cells
 from models.common.warm_start import FileDoesNotFit
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
-from models.finetune import PICTURES, CropsUnfit
+from models.finetune import CropsUnfit, others_words, pictures_among
 from models.nets.cellnet import CellNet
 
 FEWEST_CELLS = 60
 SOURCE_WEIGHT = 256
 """Cells that the old statistics count for: with as many new cells both count the same."""
+MOST_BYTES = 3 * 2**30
+"""Of the cells with their surroundings, in memory: 4000 white cells of a fine camera."""
 SURE = 0.9
 VIEWS = 6
 WORST_LOSS = 0.01
@@ -74,14 +76,17 @@ def adapt(args: argparse.Namespace) -> None:
             f"{args.output} exists already; the adapted models lie in {work}: move them where you want them"
         )
     work.rename(args.output)
-    print(f"written: {args.output}. Look at signoff.json, then set models.folder to it.", file=sys.stderr)
+    print(f"written: {args.output}. {tuning.NEXT}", file=sys.stderr)
 
 
 def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[crops.Example]:
     """What the detector hands to the classifier, in all pictures of a folder."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise CropsUnfit(f"{folder}: no such folder; give one with fields of the microscope")
+    paths, others = pictures_among(folder.rglob("*"))
     classified = models.manifest.detector.classified
-    found = []
+    found: list[crops.Example] = []
+    bytes_kept = 0
     for path in progress(paths, "fields"):
         try:
             pixels = decode_file(path, MAX_MEGAPIXELS)
@@ -90,6 +95,7 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
             continue
         rgb = np.ascontiguousarray(pixels[..., ::-1])
         detections = models.detector.detect(pixels)
+        small = crops.small_picture(rgb)
         tells_stain = any(detection.class_name == NUCLEATED for detection in detections)
         for detection in detections:
             if detection.class_name in classified:
@@ -98,15 +104,25 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
                 example = crops.Example(
                     rgb, box, crops.UNKNOWN, wording.no_attributes, has_nucleus=has_nucleus, is_in_field=tells_stain
                 )
-                found.append(example)
+                kept = example.without_the_rest(small)  # all whole fields together take many gigabytes
+                bytes_kept += kept.pixels.nbytes
+                found.append(kept)
+        if bytes_kept > MOST_BYTES:
+            raise CropsUnfit(
+                f"{folder}: {len(found)} cells up to {path.name} take more than {MOST_BYTES / 2**30:g} GB of memory;"
+                " take fewer pictures, a few hundred do"
+            )
     if len(found) < FEWEST_CELLS:
-        raise CropsUnfit(f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least")
+        raise CropsUnfit(
+            f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least"
+            f"{others_words(others)}"
+        )
     return found
 
 
 def move_norms(net: CellNet, squares: Sequence[Rgb]) -> None:
     """Each norm's statistics become a mean of the old ones and those of the new cells, by their numbers."""
-    pictures = torch.stack([crops.picture_tensor(square) for square in squares]).float() / 255
+    pictures = torch.stack([crops.picture_tensor(square) for square in squares])
     share = len(squares) / (len(squares) + SOURCE_WEIGHT)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     old = [(norm.running_mean.clone(), norm.running_var.clone(), norm.momentum) for norm in norms]
@@ -117,7 +133,7 @@ def move_norms(net: CellNet, squares: Sequence[Rgb]) -> None:
     with torch.no_grad():
         for batch in pictures.split(64):
             if len(batch) > 1:
-                net(batch)
+                net(batch.float() / 255)
     net.eval()
     for norm, (mean, variance, momentum) in zip(norms, old, strict=True):
         norm.running_mean.lerp_(mean, 1 - share)

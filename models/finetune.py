@@ -2,10 +2,11 @@
 
     python -m models.finetune crops/ --output my-models [--minutes 10] [--data ../shared/data]
 
-crops: a folder with one folder for each class, named as in the manifest, of crops as the agent cuts them (the
-review page will export such folders); `no-cell` may hold crops of what is none. One crop in four is kept back to judge
+crops: a folder with one folder for each class, named as in the manifest, of crops as the agent cuts them, such as
+`hematovision review export` writes; `no-cell` may hold crops of what is none. One crop in four is kept back to judge
 by. With --data the PBC pictures are learnt along, so that less is forgotten. The new folder is written only if the int8
-file names the crops that were kept back better than before; set `models.folder` to it, or stage it with `model.stage`.
+file names the crops that were kept back better than before; set `models.folder` to it, or stage it with `model.stage`,
+as a device needs on which models were activated before.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from agent.camera.replay import PICTURE_SUFFIXES
 from agent.config import ModelsSection
 from agent.errors import ModelError
 from agent.inference.manifest import load_manifest
@@ -30,7 +34,6 @@ from models.common.warm_start import FileDoesNotFit
 from models.evaluation.asking import add_classifier
 
 NO_CELL = "no-cell"
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 FEWEST = 20
 """Fewer crops teach nothing that could be judged."""
 
@@ -72,7 +75,7 @@ def finetune(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise CropsUnfit(f"{args.output} exists already; the tuned models lie in {work}: move them where you want them")
     work.rename(args.output)
-    print(f"written: {args.output}. Look at signoff.json, then set models.folder to it.", file=sys.stderr)
+    print(f"written: {args.output}. {tuning.NEXT}", file=sys.stderr)
 
 
 def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example], list[crops.Example]]:
@@ -86,8 +89,11 @@ def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example
         raise CropsUnfit(f"{folder}: folders must be named {names}; found {', '.join(unknown) or 'none'}")
     learnt: list[crops.Example] = []
     judged: list[crops.Example] = []
+    others: Counter[str] = Counter()
     for place in found:
-        for path in sorted(p for p in place.iterdir() if p.suffix.lower() in PICTURES):
+        paths, left_out = pictures_among(place.iterdir())
+        others += left_out
+        for path in paths:
             try:
                 pixels = read_rgb(path)
             except Exception as error:  # OpenCV has one exception for everything
@@ -97,11 +103,39 @@ def read_crops(folder: Path, wording: crops.Wording) -> tuple[list[crops.Example
             label = crops.UNKNOWN if place.name == NO_CELL else wording.classes.index(place.name)
             is_cell, has_nucleus = place.name != NO_CELL, place.name not in (NO_CELL, crops.PLATELET)
             example = crops.Example(pixels, box, label, wording.no_attributes, is_cell=is_cell, has_nucleus=has_nucleus)
-            kept_back = hashlib.sha256(path.read_bytes()).digest()[0] < 64
-            (judged if kept_back else learnt).append(example)
-    if len(learnt) < FEWEST or not any(e.is_cell for e in judged):
-        raise CropsUnfit(f"{folder}: {len(learnt) + len(judged)} crops are too few; {2 * FEWEST} are the least")
+            (judged if is_kept_back(path) else learnt).append(example)
+    if len(learnt) < FEWEST:
+        raise CropsUnfit(
+            f"{folder}: {len(learnt) + len(judged)} crops are too few: {len(judged)} are kept back to judge by, and"
+            f" {len(learnt)} are left to learn from, where {FEWEST} are the least{others_words(others)}"
+        )
+    if not any(e.is_cell for e in judged):
+        cells = sum(e.is_cell for e in learnt)
+        raise CropsUnfit(
+            f"{folder}: {cells} crops of cells are too few: none of them is among those that are kept back to judge by"
+            f" (one in four is); give more crops that are not in {NO_CELL}{others_words(others)}"
+        )
+    if others:
+        print(f"{folder}{others_words(others)}", file=sys.stderr)
     return learnt, judged
+
+
+def is_kept_back(path: Path) -> bool:
+    """Whether a crop is to judge by: one in four, by its bytes."""
+    return hashlib.sha256(path.read_bytes()).digest()[0] < 64
+
+
+def pictures_among(files: Iterable[Path]) -> tuple[list[Path], Counter[str]]:
+    """The pictures, in order, and how many files are left out because of their ending."""
+    paths = sorted(p for p in files if p.is_file())
+    others = Counter(p.suffix.lower() or p.name for p in paths if p.suffix.lower() not in PICTURE_SUFFIXES)
+    return [p for p in paths if p.suffix.lower() in PICTURE_SUFFIXES], others
+
+
+def others_words(others: Counter[str]) -> str:
+    """What was left out because of its ending, to go behind other words; empty where nothing was."""
+    told = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
+    return f"; left out because of their ending: {told}" if told else ""
 
 
 def rehearsal(args: argparse.Namespace, wording: crops.Wording, count: int) -> list[crops.Example]:

@@ -37,7 +37,7 @@ def test_figures_that_are_watched_and_have_not_moved_are_no_problem() -> None:
         ("dead-letters", None, {"dead_letters": 3}),
         ("disk-low", None, {"is_disk_low": True}),
         ("certificate-expiring", None, {"near_expiries": ["ca.pem: expires in 3 days"]}),
-        ("models-fell-back", None, {"went_back": "slot a cannot be used"}),
+        ("models-fell-back", None, {"fell_back": "slot a cannot be used"}),
         ("clock-not-synchronised", None, {"is_clock_true": False}),
         ("outbox-set-aside", None, {"salvage": "damaged, 3 messages were read out of it"}),
         ("outbox-dropping", None, {"dropped": {"cell": 64}}),

@@ -553,6 +553,34 @@ def test_without_an_outbox_the_exit_code_is_5(tmp_path: Path, call: Callable[...
 
 
 @needs_models
+def test_version_names_agent_runtime_and_models_with_their_digests(call: Callable[..., tuple[int, str, str]]):
+    code, out, _ = call("version")
+    assert code == 0
+    manifest = load_manifest(packaged_folder() / "models")
+    for word in (__version__, manifest.detector.sha256, manifest.classifier.sha256, "tflite", RESEARCH_USE_ONLY):
+        assert word in out or (word == "tflite" and "litert" in out)
+
+
+@needs_models
+def test_version_names_the_models_that_were_activated_and_how_to_come_back_to_the_configured_ones(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    configured = put_models(tmp_path / "mine", "8.8")
+    put_models(tmp_path / "models" / "a", "9.9")
+    (tmp_path / "models" / "active.json").write_text('{"slot": "a", "before": "base", "trial_starts": null}')
+    config = tmp_path / "config.yaml"
+    config.write_text(f"outbox: {{folder: {tmp_path}}}\nmodels: {{folder: {configured}}}\n")
+    code, out, _ = call("version", "--config", config)
+    assert code == 0
+    assert " 9.9, sha256" in out
+    assert " 8.8, sha256" not in out
+    assert f"slot a is in use ({tmp_path / 'models' / 'a'}), {configured} is not; to use it" in out
+    (tmp_path / "models" / "active.json").unlink()
+    _, out, _ = call("version", "--config", config)
+    assert " 8.8, sha256" in out
+    assert "slot" not in out
+
+
 # selftest -------------------------------------------------------------------------------------------------------------
 
 
@@ -584,14 +612,6 @@ def test_models_without_answers_fail_until_one_command_has_made_them(
     code, out, _ = call("selftest", "--models", folder)
     assert code == 0
     assert "compared bit by bit" in out
-
-
-def test_version_names_agent_runtime_and_models_with_their_digests(call: Callable[..., tuple[int, str, str]]):
-    code, out, _ = call("version")
-    assert code == 0
-    manifest = load_manifest(packaged_folder() / "models")
-    for word in (__version__, manifest.detector.sha256, manifest.classifier.sha256, "tflite", RESEARCH_USE_ONLY):
-        assert word in out or (word == "tflite" and "litert" in out)
 
 
 # run ------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from agent.config import Config, loads, packaged_folder
 from agent.preflight import Check, run_checks
+from tests.model_folders import put_models
 
 needs_models = pytest.mark.skipif(
     not (packaged_folder() / "models" / "manifest.json").is_file(), reason="the models are not there"
@@ -37,6 +38,21 @@ def test_a_model_file_of_which_one_byte_changed_fails(tmp_path: Path):
     assert not found.is_passed
     assert "SHA-256" in found.words
     assert str(file) in found.words
+
+
+@needs_models
+def test_that_activated_models_are_in_use_and_the_configured_ones_are_not_is_told(tmp_path: Path):
+    text = "outbox: {folder: state}"
+    assert "in use" not in check("models", text, tmp_path).words
+    put_models(tmp_path / "state" / "models" / "a", "9.9")
+    note = tmp_path / "state" / "models" / "active.json"
+    note.write_text('{"slot": "a", "before": "base", "trial_starts": null}')
+    found = check("models", text, tmp_path)
+    assert found.is_passed
+    assert " 9.9 load" in found.words
+    assert f"{packaged_folder() / 'models'} is not; to use it, put it into" in found.words
+    note.write_text("{")
+    assert f"{note}: is damaged; which models were activated is not known" in check("models", text, tmp_path).words
 
 
 def test_a_watched_folder_may_be_empty_and_a_folder_read_once_may_not(tmp_path: Path):

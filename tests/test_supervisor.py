@@ -47,6 +47,7 @@ from agent.supervisor import (
     run_agent,
 )
 from tests.brokers import free_port
+from tests.model_folders import put_models
 from tests.slides import small_slide
 
 TODAY = datetime(2026, 11, 23, 8, tzinfo=timezone.utc)
@@ -351,6 +352,22 @@ def test_other_signals_wake_the_wait_once_and_ask_for_nothing() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+# ----------------------------------------------------------------------------------------- which models are in use
+
+
+@needs_models
+@pytest.mark.usefixtures("no_thread_left", "impatient")
+def test_a_start_with_activated_models_says_that_the_configured_ones_are_not_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    configured = put_models(tmp_path / "mine", "8.8")
+    put_models(tmp_path / "models" / "a", "9.9")
+    (tmp_path / "models" / "active.json").write_text('{"slot": "a", "before": "base", "trial_starts": null}')
+    with caplog.at_level(logging.WARNING, "agent.supervisor"):
+        assert run_agent(make_config(tmp_path, models={"folder": configured, "threads": 1})) == 0
+    assert f"slot a is in use ({tmp_path / 'models' / 'a'}), {configured} is not; to use it" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------- the self-test
 
 
@@ -394,6 +411,17 @@ def make_watch(
     )
     publisher = SimpleNamespace(is_alive=lambda: True, failure=None, publish_state=print, publish_health=print)
     return Watch(Config(), tmp_path, 1, health, publisher, part, part, open_outbox, **more)  # type: ignore[arg-type]
+
+
+def test_the_alert_of_models_that_fell_back_stands_until_others_were_activated(tmp_path: Path) -> None:
+    fell_back: list[str | None] = ["the models in slot a cannot be used"]
+    shown: list[set[str]] = []
+    board = SimpleNamespace(show=lambda problems, _now: shown.append(set(problems)), raised=())
+    watch = make_watch(tmp_path, Health(), alerts=board, fell_back=lambda: fell_back[0])
+    watch.look()
+    fell_back[0] = None
+    watch.look()
+    assert ["models-fell-back" in ids for ids in shown] == [True, False]
 
 
 def test_a_clock_that_is_set_is_told_once(tmp_path: Path) -> None:

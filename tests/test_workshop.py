@@ -130,6 +130,44 @@ def test_models_that_can_no_longer_be_used_give_way_to_those_before_and_it_is_to
     assert place.slots.active.slot == "base"
 
 
+def test_that_activated_models_gave_way_is_known_over_restarts_until_others_are_activated(
+    place: Place, tmp_path: Path
+) -> None:
+    put_models(tmp_path / "staging" / "next", version="7.7")
+    place.workshop.stage("next")
+    place.workshop.activate()
+    assert place.workshop.fell_back is None
+    (place.slots.path("a") / "golden.json").unlink()
+    first, second = (Workshop(place.read(), place.slots, place.health, place.read) for _ in range(2))
+    assert first.fell_back == first.went_back == second.fell_back
+    assert "the models in slot a cannot be used" in str(second.fell_back)
+    assert second.went_back is None, "it was the start before that went back"
+    with pytest.raises(ModelError, match="no known answers"):
+        second.activate()
+    assert second.fell_back is not None
+    second.stage("next")
+    second.activate()
+    assert second.fell_back is None
+    assert Workshop(place.read(), place.slots, place.health, place.read).fell_back is None
+
+
+def test_a_full_disk_when_models_are_proven_ends_nothing_and_it_is_noted_at_the_next_field(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_path: Path, _content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    put_models(tmp_path / "staging" / "next", version="7.7")
+    place.workshop.stage("next")
+    place.workshop.activate()
+    with monkeypatch.context() as full:
+        full.setattr("agent.inference.slots.write_durably", fail)
+        place.workshop.mark_proven()
+    assert place.slots.active.trial_starts == 0
+    place.workshop.mark_proven()
+    assert place.slots.active.trial_starts is None
+
+
 def test_altered_models_are_not_staged_and_the_ones_in_use_stay(place: Place, tmp_path: Path) -> None:
     folder = put_models(tmp_path / "staging" / "next", "9.9")
     file = folder / place.workshop.work.models.manifest.detector.file

@@ -43,11 +43,15 @@ class NothingToSwitchTo(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """Which slot is in use. trial_starts: starts since it was activated without a counted field; None = proven."""
+    """Which slot is in use. trial_starts: starts since it was activated without a counted field; None = proven.
+
+    fell_back: why it is in use and not the one that was activated, in words, until the next switch; None = it was.
+    """
 
     slot: Slot = "base"
     before: Slot | None = None
     trial_starts: int | None = None
+    fell_back: str | None = None
 
 
 class ModelSlots:
@@ -61,13 +65,23 @@ class ModelSlots:
     @property
     def active(self) -> Active:
         """Which is in use; the base where nothing was ever activated, or where what was noted cannot be read."""
-        try:
-            noted = json.loads((self._folder / ACTIVE_NAME).read_text("utf-8"))
-            active = Active(noted["slot"], noted["before"], noted["trial_starts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return Active()
-        is_known = active.slot in get_args(Slot) and active.before in (*get_args(Slot), None)
-        return active if is_known and isinstance(active.trial_starts, (int, type(None))) else Active()
+        return self._read()[0]
+
+    @property
+    def fault(self) -> str | None:
+        """Why it cannot be told which is in use, in words; None = it can."""
+        return self._read()[1]
+
+    @property
+    def staying_words(self) -> str | None:
+        """That the base models are not in use, and how they would be; None = they are."""
+        slot = self.active.slot
+        if slot == "base":
+            return None
+        return (
+            f"slot {slot} is in use ({self.path(slot)}), {self._base} is not; to use it, put it into {self._staging}"
+            f" for model.stage and model.activate, or remove {self._folder / ACTIVE_NAME} and restart the agent"
+        )
 
     def path(self, slot: Slot) -> Path:
         """The folder of models of a slot."""
@@ -75,18 +89,21 @@ class ModelSlots:
 
     def begin(self) -> tuple[Active, str | None]:
         """What to start with, counting one start more while on trial; and why it is not what was active, if so."""
-        active = self.active
+        active, fault = self._read()
+        if fault is not None:
+            return active, f"{fault}; the configured ones are in use"
         if active.trial_starts is None:
             return active, None
         if active.trial_starts + 1 >= TRIAL_STARTS:
-            words = f"the models in slot {active.slot} did not count a field in {active.trial_starts} starts"
-            return self._go_back(active), words
+            why = f"the models in slot {active.slot} did not count a field in {active.trial_starts} starts"
+            back = self._go_back(active, why)
+            return back, back.fell_back
         self._note(replace(active, trial_starts=active.trial_starts + 1))
         return active, None
 
-    def go_back(self) -> Active:
+    def go_back(self, why: str) -> Active:
         """The ones before are in use again, without trying them: what is in use cannot be used at all."""
-        return self._go_back(self.active)
+        return self._go_back(self.active, why)
 
     def mark_proven(self) -> None:
         """The models in use have counted a field."""
@@ -103,7 +120,9 @@ class ModelSlots:
         source = self._staging / name
         manifest = load_manifest(source)
         manifest.choosing(classifier)
-        target = self._folder / self._other(self.active)
+        active = self.active
+        slot = self._other(active)
+        target = self._folder / slot
         fresh = target.with_name(f"{target.name}.new")
         try:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -118,6 +137,8 @@ class ModelSlots:
             for file, content in contents.items():
                 (fresh / file).parent.mkdir(parents=True, exist_ok=True)
                 write_durably(fresh / file, content)
+            if active.before == slot:  # those are gone now; what was never tried must not be gone back to
+                self._note(replace(active, before="base"))
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
             sync_folder(self._folder)
@@ -142,8 +163,34 @@ class ModelSlots:
         self._note(switched)
         return switched
 
-    def _go_back(self, active: Active) -> Active:
-        back = Active(active.before or "base", before=None, trial_starts=None)
+    def _read(self) -> tuple[Active, str | None]:
+        path = self._folder / ACTIVE_NAME
+        try:
+            noted = json.loads(path.read_text("utf-8"))
+            fell_back = noted.get("fell_back")  # older versions did not note it
+            active = Active(noted["slot"], noted["before"], noted["trial_starts"], fell_back)
+        except FileNotFoundError:
+            return Active(), None
+        except OSError as error:
+            return Active(), f"{path}: cannot be read: {error.strerror}; which models were activated is not known"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            active = None
+        if (
+            active is None
+            or active.slot not in get_args(Slot)
+            or active.before not in (*get_args(Slot), None)
+            or not isinstance(active.trial_starts, (int, type(None)))
+            or not isinstance(active.fell_back, (str, type(None)))
+        ):
+            return Active(), f"{path}: is damaged; which models were activated is not known"
+        return active, None
+
+    def _go_back(self, active: Active, why: str) -> Active:
+        slot = active.before or "base"
+        mend = "activate others (model.stage, model.activate)"
+        if slot == "base":
+            mend += f", or remove {self._folder / ACTIVE_NAME} and restart the agent if these are to stay"
+        back = Active(slot, fell_back=f"{why}; the ones before are in use: {mend}")
         self._note(back)
         return back
 

@@ -16,7 +16,8 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from agent.analysis.preprocessing import TAUGHT_LOOK, Look, Relook
+from agent.analysis.preprocessing import LOOK_SIDE_PX, TAUGHT_LOOK, Look, Relook
+from agent.analysis.quality import shrink
 from models.common.augment import soften, vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
 from models.common.labels import (
@@ -43,6 +44,9 @@ PLATELET = "platelet"
 MARGIN = 0.2
 """The square is wider than the box's longer side by this share; goes into the manifest."""
 
+LEAST_SIDE_PX = 12.0
+"""px; smaller boxes are taken for this wide in training."""
+
 RUIN_SIGMA_PX = (5.0, 9.0)
 """px of a 128 px crop: a cell blurred by this much has no name any more."""
 
@@ -50,12 +54,32 @@ MOST_OVERLAP = 0.05
 """Share of a crop without a cell that boxes of nucleated cells and platelets may cover."""
 
 
+SURROUNDINGS = 3.2
+"""Sides of the part of a picture that is kept around a cell, in sides of its box: the widest of training's crops,
+turned by 45 degrees, takes 3.1. What lies beyond is as what lies beyond a picture's edge."""
+
+KEPT_SIDE_PX = 160
+"""px; in the part that is kept boxes are at most this wide: the closest of training's crops shows them 130 px wide."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """What a cell needs of its whole picture when only its surroundings are kept.
+
+    small: the picture as `small_picture` gives it. share: of its shorter side that the longer one of the box takes.
+    """
+
+    small: Rgb
+    share: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """One cell, or one place without a cell, in its picture.
 
-    box: where it is. label: class index, or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell:
-    whether a crop of it is to be taken for one. is_ruined: it is a cell, and is to be blurred until it has no name.
+    pixels: the picture, or a part of it; then `whole` is of all of it. box: where it is in it. label: class index,
+    or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell: whether a crop of it is to be taken for one.
+    is_ruined: it is a cell, and is to be blurred until it has no name.
     has_look: its picture is of the microscope that the taught look is of, so that it needs not to be brought there.
     has_nucleus: it shows what a stain is told by. is_in_field: if it does not, others in its picture do.
     """
@@ -69,6 +93,36 @@ class Example:
     has_look: bool = False
     has_nucleus: bool = True
     is_in_field: bool = False
+    whole: Whole | None = None
+
+    @property
+    def share(self) -> float:
+        """Of its whole picture's shorter side, what the longer one of the box takes."""
+        return max(self.box[2:]) / min(self.pixels.shape[:2]) if self.whole is None else self.whole.share
+
+    def without_the_rest(self, small: Rgb) -> Example:
+        """The same cell with its surroundings only, a copy. small: of its picture; all cells of it may hold the same.
+
+        Crops of it are the same where its box is at most KEPT_SIDE_PX wide, else to a grey level or so on average.
+        """
+        x, y, width, height = self.box
+        side = max(width, height, LEAST_SIDE_PX)
+        reach = side * SURROUNDINGS / 2
+        left, top = max(0, int(x - reach)), max(0, int(y - reach))
+        part = self.pixels[top : int(y + reach) + 1, left : int(x + reach) + 1]
+        x, y, factor = x - left, y - top, min(1.0, KEPT_SIDE_PX / side)
+        if factor == 1:
+            part = part.copy()
+        else:
+            part = cv2.resize(part, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+            x, y = (x + 0.5) * factor - 0.5, (y + 0.5) * factor - 0.5  # a pixel's place is its middle
+        box = (x, y, width * factor, height * factor)
+        return replace(self, pixels=part, box=box, whole=Whole(small, self.share))
+
+
+def small_picture(pixels: Rgb) -> Rgb:
+    """A picture shrunk as it is before its look is taken: the look of both is the same."""
+    return shrink(pixels, LOOK_SIDE_PX, 1)
 
 
 class Wording:
@@ -254,7 +308,7 @@ def random_crop(pixels: Rgb, box: CentredBox, side_px: int, rng: Generator) -> R
     One in five is wider, up to twice the box: not everybody cuts as we do.
     """
     x, y, box_width, box_height = box
-    side = max(box_width, box_height, 12.0) * (1 + MARGIN)
+    side = max(box_width, box_height, LEAST_SIDE_PX) * (1 + MARGIN)
     side *= rng.uniform(1.1, 1.8) if rng.random() < 0.2 else np.exp(rng.normal(0, 0.09))
     x, y = x + rng.normal(0, 0.04) * side, y + rng.normal(0, 0.04) * side
     angle = rng.uniform(0, 2 * np.pi) if rng.random() < 0.5 else rng.integers(4) * np.pi / 2
@@ -277,11 +331,11 @@ class Relooks:
         """The crop of an example in the look that its whole picture asks for."""
         if self._look is None:
             return crop
-        if id(example.pixels) not in self._whole:
-            relook = self._measure(example.pixels, tells_stain=example.has_nucleus or example.is_in_field)
-            self._whole[id(example.pixels)] = example.pixels, relook
-        share = max(example.box[2:]) / min(example.pixels.shape[:2])
-        return bring(crop, self._whole[id(example.pixels)][1], share)
+        pixels = example.pixels if example.whole is None else example.whole.small
+        if id(pixels) not in self._whole:
+            relook = self._measure(pixels, tells_stain=example.has_nucleus or example.is_in_field)
+            self._whole[id(pixels)] = pixels, relook
+        return bring(crop, self._whole[id(pixels)][1], example.share)
 
     def cell_of_cut(self, crop: Rgb, example: Example, rng: Generator) -> Rgb:
         """The same as if the agent had got a piece of the picture only, 1 to 4 times as wide as the cell.

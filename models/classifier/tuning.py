@@ -36,6 +36,12 @@ BATCH = 32
 KEEP_MORPHOLOGY = 0.05
 """Weight of staying with what the net said of the cells' looks, for which a laboratory gives no labels."""
 
+NEXT = (
+    "Look at signoff.json, then set models.folder to it and restart the agent. A device on which models were activated"
+    " (model.activate) goes on with those: there put it into the staging folder for model.stage and model.activate."
+)
+"""What a person does with new models."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:

@@ -117,10 +117,22 @@ def test_models_on_trial_that_never_count_a_field_give_way_at_the_third_start(sl
     assert slots.begin() == (Active("a", "base", 0), None)
     assert slots.begin() == (Active("a", "base", 1), None)
     active, words = slots.begin()
-    assert active == Active("base", None, None)
+    assert active == Active("base", fell_back=words)
     assert words is not None
     assert "slot a did not count a field in 2 starts" in words
-    assert slots.begin() == (Active("base"), None)
+    assert slots.begin() == (Active("base", fell_back=words), None)
+    slots.switch(take)
+    assert slots.active == Active("a", "base", 0), "the reason is kept until the next switch"
+
+
+def test_models_that_were_staged_over_the_ones_before_are_not_gone_back_to_untried(slots: ModelSlots) -> None:
+    for _ in range(2):
+        slots.stage("next")
+        slots.switch(take)
+    assert slots.active == Active("b", "a", 0)
+    slots.stage("next")
+    assert slots.active == Active("b", "base", 0)
+    assert slots.go_back("slot b cannot be used").slot == "base"
 
 
 def test_models_that_have_counted_a_field_stay(slots: ModelSlots) -> None:
@@ -140,6 +152,17 @@ def test_a_note_that_cannot_be_read_means_the_base_models(slots: ModelSlots, tmp
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / ACTIVE_NAME).write_text(text)
     assert slots.active == Active("base")
+    active, words = slots.begin()
+    assert active == Active("base")
+    assert words == f"{slots.fault}; the configured ones are in use"
+    assert "is damaged" in words
+
+
+def test_a_note_of_a_version_that_did_not_note_why_it_fell_back_is_read(slots: ModelSlots, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / ACTIVE_NAME).write_text('{"slot": "b", "before": "a", "trial_starts": 1}')
+    assert slots.active == Active("b", "a", 1)
+    assert slots.fault is None
 
 
 def test_a_copy_that_was_cut_off_is_begun_anew(slots: ModelSlots, tmp_path: Path) -> None:

@@ -16,14 +16,17 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
+import torch
+
 from agent.analysis.preprocessing import GROUND_BGR, LOOK_LAB, ground_gains, scale_channels
 from agent.camera.simulated import render_training_crop, render_training_field
 from agent.config import ModelsSection
 from agent.domain import Box, Detection
 from agent.inference.manifest import Crop, CropLook, load_manifest
 from agent.inference.models import open_models
-from models import adapt
+from models import adapt, finetune
 from models.classifier import crops, tuning
+from models.finetune import CropsUnfit
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
 
@@ -76,6 +79,40 @@ def test_a_folder_that_nothing_can_be_learnt_from_is_refused_in_words(
     assert "Traceback" not in done.stderr
 
 
+def put_pictures(folder: Path, ending: str, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        done, coded = cv2.imencode(".webp", np.full((60, 60, 3), number, np.uint8))
+        assert done
+        (folder / f"{number}{ending}").write_bytes(coded.tobytes())
+
+
+WORDING = crops.Wording(("neutrophil", "platelet"), {})
+
+
+def test_crops_in_each_format_that_the_agent_reads_are_learnt_from_and_others_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_pictures(tmp_path / "crops" / "neutrophil", ".webp", 60)
+    put_pictures(tmp_path / "crops" / "platelet", ".gif", 3)
+    learnt, judged = finetune.read_crops(tmp_path / "crops", WORDING)
+    assert len(learnt) + len(judged) == 60
+    assert capsys.readouterr().err == f"{tmp_path / 'crops'}; left out because of their ending: 3 .gif\n"
+
+
+def test_why_crops_are_too_few_is_told_as_it_is(tmp_path: Path) -> None:
+    put_pictures(tmp_path / "crops" / "no-cell", ".png", 60)
+    (tmp_path / "crops" / "neutrophil").mkdir()
+    learnt = next(p for p in sorted((tmp_path / "crops" / "no-cell").iterdir()) if not finetune.is_kept_back(p))
+    learnt.rename(tmp_path / "crops" / "neutrophil" / "one.png")
+    with pytest.raises(CropsUnfit, match=r"1 crops of cells are too few: none of them is among .* not in no-cell$"):
+        finetune.read_crops(tmp_path / "crops", WORDING)
+    put_pictures(tmp_path / "others" / "neutrophil", ".gif", 60)
+    told = r"0 crops are too few: .* 20 are the least; left out because of their ending: 60 \.gif$"
+    with pytest.raises(CropsUnfit, match=told):
+        finetune.read_crops(tmp_path / "others", WORDING)
+
+
 def test_fields_without_labels_adapt_the_classifier(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     (tmp_path / "fields").mkdir()
@@ -121,6 +158,46 @@ def test_the_stain_of_a_laboratorys_field_is_told_by_its_white_cells(
     cells = adapt.find_cells(models, tmp_path, wording)
     assert len(cells) == adapt.FEWEST_CELLS
     assert {cell.has_nucleus or cell.is_in_field for cell in cells} == {tells}
+
+
+@pytest.mark.parametrize(("side", "most", "mean"), [(100, 0, 0), (300, 40, 2)])
+def test_a_cell_with_its_surroundings_only_gives_the_crops_that_its_whole_field_gives(
+    side: float, most: int, mean: float
+) -> None:
+    field, _ = render_training_field(np.random.default_rng(8), 1600, 1200)
+    small = crops.small_picture(field)
+    whole = [
+        crops.Example(field, (x, y, side, 0.9 * side), 0, (-1,), is_in_field=True)
+        for x, y in ((700, 500), (30, 20), (1580, 600.5))
+    ]
+    kept = [example.without_the_rest(small) for example in whole]
+    assert all(example.pixels.base is None for example in kept), "a view would keep the whole field"
+    assert all(max(example.pixels.shape[:2]) <= 3.3 * crops.KEPT_SIDE_PX for example in kept)
+    assert [example.share for example in kept] == [example.share for example in whole]
+    looks = [crops.TrainingCrops(e, 128, plain_share=1.0, normalised_share=1.0) for e in (whole, kept)]
+    for number in range(30):
+        pair = []
+        for look in looks:
+            torch.manual_seed(number)
+            pair.append(look[number % 3][0].numpy().astype(int))
+        apart = abs(pair[0] - pair[1])
+        assert apart.max() <= most
+        assert apart.mean() <= mean
+
+
+def test_fields_are_not_kept_whole_and_too_many_cells_are_refused_before_the_memory_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cv2.imwrite(str(tmp_path / "field.png"), np.full((1200, 1600, 3), 220, np.uint8))
+    found = [Detection(Box(20 * n, 10, 40 + 20 * n, 40), "WBC", 0.9) for n in range(adapt.FEWEST_CELLS)]
+    manifest = load_manifest(Path("models"))
+    models: Any = SimpleNamespace(manifest=manifest, detector=SimpleNamespace(detect=lambda _pixels: found))
+    wording = crops.Wording(manifest.classifier.classes, {})
+    cells = adapt.find_cells(models, tmp_path, wording)
+    assert sum(cell.pixels.nbytes for cell in cells) < 1600 * 1200 * 3 / 2
+    monkeypatch.setattr(adapt, "MOST_BYTES", 10_000)
+    with pytest.raises(CropsUnfit, match=r"60 cells up to field\.png take more than .* take fewer pictures"):
+        adapt.find_cells(models, tmp_path, wording)
 
 
 def test_a_crop_at_which_the_net_shouts_takes_no_steps_of_a_tuned_file(
