@@ -20,6 +20,7 @@ from agent.analysis.control_charts import Plan
 from agent.analysis.differential import CellKind, Rules
 from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.drift import from_text as drift_from_text
+from agent.analysis.duplicates import map_from_traces
 from agent.analysis.quality import from_text as gate_from_text
 from agent.bench import Bench
 from agent.camera.grabber import FrameQueue
@@ -595,6 +596,40 @@ def test_while_a_frame_waits_for_the_disk_commands_are_answered_at_once(outbox: 
         assert place.pipeline.stop(5)
     assert [reply["code"] for reply in place.replies] == ["outbox-stopped", "ok"]
     assert place.pipeline.sample.fields == 1
+
+
+def test_a_sample_can_be_stopped_and_the_next_begun_while_the_outbox_is_full(tmp_path: Path) -> None:
+    """Nothing waits for the broker, so nothing that the broker does makes room: only a person does."""
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, max_mb=2, min_free_mb=0, device="dev") as outbox:
+        place = Place(outbox, SampleState("s-1", fields=3))
+        for number in range(2000):
+            if outbox._why_full(0, 0) is None:
+                outbox.append((), notes={f"slide/s-1/{number:07}": "x" * 10_000})
+        place.pipeline._slide = map_from_traces("s-1", ())
+        place.pipeline._slide.places.count = 3
+        place.give(1)
+        place.pipeline.start()
+        try:
+            wait_until(lambda: place.health.snapshot().outbox == "stopped")
+            assert "nothing waits for the broker" in place.health.snapshot().outbox_detail
+            place.send("reload", "t-0")
+            place.send("stop", "t-1")
+            wait_until(lambda: place.phase == "finished")
+            assert [(reply["status"], reply["code"]) for reply in place.replies] == [
+                ("failed", "outbox-stopped"),
+                ("ok", "ok"),
+            ]
+            place.send("start", "t-2", sample="s-2")
+            wait_until(lambda: place.pipeline.sample.sid == "s-2")
+            place.give(2)
+            wait_until(lambda: place.pipeline.sample.fields == 1)
+            assert list(outbox.notes("slide/")) == ["slide/s-2/0000001"]
+        finally:
+            assert place.pipeline.stop(5)
+        assert [field["sample"] for field in place.messages("field")] == ["s-1", "s-2"]
+        assert [report["status"] for report in place.messages("differential")] == ["final"]
+        assert [entry["action"] for entry in place.messages("audit")] == ["cmd.stop", "cmd.start"]
 
 
 # ------------------------------------------------------------------------------------------------------ amendments
