@@ -1075,12 +1075,15 @@ class Outbox:
             ).fetchone()
         if found is None:
             return None
-        boot, captured_ns, appended_unix_s = found
+        return self._age_s(*found)
+
+    def _age_s(self, boot: object, captured_ns: object, appended_unix_s: object) -> float | None:
+        """s; how old a row is, by the clock that nobody sets if it is of this boot; None: the disk has changed it."""
         if not (isinstance(captured_ns, int) and isinstance(appended_unix_s, (int, float))):
-            return None  # the disk has changed it
+            return None
         if boot == self.boot:
-            return max(0.0, (self._monotonic_ns() - int(captured_ns)) / 1e9)
-        return max(0.0, self._unix_time() - float(appended_unix_s))
+            return max(0.0, (self._monotonic_ns() - captured_ns) / 1e9)
+        return max(0.0, self._unix_time() - appended_unix_s)
 
     def sample_state(self) -> SampleState | None:
         """The state stored with the last field; None before the first and after the sample was closed."""
@@ -1334,22 +1337,27 @@ class Outbox:
         kept_bytes = self._connection.execute("SELECT kept_bytes FROM tally").fetchone()[0]
         if kept_bytes == 0:
             return
-        oldest_s = self._unix_time() - self._keep_s
-        first = "SELECT appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT 1"
-        appended = self._connection.execute(first).fetchone()
-        if appended is None or (kept_bytes <= self._keep_bytes and appended[0] >= oldest_s):
+        first = "SELECT boot, captured_monotonic_ns, appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT 1"
+        times = self._connection.execute(first).fetchone()
+        if times is None or (kept_bytes <= self._keep_bytes and not self._is_too_old(*times)):
             return  # as nearly always
         oldest = self._connection.execute(
-            "SELECT row_id, LENGTH(payload), appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT ?",
+            "SELECT row_id, LENGTH(payload), boot, captured_monotonic_ns, appended_unix_s FROM rows WHERE state = 1 "
+            "ORDER BY row_id LIMIT ?",
             (PRUNE_STEP_ROWS,),
         ).fetchall()
         leaving = []
-        for row_id, size, appended_unix_s in oldest:
-            if kept_bytes <= self._keep_bytes and appended_unix_s >= oldest_s:
+        for row_id, size, *times in oldest:
+            if kept_bytes <= self._keep_bytes and not self._is_too_old(*times):
                 break
             leaving.append((row_id, size))
             kept_bytes -= size
         self._forget(leaving)
+
+    def _is_too_old(self, boot: object, captured_ns: object, appended_unix_s: object) -> bool:
+        """Whether history is kept no longer; what cannot be dated any more is not kept for its age."""
+        age_s = self._age_s(boot, captured_ns, appended_unix_s)
+        return age_s is None or age_s > self._keep_s
 
     def _forget(self, rows: Sequence[tuple[int, int]]) -> None:
         """(row_id, bytes) of history that goes for good."""
