@@ -174,6 +174,36 @@ def note_cells(sid: str, cells: Iterable[Cell], kinds: Mapping[str, CellKind]) -
     return notes
 
 
+def archive(
+    before: SampleState, kept: Mapping[str, str], topics: Topics
+) -> tuple[tuple[RetainedDocument, ...], dict[str, str | None]]:
+    """What becomes of the samples before, when the next begins: documents to clear, notes to forget.
+
+    The `sample` of the last one goes; of the ended ones, oldest first, all that goes beyond KEPT_SAMPLES with the new
+    one. before: the last one, ended. kept: the notes of `Reporter.keep`, with its own or without.
+    """
+    documents: list[RetainedDocument] = []
+    notes: dict[str, str | None] = {}
+    if before.phase != "idle":
+        documents.append(RetainedDocument(topics.sample(before.sid), None))
+    if before.phase == "aborted":
+        notes.update(forget_cells(before.sid))
+    ended = {sample.sid: sample for sample in (read_kept(text).sample for text in kept.values())}
+    if before.phase == "finished":
+        ended[before.sid] = before
+    in_order = sorted(ended.values(), key=lambda one: (one.sid == before.sid, *_place_in_order(one)))
+    for old in in_order[: -KEPT_SAMPLES + 1]:
+        cleared, forgotten = forget_sample(old.sid, topics)
+        documents.extend(cleared)
+        notes.update(forgotten)
+    return tuple(documents), notes
+
+
+def _place_in_order(sample: SampleState) -> tuple[int, str]:
+    """By the number of its beginning; before all that have one those of an older version, by the time of their end."""
+    return (0, sample.ended_at or "") if sample.number is None else (sample.number, "")
+
+
 def forget_sample(sid: str, topics: Topics) -> tuple[tuple[RetainedDocument, ...], Mapping[str, str | None]]:
     """A sample that is too old to be amended: its documents are cleared, what was kept of it is forgotten."""
     documents = (RetainedDocument(topics.sample(sid), None), RetainedDocument(topics.differential(sid), None))

@@ -48,7 +48,7 @@ from agent.delivery.outbox import Outbox, Salvage, begin_boot, lock_folder, open
 from agent.delivery.publisher import Publisher
 from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
-from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid
+from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid, next_number
 from agent.domain import AgentState, SampleState
 from agent.errors import CameraError, ConfigError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot
@@ -425,8 +425,8 @@ def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter
         stored = None
     if section.start == "command":
         return stored or NO_SAMPLE_YET, False
-    number = int(outbox.note(NUMBER_KEY) or 0) + 1
-    fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), section)
+    number = next_number(outbox)
+    fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), number, section)
     if stored is not None:  # of the same name: no cell_id and no report is given twice
         fresh = replace(fresh, next_cell_number=stored.next_cell_number, reports=stored.reports)
     begun = begin(None, fresh, rfc3339_ms(now))

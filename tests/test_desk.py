@@ -29,7 +29,7 @@ from agent.delivery.audit import verify
 from agent.delivery.commands import Gatekeeper, InboundCommand
 from agent.delivery.messages import load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
-from agent.desk import NO_SAMPLE_YET, Desk, Done, Instruments, Refused
+from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, Refused
 from agent.domain import SampleState
 from agent.errors import ModelError, OutboxError
 from agent.health import Health, SelfTest
@@ -390,10 +390,29 @@ def test_the_oldest_samples_are_forgotten_and_their_documents_cleared(outbox: Ou
         place.do("start", f"a-{number}", sample=f"s-{number}")
         place.do("stop", f"b-{number}")
         place.pipeline._finish_when_drained(None)
-        time.sleep(0.002)  # they are told apart by the time of their end
     assert len(outbox.notes("samples/")) == 16
     assert place.documents()["differential/s-0"] is None
     assert place.documents()["differential/s-19"] is not None
+
+
+@pytest.mark.parametrize("last_number", [16, None])
+def test_a_clock_that_went_back_does_not_make_the_newest_sample_the_oldest(
+    outbox: Outbox, last_number: int | None
+) -> None:
+    """Nor do samples that a version before this one has ended, which had no number."""
+    reporter = make_bench().reporter
+    numbers = {f"s-{number}": None if number < 5 else number for number in range(16)}
+    for sid, number in numbers.items():
+        day = 20 if number is None else 10  # the clock went back after the fifth
+        ended_at = f"2026-11-{day}T08:{int(sid[2:]):02}:00.000Z"
+        outbox.append((), notes=reporter.keep(SampleState(sid, phase="finished", ended_at=ended_at, number=number)))
+    last = SampleState("s-16", phase="finished", ended_at="2026-11-01T08:00:00.000Z", number=last_number)
+    outbox.append((), sample=last, notes={**reporter.keep(last), NUMBER_KEY: "16"})
+    place = Place(outbox, last)
+    assert place.do("start", "t-1", sample="s-17")["status"] == "ok"
+    assert place.pipeline.sample.number == 17
+    assert {sid for sid in numbers if f"samples/{sid}" not in outbox.notes("samples/")} == {"s-0", "s-1"}
+    assert "samples/s-16" in outbox.notes("samples/")
 
 
 def test_a_word_at_the_wrong_time_is_refused_with_what_is_possible(outbox: Outbox) -> None:
