@@ -252,7 +252,7 @@ class Desk:
         fresh = fresh_sample(sid, number, section, request)
         started = begin(None if sample.phase == "idle" else sample, fresh, rfc3339_ms(at))
         event = self._event(reporter, "sample-opened", f"sample {sid}", detail={"sample": sid})
-        documents, notes = archive(sample, self._outbox.notes(kept_key("")), reporter.topics)
+        documents, notes = archive(sample, sid, self._outbox, reporter.topics)
         return Deed(
             self._reply(command, f"sample {sid} runs", _where(started)),
             started,
@@ -276,7 +276,7 @@ class Desk:
         sid = new_sid(at, self._outbox.boot, number)
         started = begin(sample, fresh_sample(sid, number, section), rfc3339_ms(at))
         event = self._event(reporter, "sample-opened", f"sample {sid}: another slide is seen", detail={"sample": sid})
-        cleared, archived = archive(sample, self._outbox.notes(kept_key("")), reporter.topics)
+        cleared, archived = archive(sample, sid, self._outbox, reporter.topics)
         gone = {document.topic for document in cleared}
         return NextSlide(
             started,

@@ -1,6 +1,6 @@
 """What a sample says of itself: its documents, its final differential, and what is kept to amend it later.
 
-Everything here is a value from a value; who stores it is `agent.pipeline`, in the transaction of what caused it.
+Everything here is a value; who stores it is `agent.pipeline`, in the transaction of what caused it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from agent.analysis.differential import (
 )
 from agent.analysis.sample import ENDED, change
 from agent.delivery.messages import Draft, RetainedDocument, event_draft, rfc3339_ms
-from agent.delivery.outbox import sample_from, sample_text
+from agent.delivery.outbox import Outbox, sample_from, sample_text
 from agent.delivery.reports import ReportStatus, differential_body, differential_draft, sample_body
 from agent.delivery.topics import Topics
 from agent.domain import Cell, CellStatus, ModelIdentity, Provenance, SampleState, Software, Thresholds
@@ -175,28 +175,35 @@ def note_cells(sid: str, cells: Iterable[Cell], kinds: Mapping[str, CellKind]) -
 
 
 def archive(
-    before: SampleState, kept: Mapping[str, str], topics: Topics
+    before: SampleState | None, fresh_sid: str, outbox: Outbox, topics: Topics
 ) -> tuple[tuple[RetainedDocument, ...], dict[str, str | None]]:
     """What becomes of the samples before, when the next begins: documents to clear, notes to forget.
 
-    The `sample` of the last one goes; of the ended ones, oldest first, all that goes beyond KEPT_SAMPLES with the new
-    one. before: the last one, ended. kept: the notes of `Reporter.keep`, with its own or without.
+    The `sample` of every other one goes; of the ended ones, oldest first, all that goes beyond KEPT_SAMPLES with the
+    new one; of those that have no report the cells. before: the last one, ended, where it is known; its end may not be
+    stored yet. outbox: only read.
     """
-    documents: list[RetainedDocument] = []
-    notes: dict[str, str | None] = {}
-    if before.phase != "idle":
-        documents.append(RetainedDocument(topics.sample(before.sid), None))
-    if before.phase == "aborted":
-        notes.update(forget_cells(before.sid))
+    kept = outbox.notes(kept_key(""))
     ended = {sample.sid: sample for sample in (read_kept(text).sample for text in kept.values())}
-    if before.phase == "finished":
+    told = {topic.rpartition("/")[2] for topic in outbox.told(f"{topics.base}/sample/")}
+    if before is not None and before.phase == "finished":
         ended[before.sid] = before
-    in_order = sorted(ended.values(), key=lambda one: (one.sid == before.sid, *_place_in_order(one)))
+    if before is not None and before.phase != "idle":
+        told.add(before.sid)
+    told.discard(fresh_sid)
+    ended.pop(fresh_sid, None)  # of a configured name, which runs again
+    documents: dict[str, tuple[RetainedDocument, ...]] = {
+        sid: (RetainedDocument(topics.sample(sid), None),) for sid in sorted(told)
+    }
+    notes: dict[str, str | None] = {}
+    for sid in told - ended.keys():
+        notes.update(forget_cells(sid))
+    last_sid = None if before is None else before.sid
+    in_order = sorted(ended.values(), key=lambda one: (one.sid == last_sid, *_place_in_order(one)))
     for old in in_order[: -KEPT_SAMPLES + 1]:
-        cleared, forgotten = forget_sample(old.sid, topics)
-        documents.extend(cleared)
+        documents[old.sid], forgotten = forget_sample(old.sid, topics)
         notes.update(forgotten)
-    return tuple(documents), notes
+    return tuple(document for cleared in documents.values() for document in cleared), notes
 
 
 def _place_in_order(sample: SampleState) -> tuple[int, str]:

@@ -58,7 +58,7 @@ from agent.latest import Latest
 from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
-from agent.reporting import Reporter
+from agent.reporting import Reporter, archive
 from agent.review import CROPS_FOLDER, CropStore
 from agent.signals import StopSignal, stop_on_signals
 from agent.workshop import Work, Workshop
@@ -409,18 +409,20 @@ def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter
     """The sample that was not closed, else a new one, and whether it is new.
 
     Another id in the configuration ends the sample before and begins another. With `sample.start: command` none is
-    begun.
+    begun. With a new one the samples before are archived.
     """
-    stored = outbox.sample_state()
+    stored, ended = outbox.sample_state(), None
     is_asked = stored is not None and section.id in (None, stored.sid)
     if stored is not None and is_asked and stored.phase != "idle":
         return stored, False
     if stored is not None and not is_asked:
         logger.info("sample %s gives way to %s, which the configuration names", stored.sid, section.id)
+        ended = stored
         if stored.phase in ("running", "paused", "finishing"):
             ending = reporter.finish(stored, now, "replaced")
             documents = reporter.documents(ending.sample, boot=outbox.boot, at=now)
             outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes=ending.notes)
+            ended = ending.sample
         outbox.clear_finished()
         stored = None
     if section.start == "command":
@@ -430,7 +432,8 @@ def begin_sample(outbox: Outbox, section: SampleSection, now: datetime, reporter
     if stored is not None:  # of the same name: no cell_id and no report is given twice
         fresh = replace(fresh, next_cell_number=stored.next_cell_number, reports=stored.reports)
     begun = begin(None, fresh, rfc3339_ms(now))
-    outbox.append((), sample=begun, notes={NUMBER_KEY: str(number)})
+    cleared, archived = archive(ended, begun.sid, outbox, reporter.topics)
+    outbox.append((), sample=begun, documents=cleared, notes={**archived, NUMBER_KEY: str(number)})
     return begun, True
 
 

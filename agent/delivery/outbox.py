@@ -960,6 +960,15 @@ class Outbox:
             ).fetchall()
         return [StoredDocument(*columns) for columns in found]
 
+    def told(self, prefix: str) -> tuple[str, ...]:
+        """The retained topics that begin so and are not to be cleared."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT topic FROM documents WHERE topic >= ? AND topic < ? AND payload IS NOT NULL ORDER BY topic",
+                _from_to(prefix),
+            ).fetchall()
+        return tuple(topic for (topic,) in found)
+
     def document(self, topic: str) -> bytes | None:
         """The newest word on a retained topic; None where nothing was said, or it is to be cleared."""
         with self._explaining():
