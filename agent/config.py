@@ -341,7 +341,8 @@ class OutboxSection(Section):
     $XDG_STATE_HOME/hematovision, else ~/.local/state/hematovision."""
     max_mb: Annotated[float, Field(ge=1, le=1_000_000)] = 2048
     """MB; when the outbox has grown to this, room is made: first confirmed results go, then cells (their fields hold
-    them too) and old events, and what goes is counted. When that is not enough, intake stops."""
+    them too) and old events, and what goes is counted. When that is not enough, intake stops; a sample can still be
+    ended. The map of the running sample takes up to 40 MB."""
     min_free_mb: Annotated[float, Field(ge=0, le=1_000_000)] = 64
     """MB; disk space that the outbox leaves free; below it, the pictures that lie beside it go first, then it makes
     room in the same way, and then intake stops."""

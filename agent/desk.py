@@ -48,9 +48,8 @@ from agent.reporting import (
     ARTEFACT,
     KEPT_SAMPLES,
     Reporter,
+    archive,
     cell_key,
-    forget_cells,
-    forget_sample,
     kept_key,
     read_kept,
     rename_cell,
@@ -67,7 +66,7 @@ REFUSALS_WITHIN_S = 60.0
 """So many refusals are audited and told within this time; the next one that is says how many were not."""
 
 NUMBER_KEY = "sample-number"
-"""Note: how many samples this outbox has begun; goes into the id of those that nobody named."""
+"""Note: how many samples this outbox has begun; tells their order, and goes into the id of those that nobody named."""
 
 
 class Refused(Exception):
@@ -245,15 +244,15 @@ class Desk:
     def _start(self, command: Command, request: Start, sample: SampleState, reporter: Reporter) -> Deed:
         section = self._defaults()
         at = self._clock()
-        number = self._next_number()
+        number = next_number(self._outbox)
         sid = request.sample or section.id or new_sid(at, self._outbox.boot, number)
         if sid == sample.sid or self._outbox.note(kept_key(sid)) is not None:
             words = f"there is a sample {sid} already; name another, its cells must not get the same ids"
             raise Refused("sample-exists", words)
-        fresh = fresh_sample(sid, section, request)
+        fresh = fresh_sample(sid, number, section, request)
         started = begin(None if sample.phase == "idle" else sample, fresh, rfc3339_ms(at))
         event = self._event(reporter, "sample-opened", f"sample {sid}", detail={"sample": sid})
-        documents, notes = self._archive(sample, reporter)
+        documents, notes = archive(sample, sid, self._outbox, reporter.topics)
         return Deed(
             self._reply(command, f"sample {sid} runs", _where(started)),
             started,
@@ -273,11 +272,11 @@ class Desk:
             ending = reporter.finish(sample, at, "next-slide")
             sample, drafts, notes = ending.sample, ending.drafts, ending.notes
             documents = reporter.documents(sample, boot=self._outbox.boot, at=at)
-        section, number = self._defaults(), self._next_number()
+        section, number = self._defaults(), next_number(self._outbox)
         sid = new_sid(at, self._outbox.boot, number)
-        started = begin(sample, fresh_sample(sid, section), rfc3339_ms(at))
+        started = begin(sample, fresh_sample(sid, number, section), rfc3339_ms(at))
         event = self._event(reporter, "sample-opened", f"sample {sid}: another slide is seen", detail={"sample": sid})
-        cleared, archived = self._archive(sample, reporter)
+        cleared, archived = archive(sample, sid, self._outbox, reporter.topics)
         gone = {document.topic for document in cleared}
         return NextSlide(
             started,
@@ -285,9 +284,6 @@ class Desk:
             (*(document for document in documents if document.topic not in gone), *cleared),
             {**archived, **notes, NUMBER_KEY: str(number)},
         )
-
-    def _next_number(self) -> int:
-        return int(self._outbox.note(NUMBER_KEY) or 0) + 1
 
     def _stop(self, command: Command, request: Stop, sample: SampleState, reporter: Reporter) -> Deed:
         self._must_be(request, sample)
@@ -363,23 +359,6 @@ class Desk:
 
     # ---- the parts
 
-    def _archive(
-        self, sample: SampleState, reporter: Reporter
-    ) -> tuple[tuple[RetainedDocument, ...], dict[str, str | None]]:
-        """What becomes of the samples before: the last one's `sample` is cleared, the oldest are forgotten."""
-        documents: list[RetainedDocument] = []
-        notes: dict[str, str | None] = {}
-        if sample.phase != "idle":
-            documents.append(RetainedDocument(reporter.topics.sample(sample.sid), None))
-        if sample.phase == "aborted":
-            notes.update(forget_cells(sample.sid))
-        kept = [read_kept(text).sample for text in self._outbox.notes(kept_key("")).values()]
-        for old in sorted(kept, key=lambda one: one.ended_at or "")[: -KEPT_SAMPLES + 1]:
-            cleared, forgotten = forget_sample(old.sid, reporter.topics)
-            documents.extend(cleared)
-            notes.update(forgotten)
-        return tuple(documents), notes
-
     @staticmethod
     def _must_be(request: OfSample, sample: SampleState) -> None:
         if request.sample is not None and request.sample != sample.sid:
@@ -441,7 +420,12 @@ class Desk:
         return Deed(reply, is_repeated=True)
 
 
-def fresh_sample(sid: str, section: SampleSection, request: Start | None = None) -> SampleState:
+def next_number(outbox: Outbox) -> int:
+    """The number of the sample that this outbox begins next; the append that begins it notes it under NUMBER_KEY."""
+    return int(outbox.note(NUMBER_KEY) or 0) + 1
+
+
+def fresh_sample(sid: str, number: int, section: SampleSection, request: Start | None = None) -> SampleState:
     """A sample as it is asked for, and where nothing is asked as the configuration says; not begun yet.
 
     The configured accession is for a sample that begins by itself: with a request it would stick to the next slides.
@@ -454,6 +438,7 @@ def fresh_sample(sid: str, section: SampleSection, request: Start | None = None)
         age_band=asked.age_band or section.age_band,
         target_cells=asked.stop_at_cells or section.stop_at_cells,
         target_half_width_pct=asked.stop_at_half_width_pct or section.stop_at_half_width_pct,
+        number=number,
     )
 
 

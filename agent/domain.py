@@ -314,6 +314,8 @@ class SampleState:
 
     sid: the sample's id in topics. next_cell_number: the number of the next cell's id.
     last_sha256_16: hash of the last frame taken in, so that a repeat is known after a restart too.
+    number: how many samples this outbox had begun with it, whatever the clock said; None where a version before this
+    one has begun it.
     accession: the laboratory's opaque token; with age_band all that is told of a person.
     opened_at, ended_at: RFC 3339. end_reason: in a word, why it ends. reports: final and amended differentials so far;
     amendments: cells that a person named anew.
@@ -345,6 +347,7 @@ class SampleState:
     duplicates: int = 0
     unplaced: int = 0
     refused: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,20 +26,22 @@ from dataclasses import field as with_default
 from datetime import datetime, timezone
 from types import MappingProxyType
 
+from agent import systemd
+from agent.analysis import placing
 from agent.analysis.cells import count_cells, name_cell, place_on_slide, typical_red_cell_px
 from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.analysis.differential import sum_areas
 from agent.analysis.drift import DriftMemory, DriftPlan, follow_end, follow_field, read_drift
 from agent.analysis.drift import from_text as drift_from_text
 from agent.analysis.drift import to_text as drift_to_text
-from agent.analysis.duplicates import Observation, SlideMap, map_from_traces
+from agent.analysis.duplicates import Observation, SlideMap
 from agent.analysis.preprocessing import preprocess
 from agent.analysis.quality import UNCHANGED, GateMemory, assess_frame
 from agent.analysis.quality import from_text as gate_from_text
 from agent.analysis.quality import to_text as gate_to_text
 from agent.analysis.sample import COUNTING, ENDED, reached_target
 from agent.analysis.slide_change import Sight, SlideWatch
-from agent.analysis.traces import Trace, trace_to_text
+from agent.analysis.traces import Trace, trace_from_text, trace_to_text
 from agent.bench import Bench
 from agent.camera.camera import NOTHING_YET, UnreadableFrame
 from agent.camera.grabber import END_OF_FRAMES, FROZEN, UNREADABLE, FrameQueue
@@ -67,7 +69,7 @@ from agent.latest import Latest
 from agent.machine import read_clock, read_kernel_boot
 from agent.pictures import PictureStore
 from agent.reporting import ANSWERS, REVIEW, cell_key, kept_key, note_cells, tally_of
-from agent.review import CropStore, read_kept_cells, review_key, review_notes
+from agent.review import CropStore, is_of_gallery, read_kept_cells, review_key, review_notes
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,21 @@ DRIFT_NOTE = "drift"
 """The outbox's note of what is usual on this device, and how far it has moved."""
 
 SLIDE_NOTES = "slide/"
-"""The outbox's notes of the current sample's fields, from which the map of its slide is made again after a restart."""
+"""The outbox's notes of the current sample's newest fields, `slide/{sample}/{number of the field}`, from which the map
+of its slide is made again after a restart; of as many as the map remembers (`placing.FIELDS_REMEMBERED`)."""
+
+SERVED_THOUGH_FULL = frozenset({"stop"})
+"""Commands that are done while a frame waits for room in the outbox, which keeps some for them."""
+
+NOTES_AT_ONCE = 1024
+"""Notes that are rewritten or go in one transaction: some 6 MB in the write-ahead log."""
+
+START_PUT_OFF_S = 60
+"""s; told with each NOTES_AT_ONCE of an older version, of which there may be 200,000, at 0.5 ms each."""
+
+CELLS_NAMEABLE = 500_000
+"""Of a sample's cells, red ones counted along, the newest so many can be named anew and stand in its review list: all
+of ten thousand fields. Their notes stay below 200 MB even where the models know no cell."""
 
 SEEN_NOTE = "slide-seen"
 """The outbox's note of when a slide was in view last; kept only where another slide begins a sample by itself."""
@@ -183,10 +199,8 @@ def process_frame(
     notes |= review_notes(field, sample, bench.review, notes.keys())
     notes |= {cell_key(sample.sid, old): None for cell in field.cells for old in cell.supersedes}
     notes[GATE_NOTE] = gate_to_text(gate)
-    if observed is not None:
-        if sample.fields == 0:
-            notes[SLIDE_NOTES] = None  # what an earlier sample left
-        notes[f"{SLIDE_NOTES}{sample.sid}/{sample.fields + 1:07}"] = trace_to_text(observed.trace)
+    if slide is not None and observed is not None:
+        notes |= _slide_notes(sample, slide, observed.trace)
     outcome = Outcome(
         add_field(seen, field, bench.field_area_um2, 1.0 if observed is None else observed.new_share),
         frame.origin_key,
@@ -197,6 +211,23 @@ def process_frame(
         trace=None if observed is None else observed.trace,
     )
     return stop_when_enough(outcome, bench, frame.captured_at)
+
+
+def _slide_notes(sample: SampleState, slide: SlideMap, trace: Trace) -> dict[str, str | None]:
+    """The trace of a field that follows those of `sample`; the field that the map forgets for it is forgotten too."""
+    notes: dict[str, str | None] = {}
+    if slide.places.count == 0:
+        notes[SLIDE_NOTES] = None  # what an earlier sample left, or could not be read
+    number = sample.fields + 1
+    notes[_slide_key(sample.sid, number)] = trace_to_text(trace)
+    if number > placing.FIELDS_REMEMBERED:
+        notes[_slide_key(sample.sid, number - placing.FIELDS_REMEMBERED)] = None
+    return notes
+
+
+def _slide_key(sid: str, number: int) -> str:
+    """number: of the field in its sample, from 1."""
+    return f"{SLIDE_NOTES}{sid}/{number:07}"
 
 
 def with_drift(outcome: Outcome, memory: DriftMemory, plan: DriftPlan | None) -> Outcome:
@@ -473,8 +504,7 @@ class Pipeline(threading.Thread):
                 self._store(self._report_unreadable(taken))
             elif isinstance(taken, Frame):
                 self._take_snapshot(taken)
-                outcome = self._process(taken)
-                self._store(outcome)
+                outcome = self._store_frame(taken)
                 if self._latest is not None:
                     self._latest.show(taken, outcome.sample.sid, outcome.field, outcome.dropped)
         if self._slide_watch is not None and self._health.snapshot().outbox == "ok":  # else a frame was given up
@@ -494,6 +524,18 @@ class Pipeline(threading.Thread):
             (logger.info if test.is_passed else logger.error)("%s", test.detail)
             self.tell_self_test(test)
             self._store_events()  # before a frame that is counted because of it
+
+    def _store_frame(self, frame: Frame) -> Outcome:
+        """Analyse a frame and store what it gave; a sample that is stopped while it waits makes it anew."""
+        outcome = self._process(frame)
+        while not self._has_stored(outcome):
+            before = self.sample
+            if not self._wait_for_room():
+                return outcome
+            if self.sample is not before:
+                outcome = self._process(frame)
+        self._mark_storing()
+        return outcome
 
     def _process(self, frame: Frame) -> Outcome:
         if self._slide.sid != self.sample.sid or (self.sample.fields == 0 and self._slide.places.count > 0):
@@ -603,11 +645,13 @@ class Pipeline(threading.Thread):
         try:
             if isinstance(judged, Refusal):
                 deed = service.desk.refuse(judged, self._bench.reporter)
-            elif can_store or not judged.kind.is_audited:
+            elif can_store or not judged.kind.is_audited or judged.name in SERVED_THOUGH_FULL:
                 deed = service.desk.do(judged, self.sample, self._bench.reporter)
             else:
                 deed = _not_stored(judged, "the outbox takes nothing now")
-            if deed.must_be_stored and can_store:
+            if deed.must_be_stored and not can_store and judged.name in SERVED_THOUGH_FULL:
+                self._append_deed(deed)
+            elif deed.must_be_stored and can_store:
                 # What has changed models or configuration is done; that it was must be stored, however long it takes.
                 self._store_deed(deed, keeps_trying=deed.is_done_outside)
                 self._mark_storing()
@@ -677,9 +721,9 @@ class Pipeline(threading.Thread):
 
     def _hold_answered(self, notes: Mapping[str, str | None]) -> None:
         prefix = f"{ANSWERS}{self._slide.sid}/"
-        for key in notes:
-            if key.startswith(prefix) and key != prefix:
-                self._slide.hold(key.removeprefix(prefix))
+        named = [key.removeprefix(prefix) for key in notes if key.startswith(prefix) and key != prefix]
+        if named:
+            self._slide.hold(*named)
 
     def _chained(self, entries: Sequence[Entry]) -> tuple[tuple[Draft, ...], ChainHead, Mapping[str, str | None]]:
         """The audit messages of these entries, where the chain ends then, and the note that says so."""
@@ -703,13 +747,19 @@ class Pipeline(threading.Thread):
     def _store(self, outcome: Outcome) -> None:
         """Store all that a frame gave, for as long as it takes; a stop while the outbox takes nothing gives it up."""
         while not self._has_stored(outcome):
-            self._health.beat("pipeline")
-            self._serve_commands(can_store=False)
-            if self._stopping.wait(self._retry_s):
-                logger.warning("stopped while the outbox takes nothing: the frame in hand is not stored")
-                self._health.count_dropped(NOT_STORED)
+            if not self._wait_for_room():
                 return
         self._mark_storing()
+
+    def _wait_for_room(self) -> bool:
+        """Wait a little for an outbox that takes nothing, and answer commands; False = the thread is to end."""
+        self._health.beat("pipeline")
+        self._serve_commands(can_store=False)
+        if self._stopping.wait(self._retry_s):
+            logger.warning("stopped while the outbox takes nothing: the frame in hand is not stored")
+            self._health.count_dropped(NOT_STORED)
+            return False
+        return True
 
     def _has_stored(self, outcome: Outcome) -> bool:
         try:
@@ -770,13 +820,14 @@ class Pipeline(threading.Thread):
         if not outcome.drafts and outcome.finished_key is None and not documents:
             return  # a live frame that gave nothing need not wear the disk
         keys = () if outcome.finished_key is None else (outcome.finished_key,)
+        more = 0 if outcome.field is None else len(outcome.field.cells)
         seen = {} if self._slide_watch is None else {SEEN_NOTE: self._slide_watch.note}
         self._outbox.append(
             outcome.drafts,
             sample=outcome.sample,
             finished_keys=keys,
             documents=documents,
-            notes={**outcome.notes, **seen},
+            notes={**_notes_of_old_cells(self._outbox, outcome.sample, more), **outcome.notes, **seen},
         )
         if documents:
             self._note_told(outcome.sample)
@@ -842,13 +893,57 @@ def watch_slides(bench: Bench, before: str | None = None) -> SlideWatch | None:
 
 
 def _slide_from_notes(outbox: Outbox, sample: SampleState) -> SlideMap:
-    """The map of the sample's slide as it was after the last stored field."""
-    notes = outbox.notes(f"{SLIDE_NOTES}{sample.sid}/") if sample.fields else {}
+    """The map of the sample's slide as it was after the last stored field.
+
+    A version before this one has kept a note of every field, and no trace of it says what the map knew before: its
+    notes are read once, and written again as this one keeps them.
+    """
+    slide = SlideMap(sample.sid)
+    if not sample.fields:
+        return slide
+    first = _slide_key(sample.sid, max(1, sample.fields + 1 - placing.FIELDS_REMEMBERED))
+    completed: list[tuple[str, str | None]] = []
+    forgotten: list[tuple[str, str | None]] = []
     try:
-        return map_from_traces(sample.sid, notes.values())
+        for key, text in outbox.each_note(f"{SLIDE_NOTES}{sample.sid}/"):
+            trace = trace_from_text(text)
+            if len(forgotten) % NOTES_AT_ONCE == 1:
+                systemd.extend_start(START_PUT_OFF_S)
+            if key < first:
+                forgotten.append((key, None))
+            elif trace.before is None:
+                completed.append((key, trace_to_text(replace(trace, before=slide.before(trace)))))
+            slide.add(trace, is_seen=False)
+        slide.places.see()
     except ValueError as error:
         logger.error("the map of sample %s cannot be read, it begins anew: %s", sample.sid, error)  # noqa: TRY400
         return SlideMap(sample.sid)
+    changed = [*completed, *forgotten]  # in this order: until all are complete none is missing
+    try:
+        for begin in range(0, len(changed), NOTES_AT_ONCE):
+            systemd.extend_start(START_PUT_OFF_S)
+            outbox.append((), notes=dict(changed[begin : begin + NOTES_AT_ONCE]))
+    except OutboxDamaged:
+        raise
+    except OutboxError as error:
+        logger.warning("the notes of sample %s stay as an older version wrote them: %s", sample.sid, error)
+    return slide
+
+
+def _notes_of_old_cells(outbox: Outbox, sample: SampleState, more: int) -> dict[str, str | None]:
+    """What goes of the oldest cells when so many more have come; the gallery stays, and what persons have said.
+
+    sample: with the new cells.
+    """
+    end = sample.next_cell_number - CELLS_NAMEABLE
+    notes: dict[str, str | None] = {}
+    for number in range(max(1, end - more), end):
+        cell_id = f"{sample.sid}-{number}"
+        notes[cell_key(sample.sid, cell_id)] = None
+        listed = outbox.note(key := review_key(sample.sid, cell_id))
+        if listed is not None and not is_of_gallery(listed):
+            notes[key] = None
+    return notes
 
 
 CHAIN_KEY = "audit/head"

@@ -1,6 +1,6 @@
 """What a sample says of itself: its documents, its final differential, and what is kept to amend it later.
 
-Everything here is a value from a value; who stores it is `agent.pipeline`, in the transaction of what caused it.
+Everything here is a value; who stores it is `agent.pipeline`, in the transaction of what caused it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from agent.analysis.differential import (
 )
 from agent.analysis.sample import ENDED, change
 from agent.delivery.messages import Draft, RetainedDocument, event_draft, rfc3339_ms
-from agent.delivery.outbox import sample_from, sample_text
+from agent.delivery.outbox import Outbox, sample_from, sample_text
 from agent.delivery.reports import ReportStatus, differential_body, differential_draft, sample_body
 from agent.delivery.topics import Topics
 from agent.domain import Cell, CellStatus, ModelIdentity, Provenance, SampleState, Software, Thresholds
@@ -172,6 +172,43 @@ def note_cells(sid: str, cells: Iterable[Cell], kinds: Mapping[str, CellKind]) -
         elif cell.status in (CellStatus.ACCEPTED, CellStatus.EDGE) and kinds.get(cell.class_name) in KEPT_KINDS:
             notes[cell_key(sid, cell.cell_id)] = cell.class_name
     return notes
+
+
+def archive(
+    before: SampleState | None, fresh_sid: str, outbox: Outbox, topics: Topics
+) -> tuple[tuple[RetainedDocument, ...], dict[str, str | None]]:
+    """What becomes of the samples before, when the next begins: documents to clear, notes to forget.
+
+    The `sample` of every other one goes; of the ended ones, oldest first, all that goes beyond KEPT_SAMPLES with the
+    new one; of those that have no report the cells. before: the last one, ended, where it is known; its end may not be
+    stored yet. outbox: only read.
+    """
+    kept = outbox.notes(kept_key(""))
+    ended = {sample.sid: sample for sample in (read_kept(text).sample for text in kept.values())}
+    told = {topic.rpartition("/")[2] for topic in outbox.told(f"{topics.base}/sample/")}
+    if before is not None and before.phase == "finished":
+        ended[before.sid] = before
+    if before is not None and before.phase != "idle":
+        told.add(before.sid)
+    told.discard(fresh_sid)
+    ended.pop(fresh_sid, None)  # of a configured name, which runs again
+    documents: dict[str, tuple[RetainedDocument, ...]] = {
+        sid: (RetainedDocument(topics.sample(sid), None),) for sid in sorted(told)
+    }
+    notes: dict[str, str | None] = {}
+    for sid in told - ended.keys():
+        notes.update(forget_cells(sid))
+    last_sid = None if before is None else before.sid
+    in_order = sorted(ended.values(), key=lambda one: (one.sid == last_sid, *_place_in_order(one)))
+    for old in in_order[: -KEPT_SAMPLES + 1]:
+        documents[old.sid], forgotten = forget_sample(old.sid, topics)
+        notes.update(forgotten)
+    return tuple(document for cleared in documents.values() for document in cleared), notes
+
+
+def _place_in_order(sample: SampleState) -> tuple[int, str]:
+    """By the number of its beginning; before all that have one those of an older version, by the time of their end."""
+    return (0, sample.ended_at or "") if sample.number is None else (sample.number, "")
 
 
 def forget_sample(sid: str, topics: Topics) -> tuple[tuple[RetainedDocument, ...], Mapping[str, str | None]]:

@@ -98,6 +98,11 @@ def _reason(cell: Cell, section: ReviewSection, seen: Mapping[str, int], *, is_a
     return "gallery" if seen.get(cell.class_name, 0) < section.gallery else None
 
 
+def is_of_gallery(text: str) -> bool:
+    """Whether a note of `review_notes` is of a cell that is only shown."""
+    return bool(json.loads(text)["reason"] == "gallery")
+
+
 def review_key(sid: str, cell_id: str) -> str:
     return f"{REVIEW}{sid}/{cell_id}"
 

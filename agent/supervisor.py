@@ -48,7 +48,7 @@ from agent.delivery.outbox import START_ROOM_BYTES, Outbox, Salvage, begin_boot,
 from agent.delivery.publisher import Publisher
 from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
-from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid
+from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid, next_number
 from agent.domain import AgentState, SampleState
 from agent.errors import CameraError, ConfigError, OutboxError
 from agent.health import CameraState, Health, HealthSnapshot, Throttling
@@ -58,7 +58,7 @@ from agent.latest import Latest
 from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_disk_free, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.pipeline import Pipeline, Service
-from agent.reporting import Reporter
+from agent.reporting import Reporter, archive
 from agent.review import CROPS_FOLDER, CropStore
 from agent.signals import StopSignal, stop_on_signals
 from agent.workshop import Work, Workshop
@@ -438,28 +438,32 @@ def begin_sample(
     """The sample that was not closed, else a new one, and whether it is new.
 
     Another id in the configuration ends the sample before and begins another. With `sample.start: command` none is
-    begun. takes_all_anew: whether that other sample gets the source from its beginning; else it gets what comes now.
+    begun. With a new one the samples before are archived. takes_all_anew: whether that other sample gets the source
+    from its beginning; else it gets what comes now.
     """
-    stored = outbox.sample_state()
+    stored, ended = outbox.sample_state(), None
     is_asked = stored is not None and section.id in (None, stored.sid)
     if stored is not None and is_asked and stored.phase != "idle":
         return stored, False
     if stored is not None and not is_asked:
         logger.info("sample %s gives way to %s, which the configuration names", stored.sid, section.id)
+        ended = stored
         if stored.phase in ("running", "paused", "finishing"):
             ending = reporter.finish(stored, now, "replaced")
             documents = reporter.documents(ending.sample, boot=outbox.boot, at=now)
             outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes=ending.notes)
+            ended = ending.sample
         outbox.clear_sample(with_finished=takes_all_anew)
         stored = None
     if section.start == "command":
         return stored or NO_SAMPLE_YET, False
-    number = int(outbox.note(NUMBER_KEY) or 0) + 1
-    fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), section)
+    number = next_number(outbox)
+    fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), number, section)
     if stored is not None:  # of the same name: no cell_id and no report is given twice
         fresh = replace(fresh, next_cell_number=stored.next_cell_number, reports=stored.reports)
     begun = begin(None, fresh, rfc3339_ms(now))
-    outbox.append((), sample=begun, notes={NUMBER_KEY: str(number)})
+    cleared, archived = archive(ended, begun.sid, outbox, reporter.topics)
+    outbox.append((), sample=begun, documents=cleared, notes={**archived, NUMBER_KEY: str(number)})
     return begun, True
 
 

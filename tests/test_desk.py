@@ -20,6 +20,7 @@ from agent.analysis.control_charts import Plan
 from agent.analysis.differential import CellKind, Rules
 from agent.analysis.drift import DriftMemory, DriftPlan
 from agent.analysis.drift import from_text as drift_from_text
+from agent.analysis.duplicates import map_from_traces
 from agent.analysis.quality import from_text as gate_from_text
 from agent.bench import Bench
 from agent.camera.grabber import FrameQueue
@@ -28,7 +29,7 @@ from agent.delivery.audit import verify
 from agent.delivery.commands import Gatekeeper, InboundCommand
 from agent.delivery.messages import load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
-from agent.desk import NO_SAMPLE_YET, Desk, Done, Instruments, Refused
+from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, Refused
 from agent.domain import SampleState
 from agent.errors import ModelError, OutboxError
 from agent.health import Health, SelfTest
@@ -467,10 +468,29 @@ def test_the_oldest_samples_are_forgotten_and_their_documents_cleared(outbox: Ou
         place.do("start", f"a-{number}", sample=f"s-{number}")
         place.do("stop", f"b-{number}")
         place.pipeline._finish_when_drained(None)
-        time.sleep(0.002)  # they are told apart by the time of their end
     assert len(outbox.notes("samples/")) == 16
     assert place.documents()["differential/s-0"] is None
     assert place.documents()["differential/s-19"] is not None
+
+
+@pytest.mark.parametrize("last_number", [16, None])
+def test_a_clock_that_went_back_does_not_make_the_newest_sample_the_oldest(
+    outbox: Outbox, last_number: int | None
+) -> None:
+    """Nor do samples that a version before this one has ended, which had no number."""
+    reporter = make_bench().reporter
+    numbers = {f"s-{number}": None if number < 5 else number for number in range(16)}
+    for sid, number in numbers.items():
+        day = 20 if number is None else 10  # the clock went back after the fifth
+        ended_at = f"2026-11-{day}T08:{int(sid[2:]):02}:00.000Z"
+        outbox.append((), notes=reporter.keep(SampleState(sid, phase="finished", ended_at=ended_at, number=number)))
+    last = SampleState("s-16", phase="finished", ended_at="2026-11-01T08:00:00.000Z", number=last_number)
+    outbox.append((), sample=last, notes={**reporter.keep(last), NUMBER_KEY: "16"})
+    place = Place(outbox, last)
+    assert place.do("start", "t-1", sample="s-17")["status"] == "ok"
+    assert place.pipeline.sample.number == 17
+    assert {sid for sid in numbers if f"samples/{sid}" not in outbox.notes("samples/")} == {"s-0", "s-1"}
+    assert "samples/s-16" in outbox.notes("samples/")
 
 
 def test_a_word_at_the_wrong_time_is_refused_with_what_is_possible(outbox: Outbox) -> None:
@@ -673,6 +693,40 @@ def test_while_a_frame_waits_for_the_disk_commands_are_answered_at_once(outbox: 
         assert place.pipeline.stop(5)
     assert [reply["code"] for reply in place.replies] == ["outbox-stopped", "ok"]
     assert place.pipeline.sample.fields == 1
+
+
+def test_a_sample_can_be_stopped_and_the_next_begun_while_the_outbox_is_full(tmp_path: Path) -> None:
+    """Nothing waits for the broker, so nothing that the broker does makes room: only a person does."""
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, max_mb=2, min_free_mb=0, device="dev") as outbox:
+        place = Place(outbox, SampleState("s-1", fields=3))
+        for number in range(2000):
+            if outbox._why_full(0, 0) is None:
+                outbox.append((), notes={f"slide/s-1/{number:07}": "x" * 10_000})
+        place.pipeline._slide = map_from_traces("s-1", ())
+        place.pipeline._slide.places.count = 3
+        place.give(1)
+        place.pipeline.start()
+        try:
+            wait_until(lambda: place.health.snapshot().outbox == "stopped")
+            assert "nothing waits for the broker" in place.health.snapshot().outbox_detail
+            place.send("reload", "t-0")
+            place.send("stop", "t-1")
+            wait_until(lambda: place.phase == "finished")
+            assert [(reply["status"], reply["code"]) for reply in place.replies] == [
+                ("failed", "outbox-stopped"),
+                ("ok", "ok"),
+            ]
+            place.send("start", "t-2", sample="s-2")
+            wait_until(lambda: place.pipeline.sample.sid == "s-2")
+            place.give(2)
+            wait_until(lambda: place.pipeline.sample.fields == 1)
+            assert list(outbox.notes("slide/")) == ["slide/s-2/0000001"]
+        finally:
+            assert place.pipeline.stop(5)
+        assert [field["sample"] for field in place.messages("field")] == ["s-1", "s-2"]
+        assert [report["status"] for report in place.messages("differential")] == ["final"]
+        assert [entry["action"] for entry in place.messages("audit")] == ["cmd.stop", "cmd.start"]
 
 
 # ------------------------------------------------------------------------------------------------------ amendments

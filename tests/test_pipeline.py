@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 import pytest
 
+from agent import pipeline as pipeline_module
+from agent.analysis import placing
 from agent.analysis.cells import NamingRules
 from agent.analysis.control_charts import Plan
 from agent.analysis.crops import CropCutter, cut_crop
@@ -28,7 +30,7 @@ from agent.bench import make_bench as bench_from_config
 from agent.camera.camera import UnreadableFrame
 from agent.camera.grabber import FrameQueue
 from agent.camera.hashing import hash_pixels
-from agent.config import ModelsSection, PreprocessingSection, QualitySection, loads
+from agent.config import ModelsSection, PreprocessingSection, QualitySection, ReviewSection, loads
 from agent.delivery.messages import load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.topics import Topics
@@ -669,6 +671,83 @@ def test_a_restart_in_the_middle_of_a_slide_neither_loses_nor_doubles_a_cell(out
     assert (runner.pipeline.sample.duplicates, runner.pipeline.sample.unplaced) == (4, 0)
     for message in fields:
         jsonschema.Draft202012Validator(load_schema("field")).validate(message)
+
+
+def count_along(outbox: Outbox, world: World, numbers: Sequence[int]) -> Runner:
+    """Fields of a slide, 200 px from one to the next and back again; each shows the cells that stand every 100 px."""
+    models = make_models(())
+    bench = replace(make_bench(models), counting=Rules({"round": "leukocyte"}), review=ReviewSection(gallery=3))
+    runner = Runner(outbox, bench, sample=outbox.sample_state() or SampleState("s-1"))
+    for number in numbers:
+        x = 60.0 + 200 * abs((number + 4) % 10 - 5)
+        edges = range(int(-x % 100) + 10, 600, 100)
+        cells = tuple(Detection(Box(edge, 200, edge + 37, 240), "white", 0.9) for edge in edges)
+        models.detector.detect = lambda _pixels, _min_score=None, cells=cells: cells
+        runner.pipeline._store(runner.pipeline._process(make_slide_frame(world, number, x)))
+    return runner
+
+
+def test_a_sample_that_nobody_ends_keeps_the_notes_of_the_newest_fields_and_goes_on_after_a_restart(
+    outbox: Outbox, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "FIELDS_REMEMBERED", 6)
+    monkeypatch.setattr(pipeline_module, "CELLS_NAMEABLE", 40)
+    world, other = simulated_world(51, 1700, 800), tmp_path_factory.mktemp("restarted")
+    count_along(outbox, world, range(1, 27))
+    assert list(outbox.notes("slide/")) == [f"slide/s-1/{number:07}" for number in range(21, 27)]
+    last = outbox.sample_state().next_cell_number - 1  # type: ignore[union-attr]
+    assert last > 80
+    numbers = sorted(int(key.rpartition("-")[2]) for key in outbox.notes("cells/"))
+    assert last - 40 < numbers[0] < numbers[-1] <= last
+    assert len(outbox.notes("review/")) == 3, "the gallery of the first cells"
+    begin_boot(other)
+    with open_outbox(other, min_free_mb=0, device="dev") as restarted:
+        for numbers in (range(1, 10), range(10, 20), range(20, 27)):
+            count_along(restarted, world, numbers)
+        assert restarted.notes("slide/") == outbox.notes("slide/")
+        assert restarted.notes("cells/") == outbox.notes("cells/")
+        states = [one.sample_state() for one in (restarted, outbox)]
+        assert states[0] == states[1]
+
+
+def test_the_oldest_cells_leave_the_review_list_and_the_gallery_stays(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "CELLS_NAMEABLE", 2)
+    reasons = {2: "gallery", 3: "low-margin"}
+    listed = {f"review/s-1/s-1-{number}": json.dumps({"reason": reason}) for number, reason in reasons.items()}
+    outbox.append((), notes={**listed, "answers/s-1/s-1-3": "[]"})
+    runner = Runner(outbox, sample=SampleState("s-1", next_cell_number=4))
+    runner.give(make_frame(1))
+    runner.run_to_end()
+    assert runner.pipeline.sample.next_cell_number == 6
+    assert sorted(outbox.notes("review/")) == ["review/s-1/s-1-2"]
+    assert list(outbox.notes("answers/")) == ["answers/s-1/s-1-3"]
+
+
+def test_what_an_older_version_has_noted_of_every_field_is_read_once_and_shortened(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placing, "FIELDS_REMEMBERED", 6)
+    world = simulated_world(51, 1700, 800)
+    written: dict[str, str] = {}
+    for begin in range(1, 20, 6):
+        count_along(outbox, world, range(begin, begin + 6)[: 20 - begin])
+        written |= outbox.notes("slide/")
+    without = {key: json.dumps({**json.loads(text), "before": None}) for key, text in written.items()}
+    outbox.append((), notes=without)
+    assert len(outbox.notes("slide/")) == 19
+    monkeypatch.setattr(pipeline_module, "NOTES_AT_ONCE", 5)
+    Runner(outbox, sample=outbox.sample_state())
+    assert outbox.notes("slide/") == {f"slide/s-1/{n:07}": written[f"slide/s-1/{n:07}"] for n in range(14, 20)}
+
+
+def test_a_map_that_cannot_be_read_begins_anew_and_leaves_none_of_the_old_notes(outbox: Outbox) -> None:
+    world = simulated_world(51, 1700, 800)
+    count_along(outbox, world, range(1, 4))
+    outbox.append((), notes={"slide/s-1/0000002": "rubbish"})
+    count_along(outbox, world, range(4, 6))
+    assert list(outbox.notes("slide/")) == ["slide/s-1/0000004", "slide/s-1/0000005"]
 
 
 def test_a_new_sample_begins_a_new_slide_and_forgets_the_old_one(outbox: Outbox) -> None:

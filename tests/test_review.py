@@ -205,7 +205,7 @@ def test_after_a_restart_an_answered_cell_of_an_open_slide_stands_still(outbox: 
     place.give(1)
     place.run_a_while(lambda: place.pipeline.sample.fields == 1)
     assert amend(place, "t-1", "s-1-1", "lobed")["status"] == "ok"
-    assert place.pipeline._slide._merit[1] == float("inf")
+    assert place.pipeline._slide._merit(1) == float("inf")
     again = Pipeline(
         frames=FrameQueue(1),
         outbox=outbox,
@@ -213,7 +213,7 @@ def test_after_a_restart_an_answered_cell_of_an_open_slide_stands_still(outbox: 
         sample=outbox.sample_state() or SampleState("x"),
         health=Health(),
     )
-    assert again._slide._merit[1] == float("inf")
+    assert again._slide._merit(1) == float("inf")
 
 
 # --------------------------------------------------------------------------------------------------- the commands

@@ -295,6 +295,55 @@ def test_no_cell_id_and_no_report_is_given_twice_when_a_named_sample_runs_again(
     assert (again.reports, again.phase) == (1, "running")
 
 
+def end(outbox: Outbox, sample: SampleState) -> SampleState:
+    """As the pipeline does at the end of a source."""
+    ending = REPORTER.finish(sample, TODAY, "source-ended")
+    cells = {f"{kind}/{sample.sid}/{sample.sid}-1": "round" for kind in ("cells", "review")}
+    documents = REPORTER.documents(ending.sample, boot=outbox.boot, at=TODAY)
+    outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes={**ending.notes, **cells})
+    return ending.sample
+
+
+def told(outbox: Outbox, kind: str) -> set[str]:
+    return {topic.rpartition("/")[2] for topic in outbox.told(f"{REPORTER.topics.base}/{kind}/")}
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_samples_that_are_begun_by_a_start_archive_those_before(outbox: Outbox, *, is_named: bool) -> None:
+    """A folder that a timer has read, or another `sample.id` for each slide: nothing is kept for ever."""
+    sids = []
+    for number in range(20):
+        sample, is_new = begin(outbox, f"slide-{number}" if is_named else None)
+        assert is_new
+        assert (sample.number, told(outbox, "sample")) == (number + 1, set()), "cleared when the next begins"
+        sids.append(sample.sid)
+        ended = end(outbox, sample)
+        if not is_named:
+            close_sample(outbox, ended, None)
+    newest = set(sids[-16:])
+    assert told(outbox, "sample") == {sids[-1]}
+    assert told(outbox, "differential") == newest, "cleared with the sixteenth after it"
+    for kind in ("samples/", "cells/", "review/"):
+        assert {key.split("/")[1] for key in outbox.notes(kind)} == newest
+
+
+def test_a_sample_that_was_thrown_over_and_closed_leaves_nothing_to_the_next(outbox: Outbox) -> None:
+    thrown = SampleState("s-1", phase="aborted")
+    documents = REPORTER.documents(thrown, boot=outbox.boot, at=TODAY)
+    outbox.append((), sample=thrown, documents=documents, notes={"cells/s-1/s-1-1": "round"})
+    close_sample(outbox, thrown, None)
+    begin(outbox)
+    assert (told(outbox, "sample"), outbox.notes("cells/")) == (set(), {})
+
+
+def test_a_named_sample_that_runs_again_keeps_what_can_be_amended(outbox: Outbox) -> None:
+    ended = end(outbox, begin(outbox, "named")[0])
+    close_sample(outbox, ended, "named")
+    begin(outbox, "named")
+    assert told(outbox, "sample") == told(outbox, "differential") == {"named"}
+    assert list(outbox.notes("cells/")) == ["cells/named/named-1"]
+
+
 def test_where_commands_begin_samples_none_begins_by_itself(outbox: Outbox) -> None:
     assert begin(outbox, start="command")[0].phase == "idle"
     assert outbox.sample_state() is None

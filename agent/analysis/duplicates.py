@@ -18,13 +18,14 @@ What counts, in a stream in which nothing that was sent can be changed
   5. What stays on one pixel and looks the same while the slide moves is dirt: from its third appearance in a row
      `artefact`, and what was counted of it is taken back.
 
-Pure; memory is bounded by the number of cells, 13 bytes each, and the fields that `agent.analysis.placing` remembers.
+Pure; memory is bounded by the fields that `agent.analysis.placing` remembers and the cells that they show. Each trace
+says what the map knew of its cells before, so that the map is made again from the traces of these fields alone.
 """
 
 from __future__ import annotations
 
 import math
-from array import array
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from agent.analysis.cells import EDGE_PX, UNIDENTIFIED, cell_number
 from agent.analysis.field_boxes import Boxes, boxes_of, is_whole, match_boxes, may_count
 from agent.analysis.placing import Located, Places, new_share
 from agent.analysis.registration import Shift, View, take_view, to_jpeg
-from agent.analysis.traces import Place, Trace, trace_from_text
+from agent.analysis.traces import Before, Place, Standing, Trace, trace_from_text
 from agent.domain import Cell, CellStatus, Frame
 
 BETTER_BY: Final = 0.2
@@ -79,12 +80,10 @@ class SlideMap:
     def __init__(self, sid: str) -> None:
         self.sid = sid
         self.places = Places()
-        # By number of the cell's id: the root of its cell, and of a root the number that stands, 0 for none.
-        self._root = array("i")
-        self._stands = array("i")
-        self._name = array("B")
-        self._merit = array("f")
-        self._names: list[str] = []
+        # By root, the number of a cell's first view: what stands for the cell.
+        self._standing: dict[int, Standing] = {}
+        # Roots that were found to be another one's cell, and that one.
+        self._merged: dict[int, int] = {}
 
     # ---- looking
 
@@ -121,21 +120,21 @@ class SlideMap:
             is_named = cell.status is not CellStatus.UNIDENTIFIED
             merit = 4.0 * is_whole(boxes[index], size_px) + 2.0 * is_named + cell.probability
             seen = matches[index]
-            counted = sorted((other for other in seen if self._stands[other]), key=lambda other: -self._merit[other])
+            counted = sorted((other for other in seen if other in self._standing), key=lambda one: -self._merit(one))
             root = counted[0] if counted else min(seen, default=number)
             counts = may_count(boxes[index], size_px) and (bool(seen) or not is_elsewhere[index])
             stands = False
             if len(stuck[index]) + 1 >= DIRT_APPEARANCES:
-                views = dict.fromkeys(self._find_root(view_number) for view_number in stuck[index])
+                views = dict.fromkeys(self._root_of_view(view_number) for view_number in stuck[index])
                 taken_back = [
                     other
                     for other in views
-                    if self._stands[other] and other not in withdrawn and not math.isinf(self._merit[other])
+                    if other in self._standing and other not in withdrawn and not math.isinf(self._merit(other))
                 ]
                 withdrawn += taken_back
                 for other in taken_back:
                     added[self._name_of(other)] -= 1
-                old = tuple(self._cell_id(self._stands[other]) for other in taken_back)
+                old = tuple(self._cell_id(self._view(other)) for other in taken_back)
                 cell = replace(cell, status=CellStatus.ARTEFACT, is_counted=False, supersedes=old)
                 root = number
             elif not counted and counts and root not in claimed:
@@ -145,23 +144,23 @@ class SlideMap:
             elif (
                 counted
                 and counts
-                and merit > max(self._merit[other] for other in counted) + BETTER_BY
+                and merit > max(self._merit(other) for other in counted) + BETTER_BY
                 and claimed.isdisjoint(seen)
             ):
                 added[name] += 1
                 for other in counted:
                     added[self._name_of(other)] -= 1
                 stands = True
-                old = tuple(self._cell_id(self._stands[other]) for other in counted)
+                old = tuple(self._cell_id(self._view(other)) for other in counted)
                 cell = replace(cell, is_counted=True, supersedes=old)
             elif seen:
-                first = self._stands[root] if counted else root
+                first = self._view(root) if counted else root
                 # Cells that were counted apart until this view showed that they are one.
                 surplus = [] if not claimed.isdisjoint(seen) else counted[1:]
-                surplus = [other for other in surplus if not math.isinf(self._merit[other])]
+                surplus = [other for other in surplus if not math.isinf(self._merit(other))]
                 for other in surplus:
                     added[self._name_of(other)] -= 1
-                old = tuple(self._cell_id(self._stands[other]) for other in surplus)
+                old = tuple(self._cell_id(self._view(other)) for other in surplus)
                 cell = replace(
                     cell,
                     status=CellStatus.DUPLICATE,
@@ -172,7 +171,7 @@ class SlideMap:
             else:
                 cell = replace(cell, is_counted=False)
             if claimed.isdisjoint(seen) and cell.status is not CellStatus.ARTEFACT:
-                held = [other for other in counted[1:] if math.isinf(self._merit[other])]
+                held = [other for other in counted[1:] if math.isinf(self._merit(other))]
                 merged += [(root, other) for other in seen if other != root and other not in held]
             claimed.update(seen)
             settled.append(cell)
@@ -197,6 +196,7 @@ class SlideMap:
             located.join,
             located.hint,
         )
+        trace = replace(trace, before=self.before(trace))
         return Observation(
             tuple(settled),
             MappingProxyType({name: count for name, count in sorted(added.items()) if count}),
@@ -208,49 +208,71 @@ class SlideMap:
 
     # ---- remembering
 
-    def hold(self, cell_id: str) -> None:
-        """A person has named this cell: no later view takes its place, and it is not taken back as dirt."""
-        number = cell_number(cell_id)
-        if number < len(self._root) and self._stands[root := self._find_root(number)]:
-            self._merit[root] = math.inf
+    def hold(self, *cell_ids: str) -> None:
+        """A person has named these cells: no later view takes their place, and they are not taken back as dirt."""
+        numbers = {cell_number(cell_id) for cell_id in cell_ids}
+        for root, one in self._standing.items():
+            if one.number in numbers:
+                self._standing[root] = replace(one, merit=math.inf)
 
-    def add(self, trace: Trace) -> None:
-        """Take a stored field into the map."""
+    def before(self, trace: Trace) -> Before:
+        """What the trace of the next field keeps of the map as it is."""
+        views = (self._root_of_view(number) for numbers in trace.stuck for number in numbers)
+        shown = dict.fromkeys((*trace.roots, *(other for _, other in trace.merged), *trace.withdrawn, *views))
+        return self.places.before(self._standing[root] for root in shown if root in self._standing)
+
+    def add(self, trace: Trace, *, is_seen: bool = True) -> None:
+        """Take a stored field into the map. is_seen: as in `Places.add`."""
+        forgotten = self.places.add(trace, is_seen=is_seen)
+        field = self.places.count - 1
+        for one in () if trace.before is None else trace.before.standing:
+            known = self._standing.get(one.root)
+            self._standing[one.root] = replace(one, last_field=field if known is None else known.last_field)
         for number, root, stands, name, merit in zip(
             trace.numbers, trace.roots, trace.is_standing, trace.names, trace.merits, strict=True
         ):
-            self._grow(number)
-            self._root[number] = root
             if stands:
-                self._stands[root] = number
-                self._merit[root] = merit
-                self._name[root] = self._name_index(name)
+                self._standing[root] = Standing(root, number, sys.intern(name), merit, field)
+            elif root in self._standing:
+                self._standing[root] = replace(self._standing[root], last_field=field)
         for root, other in trace.merged:
-            self._root[other] = root
-            self._stands[other] = 0
+            self._merged[other] = root
+            self._standing.pop(other, None)
         for root in trace.withdrawn:
-            self._stands[root] = 0
-        self.places.add(trace)
+            self._standing.pop(root, None)
+        if forgotten is not None:
+            self._forget(forgotten, field)
 
-    def _grow(self, number: int) -> None:
-        while len(self._root) <= number:
-            self._root.append(len(self._root))
-            self._stands.append(0)
-            self._name.append(0)
-            self._merit.append(0.0)
+    def _forget(self, trace: Trace, newest: int) -> None:
+        """Of the cells that a trace showed, those that no remembered field shows. newest: number of the last field."""
+        oldest = newest + 1 - len(self.places.fields)
+        for root in {self._find_root(root) for root in trace.roots}:
+            if root in self._standing and self._standing[root].last_field < oldest:
+                del self._standing[root]
+        for _, other in trace.merged:
+            self._merged.pop(other, None)  # the fields after it name the other root
 
-    def _find_root(self, number: int) -> int:
-        while self._root[number] != number:
-            number = self._root[number]
+    def _find_root(self, root: int) -> int:
+        while root in self._merged:
+            root = self._merged[root]
+        return root
+
+    def _root_of_view(self, number: int) -> int:
+        """The root of a view in one of the last fields."""
+        for field in range(self.places.count - 1, max(-1, self.places.count - 1 - DIRT_APPEARANCES), -1):
+            trace = self.places.fields.get(field)
+            if trace is not None and number in trace.numbers:
+                return self._find_root(trace.roots[trace.numbers.index(number)])
         return number
 
-    def _name_index(self, name: str) -> int:
-        if name not in self._names:
-            self._names.append(name)
-        return self._names.index(name)
+    def _view(self, root: int) -> int:
+        return self._standing[root].number
+
+    def _merit(self, root: int) -> float:
+        return self._standing[root].merit
 
     def _name_of(self, root: int) -> str:
-        return self._names[self._name[root]]
+        return self._standing[root].name
 
     def _cell_id(self, number: int) -> str:
         return f"{self.sid}-{number}"
@@ -264,7 +286,7 @@ class SlideMap:
         roots: list[dict[int, None]] = [{} for _ in boxes]
         for trace, shift in neighbours:
             for new, old in match_boxes(boxes, size_px, trace.boxes, trace.size_px, shift):
-                root = self._find_root(trace.numbers[old])
+                root = self._find_root(trace.roots[old])
                 if not any(self._are_apart(root, other, neighbours) for other in roots[new]):
                     roots[new][root] = None
         return [tuple(found) for found in roots]
@@ -272,9 +294,7 @@ class SlideMap:
     def _are_apart(self, root: int, other: int, neighbours: Iterable[tuple[Trace, Shift]]) -> bool:
         """Whether a field shows both, so that they are two cells."""
         both = {root, other}
-        return root != other and any(
-            both <= {self._find_root(number) for number in trace.numbers} for trace, _ in neighbours
-        )
+        return root != other and any(both <= {self._find_root(one) for one in trace.roots} for trace, _ in neighbours)
 
     # ---- dirt
 
@@ -340,5 +360,6 @@ def map_from_traces(sid: str, texts: Iterable[str]) -> SlideMap:
     """The map of a slide as it was after the last stored field."""
     slide = SlideMap(sid)
     for text in texts:
-        slide.add(trace_from_text(text))
+        slide.add(trace_from_text(text), is_seen=False)
+    slide.places.see()
     return slide

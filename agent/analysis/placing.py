@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from agent.analysis.field_boxes import WITNESSES, Boxes, boxes_agree, boxes_of
 from agent.analysis.registration import Shift, View, Witness, from_jpeg, register, take_view
-from agent.analysis.traces import Join, Place, Trace
+from agent.analysis.traces import Before, Join, Place, Standing, Trace
 from agent.domain import Frame
 
 STAGE_PART: Final = 0
@@ -35,8 +35,9 @@ MOST_DISAGREEMENT: Final = 0.15
 VIEWS_DECODED: Final = 48
 
 FIELDS_REMEMBERED: Final = 4096
-"""The newest ones, some 12 kB each, so that an agent that counts for ever does not need ever more memory; more than ten
-smears have. Of older ones only what their cells count for stays: who comes back to their place counts it anew."""
+"""The newest ones, some 15 kB each, so that an agent that counts for ever needs neither ever more memory nor ever more
+disk; more than ten smears have. Of older ones stays what their cells count for: who comes back to their place counts it
+anew."""
 SEARCH_SIDE_PX: Final = 32
 SEARCH_BLOCK: Final = 256
 """Fields that are looked at together when a field is lost; 3 MB for as long as it takes, a few us a field."""
@@ -80,8 +81,14 @@ class Places:
         # Of field n its spectrum stands in place n % FIELDS_REMEMBERED, counted through the blocks.
         self._search: list[NDArray[np.complex64]] = []
 
-    def add(self, trace: Trace) -> None:
-        """Remember a stored field."""
+    def add(self, trace: Trace, *, is_seen: bool = True) -> Trace | None:
+        """Remember a stored field; returns the one that is forgotten for it.
+
+        is_seen: False = it need not be found by its picture yet; `see` makes up for it.
+        """
+        if trace.before is not None:  # says what is known already, except to a map that is made again
+            self.count = self.count if self.fields else trace.before.fields
+            self._parts, self._steps = trace.before.parts, list(trace.before.steps)
         field = self.count
         if trace.join is not None:
             self._move_part(trace.join, trace.place.part)
@@ -89,13 +96,23 @@ class Places:
             step = trace.place.shift.then(self.last.place.shift.inverse())
             self._steps = [step, *(old for old in self._steps if math.hypot(old.x - step.x, old.y - step.y) > 40)]
             del self._steps[STEPS_REMEMBERED:]
-        self.fields[field] = trace
+        self.fields[field] = replace(trace, before=None)
         self._fields_of_part[trace.place.part] += 1
         self.count += 1
         self._parts = max(self._parts, trace.place.part + 1)
         self._grid.setdefault(self._square(trace.place, trace.size_px), []).append(field)
-        self._remember_search(field)
-        self._forget(field - FIELDS_REMEMBERED)
+        if is_seen:
+            self._remember_search(field)
+        return self._forget(field - FIELDS_REMEMBERED)
+
+    def see(self) -> None:
+        """Look at all remembered fields, so that they are found by their pictures."""
+        for field in self.fields:
+            self._remember_search(field)
+
+    def before(self, standing: Iterable[Standing]) -> Before:
+        """What the next field's trace keeps of the map as it is. standing: of the cells that it shows again."""
+        return Before(self.count, self._parts, tuple(self._steps), tuple(standing))
 
     @property
     def last(self) -> Trace:
@@ -315,11 +332,12 @@ class Places:
         wanted = _search_spectrum(view).conj()
         tops = np.concatenate(
             [np.fft.irfft2(block * wanted, (SEARCH_SIDE_PX, SEARCH_SIDE_PX)).max(axis=(1, 2)) for block in self._search]
-        )[: len(self.fields)]
+        )[:FIELDS_REMEMBERED]
         # The place of a field in the blocks comes again with each FIELDS_REMEMBERED fields.
         oldest = self.count - len(self.fields)
         fields = (oldest + (int(place) - oldest) % FIELDS_REMEMBERED for place in np.argsort(tops)[::-1])
-        alike = (field for field in fields if parts is None or self.fields[field].place.part in parts)
+        known = (field for field in fields if field in self.fields)
+        alike = (field for field in known if parts is None or self.fields[field].place.part in parts)
         return list(islice(alike, SEARCH_BEST))
 
     def _move_part(self, join: Join, part: int) -> None:
@@ -332,7 +350,7 @@ class Places:
                 self._grid.setdefault(self._square(place, trace.size_px), []).append(field)
         self._fields_of_part[part] += self._fields_of_part.pop(join.part, 0)
 
-    def _forget(self, field: int) -> None:
+    def _forget(self, field: int) -> Trace | None:
         """No longer look for this field, nor match with its boxes; what its cells count for stays."""
         trace = self.fields.pop(field, None)
         if trace is not None:
@@ -341,6 +359,7 @@ class Places:
             if not self._fields_of_part[trace.place.part]:
                 del self._fields_of_part[trace.place.part]
             self._views.pop(field, None)
+        return trace
 
     def _leave_grid(self, field: int, trace: Trace) -> None:
         square = self._square(trace.place, trace.size_px)
@@ -350,7 +369,7 @@ class Places:
 
     def _remember_search(self, field: int) -> None:
         block, place = divmod(field % FIELDS_REMEMBERED, SEARCH_BLOCK)
-        if block == len(self._search):
+        while block >= len(self._search):
             self._search.append(np.zeros((SEARCH_BLOCK, SEARCH_SIDE_PX, SEARCH_SIDE_PX // 2 + 1), np.complex64))
         self._search[block][place] = _search_spectrum(self.view(field))
 

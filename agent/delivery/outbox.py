@@ -9,7 +9,8 @@ What it promises
     letters. What has left stays as history, to be sent again when asked for, as long as there is room and time for it.
   * For room goes, oldest first: what else of ours lies on a disk that is short (`spare`: pictures), history, cells
     (their fields hold them too), events. What goes unconfirmed is counted (`dropped`). Fields, differentials and the
-    audit never go: a full outbox refuses the next append, and takes it again when some have left.
+    audit never go: a full outbox refuses the next append, and takes it again when some have left. Commands and the end
+    of a sample have a reserve: they are taken then too.
 
 What it does not promise
   * That a message is delivered once only: an acknowledgement lost in a power cut sends the message again.
@@ -32,7 +33,7 @@ import shutil
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -70,6 +71,14 @@ WAL_LIMIT_BYTES = 4 * 1024 * 1024
 
 EVENT_RESERVE_BYTES = 1024 * 1024
 """Room beyond the limits for events alone: that the outbox is full must be said too."""
+
+WORD_RESERVE_BYTES = 2 * EVENT_RESERVE_BYTES
+"""Room beyond the limits for commands and the end of a sample, half of it beyond the events': some thousand of them.
+What a person does about a full outbox must be stored when no field can be."""
+
+RESERVED_STREAMS = frozenset({"audit", "differential"})
+RESERVED_PHASES = frozenset({"finishing", "finished", "aborted"})
+"""In `finishing` come the fields that were taken before the stop: those few that the queue holds."""
 
 LEAST_FREE_BYTES = 2 * 1024 * 1024
 """Left free whatever `outbox.min_free_mb` says: to take rows out needs room too, in the write-ahead log."""
@@ -795,7 +804,10 @@ class Outbox:
         """
         self._give_back_log()
         with self._writing() as connection:
-            row_ids = self._store(drafts)
+            for key, value in notes.items():
+                if value is None:  # first: its room may be what the drafts need
+                    _note(connection, key, None)
+            row_ids = self._store(drafts, is_ending=sample is not None and sample.phase in RESERVED_PHASES)
             connection.executemany("INSERT OR IGNORE INTO finished VALUES (?)", ((key,) for key in finished_keys))
             if sample is not None:
                 connection.execute("INSERT OR REPLACE INTO sample VALUES (1, ?)", (sample_text(sample),))
@@ -803,7 +815,8 @@ class Outbox:
                 _forget_sample(connection, with_finished=True)
             self._store_documents(documents)
             for key, value in notes.items():
-                _note(connection, key, value)
+                if value is not None:
+                    _note(connection, key, value)
             if answer is not None:
                 connection.execute("INSERT OR REPLACE INTO answers (name, text) VALUES (?, ?)", answer)
                 connection.execute(
@@ -970,6 +983,15 @@ class Outbox:
             ).fetchall()
         return [StoredDocument(*columns) for columns in found]
 
+    def told(self, prefix: str) -> tuple[str, ...]:
+        """The retained topics that begin so and are not to be cleared."""
+        with self._explaining():
+            found = self._connection.execute(
+                "SELECT topic FROM documents WHERE topic >= ? AND topic < ? AND payload IS NOT NULL ORDER BY topic",
+                _from_to(prefix),
+            ).fetchall()
+        return tuple(topic for (topic,) in found)
+
     def document(self, topic: str) -> bytes | None:
         """The newest word on a retained topic; None where nothing was said, or it is to be cleared."""
         with self._explaining():
@@ -1011,6 +1033,20 @@ class Outbox:
                     "SELECT key, value FROM notes WHERE key >= ? AND key < ? ORDER BY key", _from_to(prefix)
                 )
             )
+
+    def each_note(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Key and value of all notes below a prefix, in the order of their keys; read in portions."""
+        after, end = _from_to(prefix)
+        while True:
+            with self._explaining():
+                found = self._connection.execute(
+                    "SELECT key, value FROM notes WHERE key > ? AND key < ? ORDER BY key LIMIT ?",
+                    (after, end, EXPORT_STEP_ROWS),
+                ).fetchall()
+            if not found:
+                return
+            yield from found
+            after = found[-1][0]
 
     def note(self, key: str) -> str | None:
         """What was noted under this key."""
@@ -1071,12 +1107,15 @@ class Outbox:
             ).fetchone()
         if found is None:
             return None
-        boot, captured_ns, appended_unix_s = found
+        return self._age_s(*found)
+
+    def _age_s(self, boot: object, captured_ns: object, appended_unix_s: object) -> float | None:
+        """s; how old a row is, by the clock that nobody sets if it is of this boot; None: the disk has changed it."""
         if not (isinstance(captured_ns, int) and isinstance(appended_unix_s, (int, float))):
-            return None  # the disk has changed it
+            return None
         if boot == self.boot:
-            return max(0.0, (self._monotonic_ns() - int(captured_ns)) / 1e9)
-        return max(0.0, self._unix_time() - float(appended_unix_s))
+            return max(0.0, (self._monotonic_ns() - captured_ns) / 1e9)
+        return max(0.0, self._unix_time() - appended_unix_s)
 
     def sample_state(self) -> SampleState | None:
         """The state stored with the last field; None before the first and after the sample was closed."""
@@ -1128,14 +1167,14 @@ class Outbox:
                 "INSERT OR REPLACE INTO documents (topic, payload) VALUES (?, ?)", (document.topic, payload)
             )
 
-    def _store(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
-        """Insert the drafts; inside a transaction.
+    def _store(self, drafts: Sequence[Draft], *, is_ending: bool = False) -> tuple[int, ...]:
+        """Insert the drafts; inside a transaction. is_ending: they belong to the end of a sample.
 
         What is too large for the broker goes into the dead letters at once, and an event tells of it.
         """
         rows = self._number(drafts)
         more_bytes = sum(len(row[6]) for row in rows)
-        self._make_room(more_bytes, is_event=all(draft.stream == "event" for draft in drafts))
+        self._make_room(more_bytes, _reserve_bytes({draft.stream for draft in drafts}, is_ending=is_ending))
         text = self.note(PACKET_LIMIT_NOTE) if rows else None
         limit = None if text is None else int(text)
         row_ids, waiting, events = [], 0, []
@@ -1223,38 +1262,49 @@ class Outbox:
         with contextlib.suppress(sqlite3.OperationalError):  # a reader is busy, the disk is full: the append will tell
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    def _make_room(self, more_bytes: int, *, is_event: bool) -> None:
-        """Let go what may go until this fits; raises OutboxError when nothing is left that may."""
+    def _make_room(self, more_bytes: int, reserve_bytes: int) -> None:
+        """Let go what may go until this fits; raises OutboxError when nothing is left that may.
+
+        reserve_bytes: how far this may go beyond the limits.
+        """
         if more_bytes == 0:
             return
-        short = self._why_short(more_bytes, is_event)
+        short = self._why_short(more_bytes, reserve_bytes)
         while short is not None and self._spare():  # what else of ours is on the disk
-            short = self._why_short(more_bytes, is_event)
-        while (fault := self._why_full(more_bytes, is_event) or short) is not None:
+            short = self._why_short(more_bytes, reserve_bytes)
+        while (fault := self._why_full(more_bytes, reserve_bytes) or short) is not None:
             if not (self._drop_history() or any(self._drop(stream) for stream in FIRST_TO_GO)):
                 raise OutboxError(fault)
-            short = self._why_short(more_bytes, is_event)
+            short = self._why_short(more_bytes, reserve_bytes)
 
-    def _why_full(self, more_bytes: int, is_event: bool) -> str | None:
+    def _why_full(self, more_bytes: int, reserve_bytes: int) -> str | None:
         """What is wrong when this would make the outbox larger than it may be."""
-        reserve = EVENT_RESERVE_BYTES if is_event else 0
         used_bytes = _pragma(self._connection, "page_count") * self._page_bytes - self._empty_bytes()
-        if used_bytes + more_bytes > self._max_bytes + reserve:
+        if used_bytes + more_bytes > self._max_bytes + reserve_bytes:
             return (
                 f"{self.path}: full: {used_bytes / 2**20:.1f} MB are used, outbox.max_mb is "
-                f"{self._max_bytes / 2**20:g}; connect the broker, or raise outbox.max_mb"
+                f"{self._max_bytes / 2**20:g}; {self._what_frees()}, or raise outbox.max_mb"
             )
         return None
 
-    def _why_short(self, more_bytes: int, is_event: bool) -> str | None:
+    def _what_frees(self) -> str:
+        """What a person may do for room, in words."""
+        if self.depth() > 0:
+            return "connect the broker"
+        if self.dead_letter_count() > 0:
+            return "nothing waits for the broker: requeue or discard what was set aside (`hematovision outbox`)"
+        return "nothing waits for the broker: end the sample and begin another, which frees what is kept of old ones"
+
+    def _why_short(self, more_bytes: int, reserve_bytes: int) -> str | None:
         """What is wrong when this would leave the disk less than must stay free."""
-        reserve = EVENT_RESERVE_BYTES if is_event else 0
         free_bytes = _disk_free_bytes(self.path) + self._empty_bytes()
         to_leave_bytes = max(self._min_free_bytes, LEAST_FREE_BYTES)
-        if free_bytes - more_bytes < to_leave_bytes - reserve:
+        at_least_bytes = LEAST_FREE_BYTES - EVENT_RESERVE_BYTES
+        if free_bytes - more_bytes < max(to_leave_bytes - reserve_bytes, at_least_bytes):
+            also = ", or connect the broker" if self.depth() > 0 else ""
             return (
                 f"{self.path}: the disk has {free_bytes / 2**20:.1f} MB left, {to_leave_bytes / 2**20:g} must stay "
-                "free (outbox.min_free_mb); free space on the disk, or connect the broker"
+                f"free (outbox.min_free_mb); free space on the disk{also}"
             )
         return None
 
@@ -1319,22 +1369,27 @@ class Outbox:
         kept_bytes = self._connection.execute("SELECT kept_bytes FROM tally").fetchone()[0]
         if kept_bytes == 0:
             return
-        oldest_s = self._unix_time() - self._keep_s
-        first = "SELECT appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT 1"
-        appended = self._connection.execute(first).fetchone()
-        if appended is None or (kept_bytes <= self._keep_bytes and appended[0] >= oldest_s):
+        first = "SELECT boot, captured_monotonic_ns, appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT 1"
+        times = self._connection.execute(first).fetchone()
+        if times is None or (kept_bytes <= self._keep_bytes and not self._is_too_old(*times)):
             return  # as nearly always
         oldest = self._connection.execute(
-            "SELECT row_id, LENGTH(payload), appended_unix_s FROM rows WHERE state = 1 ORDER BY row_id LIMIT ?",
+            "SELECT row_id, LENGTH(payload), boot, captured_monotonic_ns, appended_unix_s FROM rows WHERE state = 1 "
+            "ORDER BY row_id LIMIT ?",
             (PRUNE_STEP_ROWS,),
         ).fetchall()
         leaving = []
-        for row_id, size, appended_unix_s in oldest:
-            if kept_bytes <= self._keep_bytes and appended_unix_s >= oldest_s:
+        for row_id, size, *times in oldest:
+            if kept_bytes <= self._keep_bytes and not self._is_too_old(*times):
                 break
             leaving.append((row_id, size))
             kept_bytes -= size
         self._forget(leaving)
+
+    def _is_too_old(self, boot: object, captured_ns: object, appended_unix_s: object) -> bool:
+        """Whether history is kept no longer; what cannot be dated any more is not kept for its age."""
+        age_s = self._age_s(boot, captured_ns, appended_unix_s)
+        return age_s is None or age_s > self._keep_s
 
     def _forget(self, rows: Sequence[tuple[int, int]]) -> None:
         """(row_id, bytes) of history that goes for good."""
@@ -1443,6 +1498,13 @@ def _explained(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.with_name(DAMAGE_NAME).write_text(f"met in use: {error}\n")
         raise OutboxDamaged(f"{path}: damaged ({error}); the next start of the agent sets it aside") from error
+
+
+def _reserve_bytes(streams: Collection[str], *, is_ending: bool) -> int:
+    """How far an append of these streams may go beyond the limits."""
+    if is_ending or not RESERVED_STREAMS.isdisjoint(streams):
+        return WORD_RESERVE_BYTES
+    return EVENT_RESERVE_BYTES if set(streams) == {"event"} else 0
 
 
 def _note(connection: sqlite3.Connection, key: str, value: str | None) -> None:

@@ -381,6 +381,49 @@ def test_the_newest_fields_are_looked_for_however_many_there_were(
         assert set(stage.slide.places._look_alikes(view)) <= set(stage.slide.places.fields)
 
 
+def test_the_map_made_again_from_the_newest_traces_alone_goes_on_like_the_one_before(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells whose first view is forgotten, parts that are gone, usual steps of long ago: all that still counts."""
+    monkeypatch.setattr(placing, "FIELDS_REMEMBERED", 8)
+    monkeypatch.setattr(placing, "SEARCH_BLOCK", 4)
+    rng = np.random.default_rng(5)
+    windows = after_a_jump(meander(world, SIZE_PX, 0.6))
+    windows = [*list(with_revisits(windows, np.random.default_rng(6), 0.3)), *windows[-6:], *windows[-6:]]
+    live, texts, first_views = SlideMap("s"), [], 0
+    for number, window in enumerate(windows, start=1):
+        frame = take(world, window, SIZE_PX, rng, number)
+        cells = perfect_cells(truth_in(world, window, SIZE_PX), 1000 * number, rng, 1.0)
+        observed = live.observe(frame, cells)
+        if number > 8:
+            again = map_from_traces("s", texts[-8:])
+            assert trace_to_text(again.observe(frame, cells).trace) == trace_to_text(observed.trace), number
+            known = [(places.count, places._parts, places._steps) for places in (again.places, live.places)]
+            assert known[0] == known[1], number
+        first_views += sum(root < 1000 * (number - 8) for root in observed.trace.roots)
+        texts.append(trace_to_text(observed.trace))
+        live.add(observed.trace)
+    assert first_views > 10, "cells were seen again whose first view is forgotten"
+    shown = {live._find_root(root) for trace in live.places.fields.values() for root in trace.roots}
+    assert set(live._standing) <= shown, "nothing is kept of cells that no remembered field shows"
+
+
+def test_what_a_person_has_named_stands_after_its_first_view_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placing, "FIELDS_REMEMBERED", 4)
+    stage = Stage()
+    stage.visit(0, 0, [make_cell(1, (300, 200, 340, 240), "neutrophil", CellStatus.UNIDENTIFIED, 0.3)])
+    stage.visit(0, 0, [make_cell(2, (300, 200, 340, 240), "neutrophil", probability=0.5)])
+    for number in range(3, 8):
+        stage.visit(0, 0, [make_cell(number, (300, 200, 340, 240), "neutrophil", CellStatus.UNIDENTIFIED, 0.3)])
+    again = map_from_traces("s", stage.texts[-4:])
+    again.hold("s-2")
+    stage.slide = again
+    better = stage.visit(100, 0, [make_cell(8, (200, 200, 240, 240), "monocyte", probability=0.99)])
+    assert (better.cells[0].status, better.cells[0].duplicate_of) == (CellStatus.DUPLICATE, "s-2")
+    assert +stage.totals == {"neutrophil": 1}
+    assert map_from_traces("s", stage.texts[-4:])._merit(1) == float("inf"), "the trace says so too"
+
+
 def test_looking_at_a_field_changes_nothing_until_it_is_stored(world: World) -> None:
     slide = SlideMap("s")
     frame = take(world, Window(100, 100), SIZE_PX, np.random.default_rng(0), 1)

@@ -178,18 +178,37 @@ def test_what_is_gone_is_answered_in_ranges(outbox: Outbox) -> None:
 
 
 def test_history_ends_with_its_time_and_its_room(tmp_path: Path) -> None:
-    clock = [1_000_000.0]
+    clock_ns = [1_000_000_000]
     begin_boot(tmp_path)
-    with make_outbox(tmp_path, keep_mb=0.001, unix_time=lambda: clock[0]) as outbox:
+    with make_outbox(tmp_path, keep_mb=0.001, monotonic_ns=lambda: clock_ns[0]) as outbox:
         fill(outbox, 40)
         outbox.confirm("central", "field", 1, 40, ("central",))
         assert 0 < outbox.kept_bytes() <= 0.001 * 2**20
         assert outbox.request_replay("field", 40, 40).asked == 1
         outbox.acknowledge([row.row_id for row in outbox.asked_again(0, 9)])
-        clock[0] += 3601
+        clock_ns[0] += 3601 * 10**9
         outbox.prune()
         assert outbox.kept_bytes() == 0
         assert outbox.request_replay("field", 1, 40).gone == ((1, 40),)
+
+
+def test_a_step_of_the_clock_takes_no_history_that_is_young(tmp_path: Path) -> None:
+    """A device without a clock of its own begins in the past, counts and delivers, and then is told the time."""
+    times = {"ns": 60 * 10**9, "s": 1_000_000.0}
+    clocks: dict[str, Any] = {"monotonic_ns": lambda: times["ns"], "unix_time": lambda: times["s"]}
+    begin_boot(tmp_path)
+    with make_outbox(tmp_path, **clocks) as outbox:
+        fill(outbox, 3)
+        outbox.confirm("central", "field", 1, 3, ("central",))
+        times["s"] += 100 * 86_400
+        outbox.prune()
+        assert outbox.request_replay("field", 1, 3) == ReplayAnswer(3, 0, ())
+        outbox.acknowledge([1, 2, 3])
+    begin_boot(tmp_path)
+    times["ns"] = 0
+    with make_outbox(tmp_path, **clocks) as outbox:  # what an earlier boot has left is dated by the clock
+        outbox.prune()
+        assert outbox.request_replay("field", 1, 3).gone == ((1, 3),)
 
 
 def test_without_history_what_is_confirmed_is_gone(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from agent.delivery.outbox import (
     EVENT_RESERVE_BYTES,
     NUMBERING_NOTE,
     START_ROOM_BYTES,
+    WORD_RESERVE_BYTES,
     Outbox,
     ReplayAnswer,
     begin_boot,
@@ -341,6 +342,39 @@ def test_events_have_a_reserve_and_not_more(tmp_path: Path) -> None:
     with make_outbox(tmp_path, max_mb=1) as outbox:
         stored = append_until_refused(outbox, [make_draft("event", "x" * 50_000)], "full")
         assert 2**20 < len(stored) * 50_000 < 2**20 + EVENT_RESERVE_BYTES
+
+
+def append_often(outbox: Outbox, draft: Draft, times: int) -> None:
+    for _ in range(times):
+        outbox.append([draft])
+
+
+def test_what_ends_a_sample_has_a_reserve_that_fields_and_events_do_not_touch(tmp_path: Path) -> None:
+    with make_outbox(tmp_path, max_mb=1) as outbox:
+        append_until_refused(outbox, [make_draft(text="x" * 50_000)], "connect the broker, or raise outbox.max_mb")
+        with pytest.raises(OutboxError, match="full"):
+            append_often(outbox, make_draft("event", "x" * 50_000), 100)
+        outbox.append([make_draft("audit")])
+        outbox.append([make_draft("field"), make_draft("differential")])
+        outbox.append([make_draft("field")], sample=SampleState("s1", phase="finishing"))
+        with pytest.raises(OutboxError, match="full"):
+            outbox.append([make_draft()])
+        with pytest.raises(OutboxError, match="full"):
+            append_often(outbox, make_draft("audit", "x" * 50_000), WORD_RESERVE_BYTES // 50_000)
+        audited = [row for row in outbox.pending(0, 1000) if row.stream == "audit"]
+        assert 0.6 * EVENT_RESERVE_BYTES < sum(len(row.payload) for row in audited) < WORD_RESERVE_BYTES
+
+
+def test_a_full_outbox_says_what_frees_it_when_nothing_waits(tmp_path: Path) -> None:
+    with make_outbox(tmp_path, max_mb=1) as outbox:
+        outbox.append((), notes={f"slide/s1/{number}": "x" * 10_000 for number in range(120)})
+        with pytest.raises(OutboxError, match=r"end the sample and begin another.* or raise outbox\.max_mb"):
+            outbox.append([make_draft()])
+        outbox.append([make_draft()], notes={"slide/": None})  # what the same append frees is there for its drafts
+        outbox.reject(outbox.pending(0, 1)[0].row_id, "refused")
+        outbox.append((), notes={f"slide/s1/{number}": "x" * 10_000 for number in range(120)})
+        with pytest.raises(OutboxError, match="requeue or discard what was set aside"):
+            outbox.append([make_draft()])
 
 
 def test_it_leaves_the_disk_the_room_that_it_was_told_to_leave(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ TOLD_EVERY = 1000
 WARM_UP_FIELDS = 100
 """Until then the slide's own drawings, some 16 MB, and the libraries come into memory."""
 MOST_MB = 80.0
-"""12 kB for each of the FIELDS_REMEMBERED fields and half as much again; see `agent.analysis.placing`."""
+"""15 kB for each of the FIELDS_REMEMBERED fields and a third as much again; see `agent.analysis.placing`."""
 MOST_MB_PER_1000 = 1.0
-"""Of a field that is forgotten its cells' 13 bytes each stay: 0.1 MB a thousand fields."""
+"""Of a field that is forgotten nothing stays but cells that others show again; the rest is the allocator's unrest."""
 
 
 @dataclass(slots=True)
