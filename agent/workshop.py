@@ -178,7 +178,7 @@ class Workshop:
             raise Refused("no-models", str(error)) from error
         models, golden, test = opened[-1]
         self._use(Work(self.work.config, models, make_bench(self.work.config, models), golden))
-        self._is_on_trial = True
+        self._is_on_trial = not is_rollback
         self.fell_back = None
         self._note(test)
         words = f"slot {active.slot} is in use, {active.before} was before; {test.detail}"

@@ -150,7 +150,10 @@ class ModelSlots:
         return copied.choosing(classifier)
 
     def switch(self, try_them: Callable[[Path], None], *, is_rollback: bool = False) -> Active:
-        """Take the other slot into use, if its models can be used. try_them: raises ModelError where they cannot."""
+        """Take the other slot into use, if its models can be used. try_them: raises ModelError where they cannot.
+
+        Those that somebody rolls back to are on no trial: it could only end with the ones rolled back from.
+        """
         active = self.active
         slot = active.before if is_rollback else self._other(active)
         if slot is None:
@@ -159,7 +162,7 @@ class ModelSlots:
         if not (path / MANIFEST_NAME).is_file():
             raise NothingToSwitchTo(f"{path}: there are no models; stage some first")
         try_them(path)
-        switched = Active(slot, before=active.slot, trial_starts=0)
+        switched = Active(slot, before=active.slot, trial_starts=None if is_rollback else 0)
         self._note(switched)
         return switched
 

@@ -47,7 +47,7 @@ def test_staged_models_are_copied_activated_and_rolled_back(slots: ModelSlots) -
     assert slots.switch(tried.append) == Active("a", "base", 0)
     assert tried == [slots.path("a")]
     assert slots.active.slot == "a"
-    assert slots.switch(take, is_rollback=True) == Active("base", "a", 0)
+    assert slots.switch(take, is_rollback=True) == Active("base", "a", None)
 
 
 def test_all_classifiers_of_a_folder_are_staged_with_their_answers(slots: ModelSlots, tmp_path: Path) -> None:
