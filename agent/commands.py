@@ -312,7 +312,7 @@ def version(arguments: argparse.Namespace) -> int:
     print(RESEARCH_USE_ONLY)
     config = load_config(arguments.config)
     slots = model_slots(config)
-    folder = slots.path(slots.active.slot)
+    folder = slots.path_in_use
     models = open_models(config.models.model_copy(update={"folder": folder}))
     print(f"runtime            {models.runtime}, delegate {models.delegate}")
     print(f"models             {slots.fault or slots.staying_words or folder}")

@@ -91,7 +91,7 @@ def _try_passwords(config: Config) -> str:
 def _try_models(config: Config) -> str:
     """Load both models and ask them the golden fields; opening checks their digests and tensors."""
     slots = model_slots(config)
-    folder = slots.path(slots.active.slot)
+    folder = slots.path_in_use
     models = open_models(config.models.model_copy(update={"folder": folder}))
     verdict = GoldenTest(folder).run(models)
     if not verdict.is_passed:

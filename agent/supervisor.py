@@ -265,18 +265,19 @@ def make_room_to_start(folder: Path) -> None:
 
     Whole fields before the cells that a person should look at. Where that does not suffice, the opening says so.
     """
-    pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+    free_bytes = read_disk_free(folder)
+    if free_bytes is None or free_bytes >= START_ROOM_BYTES:
+        return  # nearly always: to know which pictures are old means to look at all of them
     with contextlib.suppress(OSError):  # a disk that lets nothing go tells more at the opening
-        while (free_bytes := read_disk_free(folder)) is not None and free_bytes < START_ROOM_BYTES:
-            if not (pictures.let_go() or crops.let_go()):
-                return
+        pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+        while free_bytes is not None and free_bytes < START_ROOM_BYTES and (pictures.let_go() or crops.let_go()):
             logger.warning("the disk has %.1f MB left: the oldest pictures are let go", free_bytes / 2**20)
+            free_bytes = read_disk_free(folder)
 
 
 def folder_in_use(config: Config) -> Path:
     """The folder of models that is in use: the configured one, or that of the slot that was activated."""
-    slots = model_slots(config)
-    return slots.path(slots.active.slot)
+    return model_slots(config).path_in_use
 
 
 def make_desk(config: Config, outbox: Outbox, workshop: Workshop, send_again: Callable[[str, int, int], None]) -> Desk:

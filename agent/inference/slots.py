@@ -68,6 +68,11 @@ class ModelSlots:
         return self._read()[0]
 
     @property
+    def path_in_use(self) -> Path:
+        """The folder of the models that are in use."""
+        return self.path(self.active.slot)
+
+    @property
     def fault(self) -> str | None:
         """Why it cannot be told which is in use, in words; None = it can."""
         return self._read()[1]
