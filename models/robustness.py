@@ -1,6 +1,6 @@
 """What other stains, lamps and optics cost the shipped files, and what each step of the agent's preprocessing brings.
 
-    python -m models.robustness --split val --json > runs/figures/robustness.json
+    python -m models.robustness --split val --json > models/figures/robustness.json
     python -m models.robustness --reference          # what the steps aim at, from the training fields
 
 Each look is one fixed change of every picture; a model sees it after one step of preprocessing, or none. detector: mean

@@ -1,20 +1,21 @@
 """The tables of the model cards, as Markdown, from figures that `models.evaluate --json` has printed.
 
     for what in detector large-frames close-ups classifier two-stage eight-classes microscopes framings no-cell; do
-        python -m models.evaluate $what --json > runs/figures/$what.json
-        python -m models.evaluate $what --json --models runs/float > runs/figures/float-$what.json
+        python -m models.evaluate $what --json > models/figures/$what.json
+        python -m models.evaluate $what --json --models runs/float > models/figures/float-$what.json
     done
     for name in mobilenetv2-x0.5 darknet-19-x0.25; do     # the other classifiers of the manifest
-        F=runs/figures
+        F=models/figures
         python -m models.evaluate classifier --classifier $name --json > $F/classifier-$name.json
         python -m models.evaluate classifier --classifier $name --json --models runs/float \\
             > $F/float-classifier-$name.json
         python -m models.evaluate microscopes --classifier $name --json > $F/microscopes-$name.json
     done
-    python -m models.robustness --split val --json > runs/figures/robustness.json
-    python -m models.tables runs/figures                                     # on standard output
-    python -m models.tables runs/figures models/*/MODEL_CARD.md              # into the cards, between their marks
+    python -m models.robustness --split val --json > models/figures/robustness.json
+    python -m models.tables models/figures                                     # on standard output
+    python -m models.tables models/figures models/*/MODEL_CARD.md              # into the cards, between their marks
 
+The figures of the shipped files lie in `models/figures`, each with the SHA-256 of the files that it was measured with.
 Files that are missing leave their tables out. In a card the tables of `detector` stand between the lines
 `<!-- figures: detector -->` and `<!-- end of figures -->`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,26 @@ def test_the_shipped_cards_have_a_place_for_each_evaluation() -> None:
     texts = [(TOP / f"models/{role}/MODEL_CARD.md").read_text() for role in ("detector", "classifier")]
     for what in ("detector", "classifier", "classifiers", "two-stage", "microscopes", "no-cell"):
         assert sum(f"<!-- figures: {what} -->" in text for text in texts) == 1, what
+
+
+def test_the_cards_and_the_readme_say_what_was_measured_with_the_shipped_files(tmp_path: Path) -> None:
+    figures = {file.stem: json.loads(file.read_text()) for file in (TOP / "models/figures").glob("*.json")}
+    manifest = json.loads((TOP / "models/manifest.json").read_text())
+    classifiers = {entry["name"]: entry for entry in (manifest["classifier"], *manifest["other_classifiers"])}
+    int8 = {stem: found for stem, found in figures.items() if not stem.startswith("float-")}
+    assert len(int8) >= 9 + 2 * (len(classifiers) - 1)
+    for stem, found in int8.items():
+        shipped = {"detector": manifest["detector"], "classifier": classifiers[found["names"]["classifier"]]}
+        assert found["sha256"] == {role: entry["sha256"] for role, entry in shipped.items()}, stem
+        assert found["split"] == "test", stem
+    for role in ("detector", "classifier"):
+        card = tmp_path / f"{role}.md"
+        shutil.copy(TOP / f"models/{role}/MODEL_CARD.md", card)
+        subprocess.run([sys.executable, "-m", "models.tables", "models/figures", str(card)], cwd=TOP, check=True)
+        assert card.read_text() == (TOP / f"models/{role}/MODEL_CARD.md").read_text()
+    readme = (TOP / "models/README.md").read_text()
+    for named in ("classifier", *(f"classifier-{name}" for name in list(classifiers)[1:])):
+        assert f"{figures[named]['accuracy']:.4f}".lstrip("0") in readme, named
 
 
 def test_each_classifier_that_was_measured_has_a_line(tmp_path: Path) -> None:
