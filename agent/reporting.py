@@ -1,6 +1,6 @@
 """What a sample says of itself: its documents, its final differential, and what is kept to amend it later.
 
-Everything here is a value; who stores it is `agent.pipeline`, in the transaction of what caused it.
+Everything here is a value; who stores it is `agent.counting.intake`, in the transaction of what caused it.
 """
 
 from __future__ import annotations

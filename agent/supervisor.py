@@ -16,51 +16,47 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import agent
-from agent import systemd
-from agent.alerts import CAMERA_TROUBLE, Problem, open_problems
-from agent.analysis.sample import begin
 from agent.camera.camera import Camera, open_camera
 from agent.camera.grabber import FrameQueue, Grabber
 from agent.config import (
     CameraSection,
     Config,
-    SampleSection,
     config_sha256,
     models_folder,
     read_operator_key,
     read_web_password,
     state_folder,
 )
+from agent.counting.clerk import Service
+from agent.counting.thread import Pipeline
 from agent.delivery.audit import Entry
-from agent.delivery.certificates import Expiry, read_expiries
 from agent.delivery.commands import Gatekeeper, InboundCommand, canonical_json
-from agent.delivery.messages import Body, DescribedModel, Severity, health_body, info_body, rfc3339_ms
+from agent.delivery.messages import Body, DescribedModel, info_body
 from agent.delivery.outbox import START_ROOM_BYTES, Outbox, Salvage, begin_boot, lock_folder, open_outbox
 from agent.delivery.publisher import Publisher
-from agent.delivery.reports import Alert
 from agent.delivery.topics import Topics
-from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, Desk, Done, Instruments, fresh_sample, new_sid, next_number
-from agent.domain import AgentState, SampleState
+from agent.desk import Desk, Done, Instruments
 from agent.errors import CameraError, ConfigError, OutboxError
-from agent.health import CameraState, Health, HealthSnapshot, Throttling
+from agent.health import Health
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
 from agent.latest import Latest
-from agent.machine import give_back_free_memory, keep_big_blocks_apart, read_clock, read_disk_free, read_machine
+from agent.machine import keep_big_blocks_apart, read_clock, read_disk_free, read_machine
 from agent.pictures import PICTURES_FOLDER, PictureStore
-from agent.pipeline import Pipeline, Service
-from agent.reporting import Reporter, archive
 from agent.review import CROPS_FOLDER, CropStore
+from agent.samples import begin_sample, close_sample
 from agent.signals import StopSignal, stop_on_signals
+from agent.watching.alert_board import AlertBoard, read_raised
+from agent.watching.surroundings import DISK_LOW_FACTOR, Surroundings
+from agent.watching.watch import Watch
 from agent.workshop import Work, Workshop
 
 if TYPE_CHECKING:  # the page's framework comes with an extra
@@ -70,9 +66,6 @@ logger = logging.getLogger(__name__)
 
 THREAD_DIED = 70
 """Exit code when a thread has ended unasked: EX_SOFTWARE of sysexits(3). systemd starts the agent again."""
-
-START_PUT_OFF_S = 60
-"""s; told at each look while the self-test keeps the agent from `ready`: a new start would not mend the models."""
 
 TICK_S = 0.25
 """s; how often the parts are looked at: a lost camera shows within it."""
@@ -90,20 +83,11 @@ FRAME_IN_HAND_S = 10.0
 CAMERA_CLOSES_S = 2.0
 """s; a camera that does not let go within this is left to the end of the process."""
 
-CLOCK_STEP_S = 2.0
-"""s; time servers slew smaller differences; a larger one between two looks was set."""
-
-DISK_LOW_FACTOR, DISK_FINE_FACTOR = 4, 5
-"""Multiples of outbox.min_free_mb: a warning comes while there is time to act, and again only after it was mended."""
-
 MOST_COMMANDS_WAITING = 64
 """Persons send one; a program that sends more than this at once is told to wait."""
 
 WORK_KEY = "audit/work"
 """Note: the agent, configuration and models of the last start."""
-
-RAISED_KEY = "alerts"
-"""Note: the ids of the alerts that stand at the broker."""
 
 
 def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int:
@@ -189,13 +173,12 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
         )
         watch = Watch(
             config,
-            folder,
             outbox.boot,
             health,
             publisher,
             pipeline,
             grabber,
-            open_another,
+            Surroundings(config, folder, pipeline.tell, open_another),
             alerts=AlertBoard(publisher, pipeline, stale=read_raised(outbox)),
             fell_back=lambda: workshop.fell_back,
             salvage=None if outbox.salvage is None else salvage_words(outbox.salvage),
@@ -204,15 +187,7 @@ def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int
             watch.page = make_page(config, folder, latest, health, watch, pipeline, workshop, commands, open_another)
         logger.info("sample %s, boot %d, %d messages wait", sample.sid, outbox.boot, outbox.depth())
         record_work(pipeline, outbox, workshop)
-        if outbox.salvage is not None:
-            pipeline.tell("outbox-set-aside", salvage_words(outbox.salvage), "error", {"rows": outbox.salvage.rows})
-        if workshop.went_back is not None:
-            pipeline.tell("model-rolled-back", workshop.went_back, "error")
-        pipeline.tell("agent-started", f"agent {agent.__version__}, sample {sample.sid}", detail={"sample": sample.sid})
-        if is_new:
-            pipeline.tell("sample-opened", f"sample {sample.sid}", detail={"sample": sample.sid})
-        if (tested := health.snapshot().last_self_test) is not None:
-            pipeline.tell_self_test(tested)
+        tell_start(pipeline, outbox, workshop, health, is_new_sample=is_new)
         pipeline.start()
         grabber.start()
         if watch.page is not None:
@@ -397,6 +372,20 @@ def record_work(pipeline: Pipeline, outbox: Outbox, workshop: Workshop) -> None:
         logger.error("the audit cannot be written now: %s", error)  # noqa: TRY400 - its words say all; next start again
 
 
+def tell_start(pipeline: Pipeline, outbox: Outbox, workshop: Workshop, health: Health, *, is_new_sample: bool) -> None:
+    """What this start was like, as events before the first frame."""
+    if outbox.salvage is not None:
+        pipeline.tell("outbox-set-aside", salvage_words(outbox.salvage), "error", {"rows": outbox.salvage.rows})
+    if workshop.went_back is not None:
+        pipeline.tell("model-rolled-back", workshop.went_back, "error")
+    sid = pipeline.sample.sid
+    pipeline.tell("agent-started", f"agent {agent.__version__}, sample {sid}", detail={"sample": sid})
+    if is_new_sample:
+        pipeline.tell("sample-opened", f"sample {sid}", detail={"sample": sid})
+    if (tested := health.snapshot().last_self_test) is not None:
+        pipeline.tell_self_test(tested)
+
+
 def describe(config: Config, models: Models, boot: int, numbered_since_boot: int | None) -> Body:
     """The birth certificate of this start."""
     entries = (models.manifest.detector, models.manifest.classifier)
@@ -433,58 +422,6 @@ def forget_finished(open_outbox_here: Callable[[], Outbox], keys: Sequence[str])
         logger.debug("deleted pictures stay noted: %s", error)
 
 
-def begin_sample(
-    outbox: Outbox, section: SampleSection, now: datetime, reporter: Reporter, *, takes_all_anew: bool
-) -> tuple[SampleState, bool]:
-    """The sample that was not closed, else a new one, and whether it is new.
-
-    Another id in the configuration ends the sample before and begins another. With `sample.start: command` none is
-    begun. With a new one the samples before are archived. takes_all_anew: whether that other sample gets the source
-    from its beginning; else it gets what comes now.
-    """
-    stored, ended = outbox.sample_state(), None
-    is_asked = stored is not None and section.id in (None, stored.sid)
-    if stored is not None and is_asked and stored.phase != "idle":
-        return stored, False
-    if stored is not None and not is_asked:
-        logger.info("sample %s gives way to %s, which the configuration names", stored.sid, section.id)
-        ended = stored
-        if stored.phase in ("running", "paused", "finishing"):
-            ending = reporter.finish(stored, now, "replaced")
-            documents = reporter.documents(ending.sample, boot=outbox.boot, at=now)
-            outbox.append(ending.drafts, sample=ending.sample, documents=documents, notes=ending.notes)
-            ended = ending.sample
-        outbox.clear_sample(with_finished=takes_all_anew)
-        stored = None
-    if section.start == "command":
-        return stored or NO_SAMPLE_YET, False
-    number = next_number(outbox)
-    fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), number, section)
-    if stored is not None:  # of the same name: no cell_id and no report is given twice
-        fresh = replace(fresh, next_cell_number=stored.next_cell_number, reports=stored.reports)
-    begun = begin(None, fresh, rfc3339_ms(now))
-    cleared, archived = archive(ended, begun.sid, outbox, reporter.topics)
-    outbox.append((), sample=begun, documents=cleared, notes={**archived, NUMBER_KEY: str(number)})
-    return begun, True
-
-
-def close_sample(outbox: Outbox, sample: SampleState, wanted_id: str | None) -> None:
-    """The source has come to its end: the next run takes all of it anew, as a new sample.
-
-    Where the configuration names the sample, that one has the same id; its cells' numbers then go on, so that no
-    cell_id is given twice.
-    """
-    try:
-        outbox.clear_sample(with_finished=True)
-        if wanted_id is not None:
-            closed = SampleState(
-                sample.sid, next_cell_number=sample.next_cell_number, reports=sample.reports, phase="idle"
-            )
-            outbox.append((), sample=closed)
-    except OutboxError as error:
-        logger.error("sample %s cannot be closed: %s", sample.sid, error)  # noqa: TRY400 - its words say all
-
-
 def drain(outbox: Outbox, publisher: Publisher, watch: Watch, stop: StopSignal) -> None:
     """Wait for the broker to take what is there, as long as it takes something."""
     left, moved_at_s = math.inf, time.monotonic()
@@ -504,300 +441,3 @@ def waiting_words(outbox: Outbox) -> str:
     except OutboxError as error:
         return f"what waits cannot be counted: {error}"
     return f"{depth} messages wait on disk for the broker" if depth else "everything was sent"
-
-
-# ---------------------------------------------------------------------------------------------------- the watching
-
-
-def derive_state(health: HealthSnapshot, *, is_started: bool) -> AgentState:
-    """The agent's state in one word. A broker that is merely away is no fault of this device: results wait on disk."""
-    if not is_started:
-        return AgentState.INIT
-    is_test_failed = health.last_self_test is not None and not health.last_self_test.is_passed
-    if health.camera in CAMERA_TROUBLE or health.broker == "refused" or health.outbox == "stopped" or is_test_failed:
-        return AgentState.DEGRADED
-    return AgentState.SLEEPING if health.camera == "idle" else AgentState.READY
-
-
-class AlertBoard:
-    """Raises and clears alerts as problems come and go. stale: ids that an earlier run left raised at the broker.
-
-    raised: those that stand now; may be read on any thread.
-    """
-
-    def __init__(self, publisher: Publisher, pipeline: Pipeline, stale: Iterable[str] = ()) -> None:
-        self._publisher = publisher
-        self._pipeline = pipeline
-        self._stale = set(stale)
-        self._raised: dict[str, Alert] = {}
-        self.raised: tuple[Alert, ...] = ()
-
-    def show(self, problems: Mapping[str, Problem], now: datetime) -> None:
-        """These are open now, and no others."""
-        before = set(self._raised) | self._stale
-        for alert_id in before - set(problems):
-            self._raised.pop(alert_id, None)
-            self._publisher.publish_alert(alert_id, None)
-        for alert_id, problem in problems.items():
-            known = self._raised.get(alert_id)
-            if known is None or (known.severity, known.message) != (problem.severity, problem.message):
-                since = now if known is None else known.since
-                self._raised[alert_id] = Alert(alert_id, problem.severity, problem.message, since)
-                self._publisher.publish_alert(alert_id, self._raised[alert_id])
-        self._stale.clear()
-        self.raised = tuple(self._raised.values())
-        if before != set(self._raised):
-            self._pipeline.remember(RAISED_KEY, " ".join(sorted(self._raised)))
-
-
-def read_raised(outbox: Outbox) -> tuple[str, ...]:
-    """The alerts that were raised when the agent ended the last time."""
-    return tuple((outbox.note(RAISED_KEY) or "").split())
-
-
-class Watch:
-    """Looks at the running parts and tells what it sees: the state, events, the health message, the watchdog.
-
-    page: watched too, where there is one. fell_back: of the workshop. state, raised_alerts: may be read on any thread.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        boot: int,
-        health: Health,
-        publisher: Publisher,
-        pipeline: Pipeline,
-        grabber: Grabber,
-        open_outbox_here: Callable[[], Outbox],
-        wall_ahead_s: Callable[[], float] = lambda: time.time() - time.monotonic(),
-        *,
-        alerts: AlertBoard | None = None,
-        fell_back: Callable[[], str | None] = lambda: None,
-        salvage: str | None = None,
-    ) -> None:
-        self.boot = boot
-        self.page: Page | None = None
-        self._config = config
-        self._folder = folder
-        self._health = health
-        self._publisher = publisher
-        self._pipeline = pipeline
-        self._grabber = grabber
-        self._open_outbox = open_outbox_here
-        self._state = AgentState.INIT
-        self._is_ready_told = False
-        self._camera: CameraState = "opening"
-        self._dead: set[str] = set()
-        self._told_at_s = -math.inf
-        self._feed_every_s = systemd.watchdog_interval_s()
-        self._mark = health.snapshot()
-        self._marked_at_s = time.monotonic()
-        self._stalled: tuple[str, ...] = ()
-        self._read_wall_ahead_s = wall_ahead_s
-        self._wall_ahead_s = wall_ahead_s()
-        self._is_disk_low = False
-        self._told_expiries: set[str] = set()
-        self._alerts = alerts
-        self._fell_back = fell_back
-        self._salvage = salvage
-        self._dead_letters: int | None = None
-        self._dropped_before: Mapping[str, int] | None = None
-        self._dropped: Mapping[str, int] = {}
-        self._near_expiries: tuple[str, ...] = ()
-        self._is_clock_true = True
-        self._throttling: Throttling | None = None
-
-    @property
-    def has_died(self) -> bool:
-        """Whether a thread has ended that nobody had asked to."""
-        return bool(self._dead)
-
-    @property
-    def state(self) -> AgentState:
-        return self._state
-
-    @property
-    def raised_alerts(self) -> tuple[Alert, ...]:
-        return () if self._alerts is None else self._alerts.raised
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether there is nothing left to watch: the source is read to its end, or a thread has died."""
-        return self.has_died or self._pipeline.is_source_finished
-
-    def look(self) -> None:
-        """Once around all parts."""
-        seen = self._health.snapshot()
-        self._look_for_deaths(seen)
-        self._tell_camera(seen)
-        self._tell_clock_step()
-        self._tell_state(seen)
-        self._tell_health(seen)
-        self._show_alerts(seen)
-        self.feed_watchdog()
-
-    def say_stopping(self) -> None:
-        """The last word of the watch; the pipeline stores the event before it ends."""
-        systemd.stopping()
-        self._publisher.publish_state(AgentState.STOPPING)
-        if self.has_died:
-            reason = "a part of the agent has died"
-        elif self._pipeline.is_source_finished:
-            reason = "the source is read to its end"
-        else:
-            reason = "asked to by a signal"
-        logger.info("stopping: %s", reason)
-        if self._pipeline.is_alive():  # with its source it has ended already, and said so
-            self._tell("agent-stopping", reason)
-
-    def feed_watchdog(self) -> None:
-        """Tell systemd that all is alive: only when every stage has moved since the last time."""
-        if self._feed_every_s is None or time.monotonic() - self._marked_at_s < self._feed_every_s:
-            return
-        stalled = self._health.stalled_since(self._mark)
-        if stalled:
-            if stalled != self._stalled:
-                logger.error("%s stands still; the watchdog is not fed", " and ".join(stalled))
-            self._stalled = stalled
-            return
-        systemd.feed_watchdog()
-        self._stalled = ()
-        self._mark, self._marked_at_s = self._health.snapshot(), time.monotonic()
-
-    def _look_for_deaths(self, seen: HealthSnapshot) -> None:
-        threads: dict[str, tuple[Grabber | Pipeline | Publisher | Page, bool]] = {
-            "camera": (self._grabber, seen.camera == "ended"),
-            "pipeline": (self._pipeline, self._pipeline.is_source_finished and self._pipeline.failure is None),
-            "publisher": (self._publisher, False),
-        }
-        if self.page is not None:
-            threads["page"] = (self.page, False)
-        for name, (thread, may_end) in threads.items():
-            if thread.is_alive() or may_end or name in self._dead:
-                continue
-            self._dead.add(name)
-            failure = thread.failure
-            logger.error("the %s thread has died: %s", name, failure, exc_info=failure if name == "camera" else None)
-
-    def _tell_camera(self, seen: HealthSnapshot) -> None:
-        before, self._camera = self._camera, seen.camera
-        if seen.camera == before:
-            return
-        if seen.camera in CAMERA_TROUBLE:
-            self._tell(f"camera-{seen.camera}", seen.camera_detail, "warning")
-        elif before in CAMERA_TROUBLE:
-            self._tell("camera-regained", seen.camera_detail)
-
-    def _tell(self, kind: str, message: str, severity: Severity = "info") -> None:
-        self._pipeline.tell(kind, message, severity)
-
-    def _tell_state(self, seen: HealthSnapshot) -> None:
-        is_starting = self._state is AgentState.INIT
-        state = derive_state(seen, is_started=not is_starting or seen.camera != "opening")
-        is_test_failed = seen.last_self_test is not None and not seen.last_self_test.is_passed
-        is_ready_due = not self._is_ready_told and not is_test_failed and state is not AgentState.INIT
-        if is_test_failed and not self._is_ready_told:
-            systemd.extend_start(START_PUT_OFF_S)
-        if state is self._state and not is_ready_due:
-            return
-        words = f"{state.value}: camera {seen.camera}, broker {seen.broker}, outbox {seen.outbox}"
-        if is_test_failed:
-            words += ", self-test failed: nothing is counted"
-        logger.info("%s", words)
-        if state is not self._state:
-            self._state = state
-            self._publisher.publish_state(state)
-        if is_ready_due:
-            self._is_ready_told = True
-            systemd.ready(words)
-        else:
-            systemd.status(words)
-
-    def _tell_health(self, seen: HealthSnapshot) -> None:
-        interval_s = self._config.publish.health_interval_s
-        if self._state is AgentState.INIT or time.monotonic() - self._told_at_s < interval_s:
-            return
-        self._told_at_s = time.monotonic()
-        give_back_free_memory()
-        machine = read_machine(self._folder)
-        self._tell_disk(machine.disk_free_bytes)
-        tls, now = self._config.broker.tls, datetime.now(timezone.utc)
-        expiries = read_expiries(tls, now, seen.broker_certificate_ends_at)
-        self._tell_expiries(expiries)
-        self._near_expiries = tuple(expiry.words for expiry in expiries if expiry.is_near)
-        self._look_into_outbox()
-        self._is_clock_true = machine.clock.is_synchronised
-        self._throttling = machine.throttling
-        self._publisher.publish_health(
-            health_body(
-                seen,
-                machine,
-                device=self._config.device,
-                site=self._config.site,
-                boot=self.boot,
-                at=datetime.now(timezone.utc),
-                state=self._state,
-                interval_s=interval_s,
-                restarts=self.boot - 1,
-                dead_letters=self._dead_letters,
-                certificate_days_left=expiries[0].days_left if expiries else None,
-            )
-        )
-
-    def _show_alerts(self, seen: HealthSnapshot) -> None:
-        if self._alerts is None:
-            return
-        problems = open_problems(
-            seen,
-            is_disk_low=self._is_disk_low,
-            dead_letters=self._dead_letters,
-            near_expiries=self._near_expiries,
-            fell_back=self._fell_back(),
-            is_clock_true=self._is_clock_true,
-            salvage=self._salvage,
-            dropped=self._dropped,
-            throttling=self._throttling,
-        )
-        self._alerts.show(problems, datetime.now(timezone.utc))
-
-    def _tell_clock_step(self) -> None:
-        before, self._wall_ahead_s = self._wall_ahead_s, self._read_wall_ahead_s()
-        step_s = self._wall_ahead_s - before
-        if abs(step_s) >= CLOCK_STEP_S:
-            words = f"the system clock was set {'forward' if step_s > 0 else 'back'} by {abs(step_s):.0f} s"
-            self._pipeline.tell("clock-step", words, "warning", {"step_s": round(step_s, 1)})
-
-    def _tell_disk(self, free_bytes: int | None) -> None:
-        floor_bytes = self._config.outbox.min_free_mb * 1024 * 1024
-        if free_bytes is None or floor_bytes == 0:
-            return
-        if not self._is_disk_low and free_bytes < DISK_LOW_FACTOR * floor_bytes:
-            self._is_disk_low = True
-            words = f"{free_bytes / 2**20:.0f} MB left; at outbox.min_free_mb = {floor_bytes / 2**20:g} intake stops"
-            self._pipeline.tell("disk-low", words, "warning", {"free_bytes": free_bytes})
-        elif self._is_disk_low and free_bytes > DISK_FINE_FACTOR * floor_bytes:
-            self._is_disk_low = False
-
-    def _tell_expiries(self, expiries: Sequence[Expiry]) -> None:
-        """Once for each file in a run; a renewed one may be told of again when its own time comes."""
-        for expiry in expiries:
-            if expiry.is_near and expiry.key not in self._told_expiries:
-                detail = {"key": expiry.key, "days_left": round(expiry.days_left, 1)}
-                self._pipeline.tell("certificate-expiring", expiry.words, "warning", detail)
-        self._told_expiries = {expiry.key for expiry in expiries if expiry.is_near}
-
-    def _look_into_outbox(self) -> None:
-        """How many messages were set aside, and how many went for room since this start."""
-        try:
-            with self._open_outbox() as outbox:
-                self._dead_letters, dropped = outbox.dead_letter_count(), outbox.dropped()
-        except OutboxError:
-            self._dead_letters = None
-            return
-        if self._dropped_before is None:
-            self._dropped_before = dropped
-        before = self._dropped_before
-        self._dropped = {name: count - before.get(name, 0) for name, count in dropped.items()}
-        self._dropped = {name: count for name, count in self._dropped.items() if count > 0}

@@ -6,11 +6,11 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-from test_pipeline import CLOCK, make_bench, make_frame
 
 from agent.domain import Frame, SampleState
 from agent.latest import LONGEST_SIDE_PX, Latest
 from agent.pipeline import process_frame
+from tests.frames import CLOCK, make_bench, make_frame
 
 
 def large_frame(seed: int = 1) -> Frame:

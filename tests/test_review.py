@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_desk import Place
-from test_pipeline import RED, WHITE, make_bench, make_frame, make_models
 
 from agent.analysis.agreement import Answer
+from agent.analysis.differential import Rules
 from agent.camera.grabber import FrameQueue
 from agent.cli import main
 from agent.config import ReviewSection
+from agent.counting.thread import Pipeline
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.topics import Topics
 from agent.domain import Classification, SampleState
 from agent.health import Health
 from agent.pictures import PictureStore
-from agent.pipeline import Pipeline
 from agent.report.device import read_device
 from agent.review import CropStore, answer_note, read_answers, read_kept_cells
+from tests.counting.running import KINDS, Place
+from tests.frames import RED, WHITE, make_bench, make_models
 
 JPEG = b"\xff\xd8" + b"x" * 996 + b"\xff\xd9"
 
@@ -36,12 +37,14 @@ def outbox(tmp_path: Path) -> Iterator[Outbox]:
         yield opened
 
 
-def count_two_fields(outbox: Outbox, answer: Classification, **section: Any) -> Place:
+def count_two_fields(
+    outbox: Outbox, answer: Classification, whole_fields: PictureStore | None = None, **section: Any
+) -> Place:
     """A finished sample of two fields, each with a white cell that the model answers so, and a red one."""
     models = make_models((WHITE, RED), lambda _crop: answer)
     bench = replace(make_bench(models), review=ReviewSection(**{"gallery": 0, **section}))
-    place = Place(outbox, bench=replace(bench, counting=Place(outbox).pipeline._bench.counting))
-    place.pipeline._crops = CropStore(outbox.path.parent / "crops")
+    crops = CropStore(outbox.path.parent / "crops")
+    place = Place(outbox, bench=replace(bench, counting=Rules(KINDS)), crops=crops, whole_fields=whole_fields)
     place.do("start", "a", sample="s-1")
     place.give(1, 2)
     place.run_a_while(lambda: place.pipeline.sample.fields == 2)
@@ -160,10 +163,7 @@ def test_for_room_the_oldest_answered_pictures_go_first_then_the_oldest_that_wai
 
 
 def test_on_a_short_disk_all_pictures_go_before_a_result_waits(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = count_two_fields(outbox, name(0.55, 0.45))
-    fields = place.pipeline._pictures = PictureStore(outbox.path.parent / "pictures", 10**6)
-    for seed in (1, 2):
-        fields.keep(make_frame(seed))
+    place = count_two_fields(outbox, name(0.55, 0.45), PictureStore(outbox.path.parent / "pictures", 10**6))
     folders = [outbox.path.parent / "pictures", outbox.path.parent / "crops" / "s-1"]
     seen: list[tuple[int, ...]] = []
 
@@ -200,12 +200,12 @@ def test_an_answer_keeps_the_models_first_name() -> None:
 def test_after_a_restart_an_answered_cell_of_an_open_slide_stands_still(outbox: Outbox) -> None:
     """A better view of a cell that a person has named must not count it under its old class once more."""
     bench = make_bench(make_models((WHITE,), lambda _crop: name(0.55, 0.45)))
-    place = Place(outbox, bench=replace(bench, counting=Place(outbox).pipeline._bench.counting))
+    place = Place(outbox, bench=replace(bench, counting=Rules(KINDS)))
     place.do("start", "a", sample="s-1")
     place.give(1)
     place.run_a_while(lambda: place.pipeline.sample.fields == 1)
     assert amend(place, "t-1", "s-1-1", "lobed")["status"] == "ok"
-    assert place.pipeline._slide._merit(1) == float("inf")
+    assert place.pipeline._count.slide.map._merit(1) == float("inf")
     again = Pipeline(
         frames=FrameQueue(1),
         outbox=outbox,
@@ -213,7 +213,7 @@ def test_after_a_restart_an_answered_cell_of_an_open_slide_stands_still(outbox: 
         sample=outbox.sample_state() or SampleState("x"),
         health=Health(),
     )
-    assert again._slide._merit(1) == float("inf")
+    assert again._count.slide.map._merit(1) == float("inf")
 
 
 # --------------------------------------------------------------------------------------------------- the commands

@@ -8,7 +8,7 @@ Rules
   * A retained command is refused: it would be done again at every connection, by a person who is long gone.
   * A command older than EXPIRES_S is refused: a microscope must not start because a network came back.
   * Commands that change models or configuration need the operator's role (`docs/decisions/0004-who-may-command.md`).
-  * The same transaction again is not done again; its first reply is given again (`agent.pipeline`).
+  * The same transaction again is not done again; its first reply is given again (`agent.desk`).
 """
 
 from __future__ import annotations

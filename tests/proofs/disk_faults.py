@@ -31,15 +31,16 @@ from typing import Any, TypeVar
 
 from agent.alerts import open_problems
 from agent.camera.grabber import FrameQueue
+from agent.counting.thread import Pipeline
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import DATABASE_NAME, Outbox, Row, begin_boot, open_outbox
 from agent.domain import SampleState
 from agent.errors import OutboxError
 from agent.health import Health, Stage
-from agent.pipeline import Outcome, Pipeline
+from agent.pipeline import Outcome
+from tests.frames import make_bench
 from tests.proofs import disk_shim
 from tests.proofs.proving import add_minutes, faults_in_words, prove
-from tests.test_pipeline import make_bench
 
 MODULE = "tests.proofs.disk_faults"
 
@@ -173,7 +174,7 @@ class Session:
             self.in_hand = self.ledger.stored + 1
             pipeline._store(outcome(self.in_hand))
             self.ledger.stored = self.in_hand
-            pipeline._store_events()
+            pipeline._intake.store_waiting()
             self._send(senders, start, step)
         if self.health.snapshot().outbox != "ok":
             self.verdict.faults.append("the disk is mended and the alert stays")

@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from test_desk import KINDS, Place
-from test_pipeline import make_bench
-
 from agent.analysis.differential import Rules
 from agent.config import Config, ReviewSection, WebSection
 from agent.delivery.commands import InboundCommand
@@ -27,6 +24,8 @@ from agent.machine import read_machine
 from agent.web.page import Page
 from agent.web.views import Sights
 from tests.brokers import free_port
+from tests.counting.running import KINDS, Place
+from tests.frames import make_bench
 
 PATIENCE_S = 20.0
 

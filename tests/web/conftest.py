@@ -19,7 +19,7 @@ from tests.web.browser import Browser, find_chromium
 def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Beside]]:
     """Factory `beside(password=None, sample=..., start=True, **web) -> Beside`; each state is made anew."""
     monkeypatch.setattr("agent.web.reading.FRESH_S", 0)
-    monkeypatch.setattr("agent.pipeline.TURN_S", 0.02)  # commands are done between frames, and none come
+    monkeypatch.setattr("agent.counting.thread.TURN_S", 0.02)  # commands are done between frames, and none come
     made: list[Beside] = []
 
     def make(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pipeline import make_frame
 
 from agent.config import WebSection
 from agent.delivery.commands import COMMANDS as KINDS_OF_COMMAND
@@ -25,6 +24,7 @@ from agent.review import CROPS_FOLDER, CropStore
 from agent.web import page as page_module
 from agent.web.handlers import ROUTES
 from agent.web.page import MOST_CONNECTIONS, Page
+from tests.frames import make_frame
 from tests.web.beside import Beside, count
 
 Make = Callable[..., Beside]
