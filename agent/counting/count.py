@@ -64,6 +64,7 @@ class Count:
         return with_drift(outcome, self._drift, self.bench.drift)
 
     def _look(self, frame: Frame, outcome: Outcome) -> Sight:
+        """What the frame shows, also where it is not counted. outcome: what it gave."""
         reason = outcome.dropped
         if reason == NO_SAMPLE:  # the sample has ended, and its slide may still lie there
             quality, gate = assess_frame(frame, self.bench.quality, self._gate)
