@@ -167,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     infer.add_argument("--min-score", type=_share, metavar="0..1", help="the detector's threshold; default: manifest")
     infer.add_argument("--save-annotated", type=Path, metavar="DIR", help="write pictures with boxes and classes there")
+    _add_models(infer)
     _add_config(infer)
 
     classify = add(
@@ -180,8 +181,10 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object a line: source, class, probability, probabilities; or source and error",
+        help="print one JSON object a line: source, class, probability, probabilities, what the cell looks like, and"
+        " which models named it; or source and error",
     )
+    _add_models(classify)
     _add_config(classify)
 
     demo = add(
@@ -227,9 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
         "The running agent\ndoes the same at its start, after each change of models and daily.",
         "hematovision selftest --config /etc/hematovision/config.yaml",
     )
-    selftest.add_argument(
-        "--models", type=Path, metavar="DIR", help="a folder of models; default: those that the agent would use"
-    )
+    _add_models(selftest)
     selftest.add_argument("--classifier", metavar="NAME", help="of those in the manifest; default: the configured one")
     selftest.add_argument(
         "--make-answers",
@@ -354,7 +355,7 @@ def build_parser() -> argparse.ArgumentParser:
     replay.add_argument("what", metavar="FIELD", help="a field's id, or a sample's id: all its fields, in order")
     replay.add_argument("--image", type=Path, metavar="FILE", help="the picture of the field")
     replay.add_argument("--images", type=Path, metavar="DIR", help="look for the pictures below this folder")
-    replay.add_argument("--models", type=Path, metavar="DIR", help="folder of models; default: those in use here")
+    _add_models(replay)
     replay.add_argument("--json", action="store_true", help="as JSON, with all differences")
     replay.add_argument("--database", metavar="URL", help="what was said then, from the collector's database")
     _add_database_password(replay)
@@ -417,6 +418,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, metavar="FILE", help="configuration; default: the packaged one")
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    words = "a folder of models; default: those that the agent uses, configured or activated"
+    command.add_argument("--models", type=Path, metavar="DIR", help=words)
 
 
 def _add_outbox_folder(command: argparse.ArgumentParser) -> None:

@@ -29,13 +29,14 @@ from agent.config import (
 from agent.delivery.asking import ask as send_command
 from agent.delivery.audit import verify
 from agent.delivery.commands import COMMANDS
-from agent.delivery.messages import morphology_body, round_probabilities, serialise
+from agent.delivery.messages import models_body, morphology_body, round_probabilities, serialise
 from agent.delivery.outbox import Outbox, open_outbox
 from agent.delivery.topics import Topics
 from agent.demo import DemoAddresses, DemoOptions, run_demo
 from agent.errors import HematoVisionError, OutboxError
-from agent.inference.models import Models, open_models
+from agent.inference.models import Models
 from agent.inference.selftest import GoldenTest, make_answers
+from agent.models_in_use import open_models_in_use
 from agent.offline import (
     Album,
     Analysed,
@@ -46,7 +47,7 @@ from agent.offline import (
     find_pictures,
 )
 from agent.preflight import run_checks
-from agent.supervisor import folder_in_use, model_slots, run_agent
+from agent.supervisor import run_agent
 
 OK, SOME_FAILED = 0, 1
 
@@ -67,7 +68,9 @@ def infer(arguments: argparse.Namespace) -> int:
     if arguments.min_score is not None:
         section = config.models.model_copy(update={"min_score": arguments.min_score})
         config = config.model_copy(update={"models": section})
-    models = open_models(config.models)
+    in_use = open_models_in_use(config, arguments.models)
+    in_use.tell(as_json=arguments.json)
+    models = in_use.models
     pictures = find_pictures(arguments.paths)
     album = _album(arguments.save_annotated, models)
     totals: Counter[str] = Counter()
@@ -90,7 +93,9 @@ def infer(arguments: argparse.Namespace) -> int:
 def classify(arguments: argparse.Namespace) -> int:
     """Stored crops through the classifier."""
     config = load_config(arguments.config)
-    models = open_models(config.models)
+    in_use = open_models_in_use(config, arguments.models)
+    in_use.tell(as_json=arguments.json)
+    models = in_use.models
     pictures = find_pictures(arguments.paths)
     failed = 0
     with console.with_progress(classify_pictures(pictures, config, models), len(pictures), "crops") as outcomes:
@@ -99,7 +104,7 @@ def classify(arguments: argparse.Namespace) -> int:
                 failed += 1
                 _report_unread(outcome, arguments.json)
             else:
-                _print_crop(outcome, arguments.json, is_only_one=len(pictures) == 1)
+                _print_crop(outcome, models, arguments.json, is_only_one=len(pictures) == 1)
     if not arguments.json:
         print(RESEARCH_USE_ONLY)
     return SOME_FAILED if failed else OK
@@ -164,10 +169,9 @@ def check_config(arguments: argparse.Namespace) -> int:
 def selftest(arguments: argparse.Namespace) -> int:
     """The models against the golden fields."""
     config = load_config(arguments.config)
-    folder = arguments.models or folder_in_use(config)
-    classifier = arguments.classifier or config.models.classifier
-    models = open_models(config.models.model_copy(update={"folder": folder, "classifier": classifier}))
-    print(f"models {folder}, {models.runtime}, delegate {models.delegate}")
+    in_use = open_models_in_use(config, arguments.models, classifier=arguments.classifier)
+    in_use.tell(as_json=False)
+    models, folder = in_use.models, in_use.folder
     if arguments.make_answers:
         answers = make_answers(models, folder)
         cells = sum(len(field.cells) for field in answers.fields.values())
@@ -311,11 +315,10 @@ def version(arguments: argparse.Namespace) -> int:
     print(f"python             {platform.python_version()} on {platform.machine()}")
     print(RESEARCH_USE_ONLY)
     config = load_config(arguments.config)
-    slots = model_slots(config)
-    folder = slots.path_in_use
-    models = open_models(config.models.model_copy(update={"folder": folder}))
+    in_use = open_models_in_use(config)
+    models = in_use.models
     print(f"runtime            {models.runtime}, delegate {models.delegate}")
-    print(f"models             {slots.fault or slots.staying_words or folder}")
+    print(f"models             {in_use.fault or in_use.slot_words or in_use.folder}")
     for entry in (models.manifest.detector, models.manifest.classifier):
         print(f"{entry.role:<18} {entry.name} {entry.version}, sha256 {entry.sha256}")
         print(f"{'':<18} {', '.join(entry.classes)}")
@@ -359,13 +362,14 @@ def _print_totals(totals: Mapping[str, int], fields: int, failed: int) -> None:
     print(RESEARCH_USE_ONLY)
 
 
-def _print_crop(classified: Classified, as_json: bool, *, is_only_one: bool) -> None:
+def _print_crop(classified: Classified, models: Models, as_json: bool, *, is_only_one: bool) -> None:
     answer = classified.classification
     probabilities = round_probabilities(answer.probabilities)
     if as_json:
         named = {"class": answer.class_name, "probability": probabilities[answer.class_name]}
         seen = {"cell_probability": round(answer.cell_probability, 4), "morphology": morphology_body(answer.morphology)}
-        _print_json({"source": classified.source, **named, "probabilities": probabilities, **seen})
+        by = {"provenance": models_body(models.detector.identity, models.classifier.identity)}
+        _print_json({"source": classified.source, **named, "probabilities": probabilities, **seen, **by})
     elif is_only_one:
         console.print_table(console.probabilities_table(classified.source, probabilities))
         print(classified.looks or "the model does not describe this cell")

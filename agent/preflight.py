@@ -36,9 +36,9 @@ from agent.errors import (
     ModelError,
     OutboxError,
 )
-from agent.inference.models import open_models
 from agent.inference.selftest import GoldenTest
-from agent.supervisor import import_page, model_slots
+from agent.models_in_use import open_models_in_use
+from agent.supervisor import import_page
 
 FIRST_FRAME_TIMEOUT_S = 20.0
 """s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
@@ -90,17 +90,12 @@ def _try_passwords(config: Config) -> str:
 
 def _try_models(config: Config) -> str:
     """Load both models and ask them the golden fields; opening checks their digests and tensors."""
-    slots = model_slots(config)
-    folder = slots.path_in_use
-    models = open_models(config.models.model_copy(update={"folder": folder}))
-    verdict = GoldenTest(folder).run(models)
+    in_use = open_models_in_use(config)
+    verdict = GoldenTest(in_use.folder).run(in_use.models)
     if not verdict.is_passed:
         raise ModelError(verdict.detail)
-    names = [
-        f"{identity.name} {identity.version}" for identity in (models.detector.identity, models.classifier.identity)
-    ]
-    words = f"{' and '.join(names)} load and run with {models.runtime}; their SHA-256 is the manifest's"
-    return "; ".join(told for told in (words, verdict.detail, slots.fault, slots.staying_words) if told is not None)
+    words = f"{' and '.join(in_use.names)} load and run with {in_use.models.runtime}; their SHA-256 is the manifest's"
+    return "; ".join(told for told in (words, verdict.detail, in_use.fault, in_use.slot_words) if told is not None)
 
 
 def _try_commands(config: Config) -> str:

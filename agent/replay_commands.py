@@ -17,12 +17,11 @@ from agent.config import Config, load_config, state_folder
 from agent.delivery.outbox import open_outbox
 from agent.delivery.topics import Topics, is_part
 from agent.errors import ConfigError, HematoVisionError
-from agent.inference.models import open_models
+from agent.models_in_use import open_models_in_use
 from agent.pictures import PICTURES_FOLDER, PictureStore
 from agent.replaying import Difference, PictureMissing, Pictures, Verdict
 from agent.replaying import replay as analyse_fields
 from agent.report.device import read_messages
-from agent.supervisor import folder_in_use
 
 OK, SOME_FAILED = 0, 1
 
@@ -36,8 +35,9 @@ def replay(arguments: argparse.Namespace) -> int:
     """Fields that were counted, analysed again."""
     config = load_config(arguments.config)
     folder = arguments.folder or state_folder(config.outbox)
-    models = open_models(config.models.model_copy(update={"folder": arguments.models or folder_in_use(config)}))
-    bench = make_bench(config, models)
+    in_use = open_models_in_use(config, arguments.models, state=folder)
+    in_use.tell(as_json=arguments.json)
+    bench = make_bench(config, in_use.models)
     pictures = _pictures(arguments, config, folder)
     verdicts = []
     for verdict in analyse_fields(_messages(arguments, config, folder), pictures.find, bench):
@@ -49,7 +49,13 @@ def replay(arguments: argparse.Namespace) -> int:
     identical = len(verdicts) - len(missing) - len(differing)
     if arguments.json:
         fields = [asdict(one) | {"identical": one.is_identical} for one in verdicts if isinstance(one, Verdict)]
-        told = {"fields": fields, "missing": [str(one) for one in missing], "notice": RESEARCH_USE_ONLY}
+        models = {"folder": str(in_use.folder), **dict(zip(("detector", "classifier"), in_use.names, strict=True))}
+        told = {
+            "models": models,
+            "fields": fields,
+            "missing": [str(one) for one in missing],
+            "notice": RESEARCH_USE_ONLY,
+        }
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:
         words = "identical" if identical == len(verdicts) else "NOT IDENTICAL"

@@ -186,6 +186,46 @@ def test_infer_names_cells_with_the_classifier_that_the_configuration_names(
     assert "these models have no classifier resnet, but" in err
 
 
+@pytest.fixture
+def activated(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A device that counts with the models 9.9, which were activated in slot a: its configuration, those, and the
+    configured ones, 8.8.
+    """
+    configured = put_models(tmp_path / "mine", "8.8")
+    slot = put_models(tmp_path / "models" / "a", "9.9")
+    (tmp_path / "models" / "active.json").write_text('{"slot": "a", "before": "base", "trial_starts": null}')
+    config = tmp_path / "config.yaml"
+    config.write_text(f"outbox: {{folder: {tmp_path}}}\nmodels: {{folder: {configured}}}\n")
+    return config, slot, configured
+
+
+@needs_models
+@pytest.mark.parametrize("command", ["infer", "classify"])
+def test_stored_pictures_are_named_by_the_models_that_the_agent_uses_unless_others_are_named(
+    command: str,
+    fields_folder: Path,
+    activated: tuple[Path, Path, Path],
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    config, slot, configured = activated
+    asked = (command, "--config", config, fields_folder / "field2.png")
+    _, out, err = call(*asked)
+    assert out.startswith(f"models {slot}: yolov10n ")
+    assert " 9.9; " in out.splitlines()[0]
+    assert err == ""
+    _, out, err = call(*asked, "--json")
+    assert json_lines(out)[0]["provenance"]["classifier"]["version"] == "9.9"
+    assert err.startswith(f"hematovision: models {slot}: yolov10n ")
+    assert f"slot a is in use ({slot}), {configured} is not" in err
+    _, out, err = call(*asked, "--json", "--models", configured)
+    assert json_lines(out)[0]["provenance"]["classifier"]["version"] == "8.8"
+    assert err == ""
+    (slot.parent / "active.json").write_text("{")
+    _, out, err = call(*asked, "--json")
+    assert json_lines(out)[0]["provenance"]["classifier"]["version"] == "8.8"
+    assert "active.json: is damaged; which models were activated is not known; the configured ones are used" in err
+
+
 @needs_models
 def test_infer_goes_on_after_what_it_cannot_read_and_ends_with_1(
     fields_folder: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
@@ -331,7 +371,8 @@ def test_classify_names_each_crop(fields_folder: Path, tmp_path: Path, call: Cal
     code, out, err = call("classify", "--json", crop, bad)
     named, failed = json_lines(out)
     assert code == 1
-    assert list(named) == ["source", "class", "probability", "probabilities", "cell_probability", "morphology"]
+    described = ["cell_probability", "morphology", "provenance"]
+    assert list(named) == ["source", "class", "probability", "probabilities", *described]
     assert list(named["probabilities"]) == list(load_manifest(packaged_folder() / "models").classifier.classes)
     assert sum(named["probabilities"].values()) == pytest.approx(1)
     assert named["probability"] == max(named["probabilities"].values()) == named["probabilities"][named["class"]]
@@ -563,19 +604,15 @@ def test_version_names_agent_runtime_and_models_with_their_digests(call: Callabl
 
 @needs_models
 def test_version_names_the_models_that_were_activated_and_how_to_come_back_to_the_configured_ones(
-    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+    call: Callable[..., tuple[int, str, str]], activated: tuple[Path, Path, Path]
 ) -> None:
-    configured = put_models(tmp_path / "mine", "8.8")
-    put_models(tmp_path / "models" / "a", "9.9")
-    (tmp_path / "models" / "active.json").write_text('{"slot": "a", "before": "base", "trial_starts": null}')
-    config = tmp_path / "config.yaml"
-    config.write_text(f"outbox: {{folder: {tmp_path}}}\nmodels: {{folder: {configured}}}\n")
+    config, slot, configured = activated
     code, out, _ = call("version", "--config", config)
     assert code == 0
     assert " 9.9, sha256" in out
     assert " 8.8, sha256" not in out
-    assert f"slot a is in use ({tmp_path / 'models' / 'a'}), {configured} is not; to use it" in out
-    (tmp_path / "models" / "active.json").unlink()
+    assert f"slot a is in use ({slot}), {configured} is not; to use it" in out
+    (slot.parent / "active.json").unlink()
     _, out, _ = call("version", "--config", config)
     assert " 8.8, sha256" in out
     assert "slot" not in out

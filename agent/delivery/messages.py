@@ -459,14 +459,18 @@ def round_probabilities(probabilities: Mapping[str, float]) -> dict[str, float]:
 def _provenance_body(provenance: Provenance) -> Body:
     return {
         "agent": provenance.agent_version,
-        "detector": _model_body(provenance.detector),
-        "classifier": _model_body(provenance.classifier),
+        **models_body(provenance.detector, provenance.classifier),
         "runtime": provenance.runtime,
         "delegate": provenance.delegate,
         "config_sha256": provenance.config_sha256,
         **({} if provenance.software is None else {"software": asdict(provenance.software)}),
         **({} if provenance.thresholds is None else {"thresholds": asdict(provenance.thresholds)}),
     }
+
+
+def models_body(detector: ModelIdentity, classifier: ModelIdentity) -> Body:
+    """Which models named a cell."""
+    return {"detector": _model_body(detector), "classifier": _model_body(classifier)}
 
 
 def _model_body(identity: ModelIdentity) -> Body:
