@@ -25,7 +25,7 @@ from agent.config import (
 from agent.delivery.certificates import read_expiries
 from agent.delivery.link import BrokerLink, Will, open_link
 from agent.delivery.messages import Draft
-from agent.delivery.outbox import DATABASE_NAME, open_outbox
+from agent.delivery.outbox import DATABASE_NAME, FULL_DISK, open_outbox
 from agent.delivery.topics import Topics
 from agent.errors import (
     BrokerRefused,
@@ -36,6 +36,7 @@ from agent.errors import (
     ModelError,
     OutboxError,
 )
+from agent.files import NO_ROOM
 from agent.inference.selftest import GoldenTest
 from agent.models_in_use import open_models_in_use
 from agent.supervisor import import_page
@@ -207,6 +208,8 @@ def _try_outbox(config: Config) -> str:
         ):
             outbox.append([Draft("event", "check", {"schema": "check"})])
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise OutboxError(f"{folder}: cannot be written: {FULL_DISK}") from error
         raise OutboxError(
             f"{folder}: cannot be made or written: {place} says: {error.strerror}; mend its rights or set outbox.folder"
         ) from error

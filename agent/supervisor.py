@@ -45,6 +45,7 @@ from agent.delivery.publisher import Publisher
 from agent.delivery.topics import Topics
 from agent.desk import Desk, Done, Instruments
 from agent.errors import CameraError, ConfigError, OutboxError
+from agent.files import has_room
 from agent.health import Health
 from agent.inference.models import Models
 from agent.inference.slots import ModelSlots
@@ -83,11 +84,17 @@ FRAME_IN_HAND_S = 10.0
 CAMERA_CLOSES_S = 2.0
 """s; a camera that does not let go within this is left to the end of the process."""
 
+START_FILES = 4
+"""The boot counter, the outbox, its write-ahead log and its index are written anew by a start."""
+
 MOST_COMMANDS_WAITING = 64
 """Persons send one; a program that sends more than this at once is told to wait."""
 
 WORK_KEY = "audit/work"
 """Note: the agent, configuration and models of the last start."""
+
+PICTURES_FROM_KEY = "pictures/from"
+"""Note: the directory from which all stored pictures that are done with were taken."""
 
 
 def run_agent(config: Config, reread: Callable[[], Config] | None = None) -> int:
@@ -238,16 +245,27 @@ def open_pictures(config: Config, folder: Path) -> PictureStore | None:
 def make_room_to_start(folder: Path) -> None:
     """On a disk that somebody else has filled, let our own pictures go until the outbox can be opened.
 
-    Whole fields before the cells that a person should look at. Where that does not suffice, the opening says so.
+    Full is a disk without space, without files (inodes) or with a quota used up. Whole fields go before the cells that
+    a person should look at. Where that does not suffice, the opening says so.
     """
-    free_bytes = read_disk_free(folder)
-    if free_bytes is None or free_bytes >= START_ROOM_BYTES:
-        return  # nearly always: to know which pictures are old means to look at all of them
-    with contextlib.suppress(OSError):  # a disk that lets nothing go tells more at the opening
+    with contextlib.suppress(OSError):  # a disk that takes or lets go nothing tells more at the opening
+        want = start_want(folder)
+        if want is None:
+            return  # nearly always: to know which pictures are old means to look at all of them
         pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
-        while free_bytes is not None and free_bytes < START_ROOM_BYTES and (pictures.let_go() or crops.let_go()):
-            logger.warning("the disk has %.1f MB left: the oldest pictures are let go", free_bytes / 2**20)
-            free_bytes = read_disk_free(folder)
+        while want is not None and (pictures.let_go() or crops.let_go()):
+            logger.warning("%s: the oldest pictures are let go", want)
+            want = start_want(folder)
+
+
+def start_want(folder: Path) -> str | None:
+    """What the disk lacks for a start, in words; None = it has room. Raises OSError where it cannot be tried."""
+    free_bytes = read_disk_free(folder)
+    if free_bytes is not None and free_bytes < START_ROOM_BYTES:
+        return f"the disk has {free_bytes / 2**20:.1f} MB left"
+    if not has_room(folder, START_ROOM_BYTES, START_FILES):
+        return "the disk has free bytes and yet takes no more: its files (inodes) or a quota are used up"
+    return None
 
 
 def folder_in_use(config: Config) -> Path:
@@ -407,10 +425,11 @@ def open_unfinished(section: CameraSection, open_outbox_here: Callable[[], Outbo
     """The camera, told which stored pictures are done with at this moment; on the camera's own thread."""
     try:
         with open_outbox_here() as outbox:
-            done = outbox.finished_keys()
+            done, noted = outbox.finished_keys(), outbox.note(PICTURES_FROM_KEY)
     except OutboxError as error:
         raise CameraError(f"which pictures are done with cannot be looked up: {error}") from error
-    return open_camera(section, done=done, forget=partial(forget_finished, open_outbox_here))
+    forget, note = partial(forget_finished, open_outbox_here), partial(note_pictures_from, open_outbox_here)
+    return open_camera(section, done=done, forget=forget, noted=noted, note=note)
 
 
 def forget_finished(open_outbox_here: Callable[[], Outbox], keys: Sequence[str]) -> None:
@@ -420,6 +439,15 @@ def forget_finished(open_outbox_here: Callable[[], Outbox], keys: Sequence[str])
             outbox.forget_finished(keys)
     except OutboxError as error:
         logger.debug("deleted pictures stay noted: %s", error)
+
+
+def note_pictures_from(open_outbox_here: Callable[[], Outbox], place: str) -> None:
+    """Remember from where all stored pictures that are done with were taken. Raises CameraError: it cannot be noted."""
+    try:
+        with open_outbox_here() as outbox:
+            outbox.append((), notes={PICTURES_FROM_KEY: place})
+    except OutboxError as error:
+        raise CameraError(f"from where pictures are taken cannot be noted: {error}") from error
 
 
 def drain(outbox: Outbox, publisher: Publisher, watch: Watch, stop: StopSignal) -> None:

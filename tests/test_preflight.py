@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_an_outbox_folder_that_is_not_there_yet_passes_and_is_not_made(tmp_path:
     found = check("outbox", "outbox: {folder: a/b/state, min_free_mb: 0}", tmp_path)
     assert found.is_passed, found.words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_files_left_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "state").mkdir()
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    found = check("outbox", "outbox: {folder: state}", tmp_path)
+    assert not found.is_passed
+    assert f"{tmp_path / 'state'}: cannot be written: the disk is full; free space there, or files" in found.words
 
 
 def test_an_outbox_below_a_file_fails(tmp_path: Path):

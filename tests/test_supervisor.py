@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from contextlib import closing
@@ -15,16 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from agent import supervisor
 from agent.camera.camera import NOTHING_YET
 from agent.config import CameraSection, Config, models_folder
 from agent.delivery.outbox import START_ROOM_BYTES, begin_boot, open_outbox, read_boot
-from agent.domain import AgentState, SampleState
+from agent.domain import AgentState, Frame, SampleState
 from agent.errors import ConfigError, ModelError, OutboxError
 from agent.signals import StopSignal
-from agent.supervisor import THREAD_DIED, make_room_to_start, open_unfinished, run_agent
+from agent.supervisor import START_FILES, THREAD_DIED, make_room_to_start, open_unfinished, run_agent
 from tests.brokers import free_port
 from tests.model_folders import put_models
 from tests.slides import small_slide
@@ -108,6 +113,94 @@ def test_a_start_with_room_lets_nothing_go(tmp_path: Path, monkeypatch: pytest.M
     assert picture.exists()
 
 
+@pytest.fixture
+def few_files(tmp_path: Path) -> Iterator[Path]:
+    """A disk with much space and room for 60 files."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "few-files"
+    folder.mkdir()
+    options = "size=64m,nr_inodes=60"
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mount.returncode != 0:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def use_up_files(folder: Path) -> None:
+    """Somebody else's files, until the disk takes no more."""
+    folder.mkdir()
+    with contextlib.suppress(OSError):
+        for number in range(1000):
+            (folder / f"{number}").touch()
+        pytest.fail("the disk takes any number of files")
+
+
+def test_on_a_disk_without_files_left_a_start_lets_so_many_pictures_go_as_it_needs_files(few_files: Path) -> None:
+    state = few_files / "state"
+    pictures = [state / "pictures" / f"{number}.png" for number in range(10)]
+    pictures[0].parent.mkdir(parents=True)
+    for age_s, path in enumerate(reversed(pictures)):
+        path.touch()
+        os.utime(path, (TODAY.timestamp() - age_s,) * 2)
+    begin_boot(state)
+    use_up_files(few_files / "others")
+    with pytest.raises(OutboxError, match="the disk is full; free space there, or files or quota"):
+        begin_boot(state)
+    make_room_to_start(state)
+    assert [path.exists() for path in pictures] == [False] * START_FILES + [True] * (10 - START_FILES)
+    assert begin_boot(state) == 2
+    with open_outbox(state, min_free_mb=0) as outbox:
+        outbox.append([Draft("event", "check", {"schema": "check"})])
+    assert sorted(path.name for path in state.glob(".*")) == []
+
+
+def test_on_a_disk_without_files_left_the_cells_of_the_review_go_too_and_what_is_not_ours_stays(
+    few_files: Path,
+) -> None:
+    state = few_files / "state"
+    crop = state / "crops" / "s-1" / "s-1-7.jpg"
+    crop.parent.mkdir(parents=True)
+    crop.touch()
+    use_up_files(few_files / "others")
+    others = len(list((few_files / "others").iterdir()))
+    make_room_to_start(state)
+    assert not crop.exists()
+    assert len(list((few_files / "others").iterdir())) == others
+
+
+def test_a_quota_that_is_used_up_is_room_wanting_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "pictures" / "1.png"
+    picture.parent.mkdir()
+    picture.touch()
+
+    def refuse(_handle: int, _offset: int, _size: int) -> None:
+        if picture.exists():
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    make_room_to_start(tmp_path)
+    assert not picture.exists()
+
+
+def test_a_disk_that_is_read_only_costs_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "pictures" / "1.png"
+    picture.parent.mkdir()
+    picture.touch()
+
+    def refuse(_handle: int, _offset: int, _size: int) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    make_room_to_start(tmp_path)
+    assert picture.exists()
+
+
 @needs_models
 @pytest.mark.usefixtures("no_thread_left", "impatient")
 def test_the_agent_makes_room_before_it_counts_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +214,32 @@ def test_the_agent_makes_room_before_it_counts_its_start(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(supervisor, "begin_boot", begin_on_a_full_disk)
     assert run_agent(make_config(tmp_path)) == 0
+
+
+# ------------------------------------------------------------------------------------------- pictures that were deleted
+
+
+def test_pictures_that_were_deleted_between_two_runs_leave_the_outbox_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.camera.replay.directory_identity", lambda folder: f"test {folder.stat().st_ino}")
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(watched / name), np.full((48, 64, 3), 120, np.uint8))
+    section = CameraSection.model_validate(
+        {"kind": "folder", "folder": {"path": watched, "watch": True, "settle_s": 0}}
+    )
+    begin_boot(tmp_path)
+    open_here = partial(open_outbox, tmp_path, min_free_mb=0, verify=False)
+    for _ in range(2):
+        with closing(supervisor.open_unfinished(section, open_here)) as camera, open_here() as outbox:
+            for _ in range(4):
+                if isinstance(frame := camera.read(), Frame):
+                    outbox.append((), finished_keys=[frame.origin_key or ""])
+            left = outbox.finished_keys()
+        (watched / "a.png").unlink(missing_ok=True)
+    assert [key.partition("|")[0] for key in left] == ["b.png"]
 
 
 # ---------------------------------------------------------------------- whose pictures a sample takes

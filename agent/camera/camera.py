@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Final, Literal, Protocol
@@ -129,21 +129,24 @@ def make_frame(
 def open_camera(
     section: CameraSection,
     *,
-    done: Container[str] = (),
+    done: Collection[str] = (),
     clocks: Clocks = SYSTEM_CLOCKS,
     forget: Callable[[Sequence[str]], None] = lambda _keys: None,
+    noted: str | None = None,
+    note: Callable[[str], None] = lambda _place: None,
 ) -> Camera:
     """The camera that the configuration names, opened. Raises CameraError where that fails.
 
     done: origin keys of stored pictures that are finished; these are skipped. It is asked again for each picture, so
     a set that grows meanwhile is fine. forget: told, while the camera is read, of which pictures nobody need know any
-    more that they are finished: they were deleted for good.
+    more that they are finished: they were deleted for good. note: told where they lie, before the first is taken, or
+    raises CameraError; noted: what it was told the last time.
     """
     # Imported here: a folder needs no camera libraries, and a source that cannot be imported must not stop the others.
     if section.kind == "folder":
         from agent.camera.replay import open_folder
 
-        return open_folder(section, done=done, clocks=clocks, forget=forget)
+        return open_folder(section, done=done, clocks=clocks, forget=forget, noted=noted, note=note)
     if section.kind == "video":
         from agent.camera.replay import open_video
 

@@ -3,7 +3,7 @@
 A picture that is merely out of reach (a disk not mounted, a share that is away, rights that were taken) comes back and
 must not be counted again. So a deletion counts only when it was watched: the picture was listed, and then for
 FORGET_AFTER_S was not, in one and the same folder, looked at without a long pause, and its name is free at the end.
-What goes while nobody looks is remembered for ever.
+Of what went while the agent was off `absences` decides.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Deletions:
         for key in due:
             del self._missing[key]
         written_anew = set(listed.values())
-        return [key for key, path in due.items() if path in written_anew or _is_free(path)]
+        return [key for key, path in due.items() if path in written_anew or is_free(path)]
 
     def _is_continued(self, listed: Mapping[str, Path], folder: tuple[int, int], now_ns: int) -> bool:
         if folder != self._folder:
@@ -62,11 +62,12 @@ class Deletions:
         return now_ns - self._looked_ns <= LONGEST_PAUSE_S * 1e9 or not self._listed.keys().isdisjoint(listed)
 
 
-def _is_free(path: Path) -> bool:
+def is_free(path: Path) -> bool:
+    """Whether nothing has this name; False where nobody knows."""
     try:
         os.lstat(path)
     except FileNotFoundError:
         return True
     except OSError:
-        return False  # nobody knows
+        return False
     return False

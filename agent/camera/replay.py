@@ -16,13 +16,14 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 import cv2
 
+from agent.camera.absences import Absences
 from agent.camera.camera import NOTHING_YET, POLL_S, SYSTEM_CLOCKS, Clocks, NothingYet, make_frame
 from agent.camera.decoding import decode_bytes, describe_os_error, read_content
 from agent.camera.deletions import Deletions
@@ -30,6 +31,7 @@ from agent.camera.opencv import captured_pixels, check_capture_size, quiet_openc
 from agent.config import CameraSection
 from agent.domain import Frame
 from agent.errors import CameraError, FrameUnreadable
+from agent.files import directory_identity
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,13 @@ class _PictureFolder:
             raise CameraError(f"{printable(self.path)}: {_describe_folder_error(error)}") from error
         return status.st_dev, status.st_ino
 
+    def identity(self) -> str | None:
+        """What names the folder itself after restarts too; None = nothing does."""
+        try:
+            return directory_identity(self.path)
+        except OSError:
+            return None  # it has just gone: the next look says so
+
     def read(self, file: _PictureFile) -> Frame:
         """A frame of one file.
 
@@ -218,7 +227,7 @@ class WatchedFolderCamera:
     A file is taken when its size and time have not changed for `settle_s`, measured by looking twice with the
     monotonic clock: a file's date comes from the clock of the machine that wrote it. Looking again and again works on
     network shares too, where the kernel sends no notes about changes. forget: told the origin keys of files that were
-    deleted for good.
+    deleted for good. noted, note: of `Absences`.
     """
 
     is_live: Final = False
@@ -227,10 +236,12 @@ class WatchedFolderCamera:
         self,
         folder: _PictureFolder,
         settle_s: float,
-        done: Container[str],
+        done: Collection[str],
         monotonic_ns: Callable[[], int],
         sleep: Callable[[float], object],
         forget: Callable[[Sequence[str]], None],
+        noted: str | None,
+        note: Callable[[str], None],
     ) -> None:
         self.description = f"watched folder {printable(folder.path)}"
         self._folder = folder
@@ -243,6 +254,7 @@ class WatchedFolderCamera:
         self._settling: dict[Path, tuple[_PictureFile, int]] = {}
         self._forget = forget
         self._deletions = Deletions()
+        self._absences = Absences(folder.path, folder.identity, done, noted, note)
         # What this opening has handed out, by path; of files that were deleted for good nothing is kept.
         self._taken: dict[Path, str] = {}
         # What the disk or the rights refused; tried again when the file changes in any way, its rights included.
@@ -255,6 +267,7 @@ class WatchedFolderCamera:
             file = self._waiting.popleft()
             if self._is_known(file) or self._folder.look_at(file.path) != file:
                 continue  # the next look sees what has become of it
+            self._absences.before_taking(file.device)
             self._taken[file.path] = file.origin_key
             try:
                 return self._folder.read(file)
@@ -297,6 +310,10 @@ class WatchedFolderCamera:
     def _forget_deleted(self, listed: Iterable[_PictureFile], place: tuple[int, int], now_ns: int) -> None:
         there = {file.origin_key: file.path for file in listed if file.device == place[0]}
         deleted = self._deletions.follow(there, place, now_ns)
+        gone_before = self._absences.look(there, place[0], self._taken, now_ns)
+        if gone_before:
+            log.info("%d pictures that were deleted while the agent was off are forgotten", len(gone_before))
+            self._forget(gone_before)
         if deleted:
             gone = frozenset(deleted)
             self._taken = {path: key for path, key in self._taken.items() if key not in gone}
@@ -314,10 +331,12 @@ class WatchedFolderCamera:
 def open_folder(
     section: CameraSection,
     *,
-    done: Container[str] = (),
+    done: Collection[str] = (),
     clocks: Clocks = SYSTEM_CLOCKS,
     sleep: Callable[[float], object] = time.sleep,
     forget: Callable[[Sequence[str]], None] = lambda _keys: None,
+    noted: str | None = None,
+    note: Callable[[str], None] = lambda _place: None,
 ) -> FolderCamera | WatchedFolderCamera:
     """The folder of the configuration, once or watched.
 
@@ -327,7 +346,9 @@ def open_folder(
     folder = _PictureFolder(section, clocks)
     if section.folder.watch:
         folder.check()
-        return WatchedFolderCamera(folder, section.folder.settle_s, done, clocks.monotonic_ns, sleep, forget)
+        return WatchedFolderCamera(
+            folder, section.folder.settle_s, done, clocks.monotonic_ns, sleep, forget, noted, note
+        )
     files = folder.look()
     if not files:
         where = "in this folder and its sub-folders" if section.folder.recursive else "in this folder"

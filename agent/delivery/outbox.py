@@ -86,7 +86,10 @@ LEAST_FREE_BYTES = 2 * 1024 * 1024
 START_ROOM_BYTES = LEAST_FREE_BYTES + WAL_LIMIT_BYTES
 """Free on the disk, a start works: the boot counter, the write-ahead log and its index are written anew."""
 
-FULL_DISK = f"the disk is full; free space there, for a start of the agent {START_ROOM_BYTES / 2**20:g} MB"
+FULL_DISK = (
+    "the disk is full; free space there, or files or quota where those are used up: "
+    f"a start of the agent needs {START_ROOM_BYTES / 2**20:g} MB"
+)
 
 VACUUM_ABOVE_PAGES = 1024
 VACUUM_STEP_PAGES = 256
