@@ -45,6 +45,7 @@ from agent.offline import (
     analyse_pictures,
     classify_pictures,
     find_pictures,
+    refuse_to_overwrite,
 )
 from agent.preflight import run_checks
 from agent.supervisor import run_agent
@@ -68,10 +69,12 @@ def infer(arguments: argparse.Namespace) -> int:
     if arguments.min_score is not None:
         section = config.models.model_copy(update={"min_score": arguments.min_score})
         config = config.model_copy(update={"models": section})
+    pictures = find_pictures(arguments.paths)
+    if arguments.save_annotated is not None:
+        refuse_to_overwrite(arguments.save_annotated, pictures)
     in_use = open_models_in_use(config, arguments.models)
     in_use.tell(as_json=arguments.json)
     models = in_use.models
-    pictures = find_pictures(arguments.paths)
     album = _album(arguments.save_annotated, models)
     totals: Counter[str] = Counter()
     failed = 0

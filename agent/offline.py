@@ -22,7 +22,7 @@ from agent.camera.replay import PICTURE_SUFFIXES, list_pictures, printable
 from agent.config import Config
 from agent.delivery.messages import Body, field_body, stamp
 from agent.domain import Classification, FieldResult, Pixels, SampleState
-from agent.errors import CameraError, FrameUnreadable, HematoVisionError
+from agent.errors import CameraError, ConfigError, FrameUnreadable, HematoVisionError
 from agent.inference.models import Models
 from agent.machine import read_clock
 from agent.pipeline import Stopwatch, add_field, analyse_frame
@@ -149,6 +149,18 @@ def classify_pictures(
             continue
         answer = models.name_central_cell(preprocess(pixels_bgr, config.preprocessing), config.models.min_score)
         yield Classified(picture.source, answer, models.describe(answer))
+
+
+def refuse_to_overwrite(folder: Path, pictures: Iterable[Picture | Unread]) -> None:
+    """Annotated pictures must not replace those that they were made from, nor be analysed the next time.
+
+    Raises ConfigError where one of the pictures lies in the folder for annotated ones, or below it.
+    """
+    place = folder.resolve()
+    for picture in pictures:
+        if isinstance(picture, Picture) and place in picture.path.resolve().parents:
+            fault = f"{picture.source} lies in it, and could be overwritten; name a folder without pictures to analyse"
+            raise ConfigError(f"--save-annotated {folder}", (fault,))
 
 
 class Album:

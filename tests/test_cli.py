@@ -290,6 +290,17 @@ def test_annotated_pictures_are_saved_under_their_names_and_do_not_overwrite_eac
     assert picture.shape[0] > 480
 
 
+@pytest.mark.parametrize(("asked", "place"), [("field2.png", "."), (".", "sub"), ("sub/../field2.png", "sub/..")])
+def test_annotated_pictures_never_go_where_a_picture_that_is_analysed_lies(
+    asked: str, place: str, fields_folder: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in fields_folder.rglob("*")}
+    code, out, err = call("infer", fields_folder / asked, "--save-annotated", fields_folder / place)
+    assert (code, out) == (2, "")
+    assert "lies in it, and could be overwritten; name a folder without pictures to analyse" in err
+    assert {path: path.stat().st_mtime_ns for path in fields_folder.rglob("*")} == before
+
+
 @needs_models
 def test_a_place_that_takes_no_annotated_pictures_is_exit_code_5(
     fields_folder: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
