@@ -101,13 +101,20 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         sink = unfinished.open("wb")
     except OSError as error:
-        raise ConfigError(f"--output {path}", (f"cannot be written: {error.strerror}",)) from error
+        raise _cannot_write(path, error) from error
     try:
         with sink:
             yield sink
-        unfinished.replace(path)
+        try:
+            unfinished.replace(path)
+        except OSError as error:  # a folder has this name
+            raise _cannot_write(path, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--output {path}", (f"cannot be written: {error.strerror}",))
 
 
 def write_durably(path: Path, content: bytes) -> None:

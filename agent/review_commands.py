@@ -123,7 +123,10 @@ def _export(arguments: argparse.Namespace) -> int:
         print(f"{count:>6}  {target / name}")
     for words, count in told.items():
         print(f"{count:>6}  {words}")
-    print(f"{sum(written.values())} crops. Next: python -m models.finetune {target} --output NEW. {RESEARCH_USE_ONLY}")
+    further = (
+        f"Next: python -m models.finetune {target} --output NEW" if written else "`review answer` names cells first"
+    )
+    print(f"{sum(written.values())} crops. {further}. {RESEARCH_USE_ONLY}")
     return OK if written else SOME_FAILED
 
 

@@ -259,9 +259,11 @@ def test_answered_crops_are_exported_in_class_folders(
     outbox: Outbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = count_two_fields(outbox, name(0.55, 0.45))
+    target = tmp_path / "crops-for-training"
+    assert run("review", "export", str(target), "--config", make_config(tmp_path)) == 1
+    assert "0 crops. `review answer` names cells first." in capsys.readouterr().out
     amend(place, "t-1", "s-1-1", "lobed")
     amend(place, "t-2", "s-1-3", "artefact")
-    target = tmp_path / "crops-for-training"
     assert run("review", "export", str(target), "--config", make_config(tmp_path)) == 0
     assert exported(target) == ["lobed/dev-s-1-1.jpg", "no-cell/dev-s-1-3.jpg"]
     assert "2 crops" in capsys.readouterr().out

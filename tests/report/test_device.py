@@ -89,6 +89,10 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, outbox: Outbox, capsys: 
     assert run("report", "s-9", "--config", config) == 1
     assert run("report", "../s-1", "--config", config) == 2
     assert run("report", "s-1", "--output", str(tmp_path / "no" / "file.html"), "--config", config) == 2
+    (tmp_path / "folder").mkdir()
+    assert run("report", "s-1", "--output", str(tmp_path / "folder"), "--config", config) == 2
+    assert not list(tmp_path.glob(".*"))
     errors = capsys.readouterr().err
     assert "no differential of sample s-9" in errors
-    assert "--output" in errors
+    assert f"--output {tmp_path / 'no' / 'file.html'}: 1 fault\n  cannot be written: No such file" in errors
+    assert f"--output {tmp_path / 'folder'}: 1 fault\n  cannot be written: Is a directory" in errors
