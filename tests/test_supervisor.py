@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timezone
 from functools import partial
@@ -25,6 +26,7 @@ import pytest
 from agent import supervisor
 from agent.camera.camera import NOTHING_YET
 from agent.config import CameraSection, Config, models_folder
+from agent.delivery.messages import Draft
 from agent.delivery.outbox import START_ROOM_BYTES, begin_boot, open_outbox, read_boot
 from agent.domain import AgentState, Frame, SampleState
 from agent.errors import ConfigError, ModelError, OutboxError
