@@ -171,7 +171,7 @@ def test_on_a_short_disk_all_pictures_go_before_a_result_waits(outbox: Outbox, m
         seen.append(tuple(len(list(folder.iterdir())) for folder in folders))
         return 0 if sum(seen[-1]) else 2**30
 
-    monkeypatch.setattr("agent.delivery.outbox._disk_free_bytes", free_bytes)
+    monkeypatch.setattr("agent.delivery.outbox.room.disk_free_bytes", free_bytes)
     place.do("start", "c", sample="s-2")
     assert list(dict.fromkeys(seen)) == [(2, 2), (1, 2), (0, 2), (0, 0)]
     assert len(kept(outbox)) > 0  # the entries stay

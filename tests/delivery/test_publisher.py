@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -995,7 +996,8 @@ def test_a_row_that_the_disk_has_changed_is_not_sent(bench: Bench, mosquitto: An
     broker = mosquitto()
     ears = subscriber(broker)
     bench.append(3)
-    bench.outbox._connection.execute("UPDATE rows SET payload = x'7b7d' WHERE seq = 2")
+    with contextlib.closing(sqlite3.connect(bench.outbox.path, isolation_level=None)) as disk:
+        disk.execute("UPDATE rows SET payload = x'7b7d' WHERE seq = 2")
     bench.start(broker)
     heard = ears.wait_for(lambda messages: any(heard.kind == "event" for heard in messages))
     assert frames(heard) == [1, 3]

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import agent.delivery.outbox as outbox_module
 from agent.delivery.messages import Draft
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
+from agent.delivery.outbox import file as outbox_file
 from agent.domain import SampleState
 from tests.proofs import disk_shim
 from tests.proofs.proving import add_minutes, faults_in_words, prove
@@ -78,7 +78,7 @@ def work(folder: Path, label: str, nth: int) -> None:
     begin_boot(folder)
     reach("after-boot")
     inside = [""]
-    original: Callable[..., Any] = outbox_module._transaction
+    original: Callable[..., Any] = outbox_file.transaction
 
     @contextmanager
     def transaction(connection: Any) -> Iterator[Any]:
@@ -89,7 +89,7 @@ def work(folder: Path, label: str, nth: int) -> None:
         if inside[0] == "commit":
             reach("after-commit")
 
-    outbox_module._transaction = transaction  # type: ignore[assignment]
+    outbox_file.transaction = transaction  # type: ignore[assignment]
     with open_outbox(folder, device="scope", min_free_mb=0, keep_mb=0.1, keep_hours=1) as outbox:
         reach("opened")
         rng = random.Random(outbox.boot)

@@ -35,7 +35,8 @@ import psutil
 import yaml
 from paho.mqtt import publish
 
-from agent.delivery.outbox import STREAMS, open_outbox
+from agent.delivery.outbox import open_outbox
+from agent.delivery.outbox.rows import STREAMS
 from agent.delivery.topics import Topics
 from agent.errors import OutboxError
 from tests.brokers import Broker, NotInstalled, make_mosquitto

@@ -47,7 +47,8 @@ from paho.mqtt.properties import Properties
 
 from agent.config import BrokerSection, DeliverySection
 from agent.delivery.messages import Draft, field_drafts
-from agent.delivery.outbox import WAL_LIMIT_BYTES, Outbox, begin_boot, open_outbox
+from agent.delivery.outbox import Outbox, begin_boot, open_outbox
+from agent.delivery.outbox.file import WAL_LIMIT_BYTES
 from agent.delivery.publisher import Publisher
 from agent.delivery.topics import Topics
 from agent.domain import (

@@ -1,4 +1,4 @@
-"""Reads what can be read of a damaged outbox file, without SQLite: page by page, rows by their checksum.
+"""What can be read of a damaged file without SQLite: page by page, rows known by their checksum.
 
 A row is believed only when its checksum over topic and payload is right, so nothing that the disk has changed comes
 back as a result. Pages that were given up are read too: a row that had left may come back, which only sends it twice.
@@ -9,11 +9,12 @@ The format: sqlite.org/fileformat2.html, sections 1.6 (b-tree pages), 2.1 (recor
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from agent.delivery.outbox.rows import ASKED, KEPT, WAITING, NumberedRow, checksum
 
 PAGE_BYTES = 4096
 """SQLite's default since 2016, and ours."""
@@ -29,19 +30,11 @@ COLUMNS_OF_A_ROW = range(8, 13)
 
 
 @dataclass(frozen=True, slots=True)
-class FoundRow:
+class FoundRow(NumberedRow):
     """A row whose checksum is right. reason, rejected_at: of a dead letter, else empty."""
 
     row_id: int
-    stream: str
-    boot: int
-    seq: int
-    topic: str
-    captured_monotonic_ns: int
-    appended_unix_s: float
-    payload: bytes
-    crc32: int
-    state: int = 0
+    state: int = WAITING
     reason: str = ""
     rejected_at: str = ""
 
@@ -205,15 +198,16 @@ def _row(row_id: int, record: bytes) -> FoundRow | None:
         return None
     if not (isinstance(boot, int) and isinstance(seq, int) and isinstance(captured_ns, int)):
         return None
-    if not isinstance(appended_s, (int, float)) or zlib.crc32(payload, zlib.crc32(topic.encode())) != crc32:
+    if not isinstance(appended_s, (int, float)) or checksum(topic, payload) != crc32:
         return None
-    state, reason, rejected_at = 0, "", ""
+    state, reason, rejected_at = WAITING, "", ""
     if len(rest) >= 2 and isinstance(rest[0], str) and isinstance(rest[1], str):
         reason, rejected_at = rest[0], rest[1]
-    elif rest and rest[0] in (1, 2):
-        state = 1
+    elif rest and rest[0] in (KEPT, ASKED):
+        state = KEPT
     return FoundRow(
-        row_id, stream, boot, seq, topic, captured_ns, float(appended_s), payload, crc32, state, reason, rejected_at
+        *(stream, boot, seq, topic, captured_ns, float(appended_s), payload, crc32),
+        *(row_id, state, reason, rejected_at),
     )
 
 
@@ -252,7 +246,6 @@ def _values(record: bytes) -> list[object]:
 
 
 def _double(eight: bytes) -> float:
-
     return float(struct.unpack(">d", eight)[0]) if len(eight) == 8 else 0.0
 
 
