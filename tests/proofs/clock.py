@@ -149,8 +149,8 @@ def wait_for_fields(folder: Path, more: int) -> None:
 def count(folder: Path, query: str) -> int:
     """A number from the agent's outbox; 0 while it is not there yet."""
     try:
-        with open_outbox(folder / "outbox", verify=False, create=False) as outbox:
-            return int(outbox._value(query) or 0)
+        with open_outbox(folder / "outbox", verify=False, create=False) as outbox, outbox.file.reading() as connection:
+            return int((connection.execute(query).fetchone() or (0,))[0] or 0)
     except OutboxError:
         return 0
 

@@ -281,7 +281,7 @@ def open_here(folder: Path, start: int, *, verify: bool) -> Outbox:
     outbox = open_outbox(
         folder, device="dev", min_free_mb=0, keep_mb=keep_mb, keep_hours=1, verify=verify, mounts_file=Path("/none")
     )
-    with outbox._file.reading() as connection:
+    with outbox.file.reading() as connection:
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
     return outbox
 

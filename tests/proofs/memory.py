@@ -36,7 +36,7 @@ import yaml
 from paho.mqtt import publish
 
 from agent.delivery.outbox import open_outbox
-from agent.delivery.outbox.rows import STREAMS
+from agent.delivery.outbox.queue import last_number
 from agent.delivery.topics import Topics
 from agent.errors import OutboxError
 from tests.brokers import Broker, NotInstalled, make_mosquitto
@@ -240,8 +240,9 @@ def cause_fault(chance: random.Random, broker: Broker, relay: Relay) -> str:
 def count(folder: Path) -> tuple[int, int, int]:
     """Fields numbered so far, samples that were reported, and messages that wait. Raises OutboxError."""
     with open_outbox(folder, verify=False, create=False) as outbox:
-        last = {name: outbox._value(f"SELECT last_seq FROM streams WHERE stream = '{name}'") for name in STREAMS}
-        return int(last["field"] or 0), int(last["differential"] or 0), outbox.depth()
+        with outbox.file.reading() as connection:
+            fields, samples = (last_number(connection, stream) or 0 for stream in ("field", "differential"))
+        return fields, samples, outbox.depth()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

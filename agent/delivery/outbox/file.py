@@ -1,7 +1,7 @@
 """The file under the outbox: its transactions, its size, and its failures in the words of the house.
 
-All of this package that speaks to SQLite does so through the connection of an `OutboxFile`, inside one of its blocks:
-`reading`, `writing` (all or nothing, on the disk when it ends) or `leaving` (all or nothing, on the disk soon).
+Of an outbox that is open SQLite is asked inside one of three blocks: `OutboxFile.reading`, `writing` (all or nothing,
+on the disk when it ends) or `leaving` (all or nothing, on the disk with the next `writing` at the latest).
 """
 
 from __future__ import annotations

@@ -129,13 +129,13 @@ class History:
             "ORDER BY row_id LIMIT ?",
             (PRUNE_STEP_ROWS,),
         ).fetchall()
-        leaving = []
+        too_much = []
         for row_id, payload_bytes, *times in oldest:
             if kept_bytes <= self._keep_bytes and not self._is_too_old(*times):
                 break
-            leaving.append((row_id, payload_bytes))
+            too_much.append((row_id, payload_bytes))
             kept_bytes -= payload_bytes
-        self._forget(leaving)
+        self._forget(too_much)
 
     def drop_some(self) -> bool:
         """Some of the oldest, for room; False = there is none."""

@@ -1,8 +1,7 @@
 """The `Outbox` itself: what is one transaction, and what may be asked.
 
-Each method opens one block of the file (`reading`, `writing` or `leaving`) and calls the part that knows the
-statements: `queue` (rows that wait), `leaving` (confirmed rows), `dead_letters`, `words` (all that is not a row) and
-`room`.
+Each method opens a block of the file (`reading`, `writing` or `leaving`) and calls the part that knows the statements:
+`queue` (rows that wait), `leaving` (rows that are confirmed), `dead_letters`, `words` (all that is no row), `room`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ MOST_DOCUMENTS = 1000
 class Outbox:
     """One thread's way to the outbox; made by `open_outbox`.
 
-    boot: the boot that new ids carry. salvage: what opening made of a damaged file; None = it was whole.
+    boot: the boot that new ids carry. salvage: what opening made of a damaged file; None = it was whole. file: the
+    connection, for a question that no method answers.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Outbox:
         self.device = device
         self.boot = clocks.boot
         self.salvage = salvage
-        self._file = file
+        self.file = file
         self._clocks = clocks
         self._history = history
         self._room = room
@@ -70,7 +70,7 @@ class Outbox:
 
     def close(self) -> None:
         """Close the connection; the last one to close also empties the write-ahead log."""
-        self._file.close()
+        self.file.close()
 
     def spare(self, let_go: Callable[[], bool]) -> None:
         """What is worth less than all that is here, and goes first when the disk is short.
@@ -176,7 +176,7 @@ class Outbox:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         untold = self._untold
         try:
-            with self._file.writing() as connection:
+            with self.file.writing() as connection:
                 yield connection
         except BaseException:
             self._untold = untold  # the event about it is not stored either
@@ -186,17 +186,17 @@ class Outbox:
 
     def pending(self, after_row: int, limit: int, without: Sequence[str] = ()) -> list[Row]:
         """The next rows to send, in order; after_row: 0, or the last row id that was taken. without: streams."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return queue.rows_in_state(connection, WAITING, after_row, limit, without)
 
     def depth(self) -> int:
         """How many rows wait."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return queue.depth(connection)
 
     def oldest_age_s(self) -> float | None:
         """s; how long the first row has waited; None when nothing waits. After a restart by the wall clock."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return queue.oldest_age_s(connection, self._clocks)
 
     def of_topic(self, stream: str, topic: str, after_row: int = 0) -> Iterator[Row]:
@@ -205,7 +205,7 @@ class Outbox:
         after_row: only those behind this one.
         """
         while True:
-            with self._file.reading() as connection:
+            with self.file.reading() as connection:
                 rows = queue.rows_of_topic(connection, stream, topic, after_row, PORTION_ROWS)
             if not rows:
                 return
@@ -214,7 +214,7 @@ class Outbox:
 
     def numbered(self, stream: str, boot: int, seq: int) -> Row | None:
         """One message, confirmed or not, where it is still here."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return queue.numbered_row(connection, stream, boot, seq)
 
     def export_rows(self, *, dead_letters: bool = False, only: Sequence[int] | None = None) -> Iterator[str]:
@@ -241,7 +241,7 @@ class Outbox:
 
         Unknown ids are passed over.
         """
-        with self._file.leaving() as connection:
+        with self.file.leaving() as connection:
             for rows in leaving.rows_of_ids(connection, row_ids):
                 self._history.let_go(rows)
 
@@ -251,14 +251,14 @@ class Outbox:
         receivers: all that have to confirm. Returns the ids of the rows that left; None: this cannot be true, for such
         a number was never given, and nothing is done.
         """
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             last_given = queue.last_number(connection, stream)
         if boot > self.boot or last_given is None or seq > last_given:
             return None
         left: list[int] = []
         is_more = True
         while is_more:
-            with self._file.leaving() as connection:
+            with self.file.leaving() as connection:
                 rows = leaving.rows_all_have(connection, receiver, stream, boot, seq, receivers)
                 self._history.let_go(rows)
             left += [row.row_id for row in rows]
@@ -272,22 +272,22 @@ class Outbox:
 
     def asked_again(self, after_row: int, limit: int) -> list[Row]:
         """History that is to be sent again, in order."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return queue.rows_in_state(connection, ASKED, after_row, limit)
 
     def prune(self) -> None:
         """Let history go that is too old or too much; a little at each call."""
-        with self._file.leaving():
+        with self.file.leaving():
             self._history.prune()
 
     def kept_bytes(self) -> int:
         """bytes; payloads of what was confirmed and is kept to be sent again."""
-        with self._file.reading():
+        with self.file.reading():
             return self._history.kept_bytes()
 
     def dropped(self) -> dict[str, int]:
         """How many messages of each stream went unconfirmed, for room, since this file was begun."""
-        with self._file.reading():
+        with self.file.reading():
             return self._room.dropped()
 
     # ---- dead letters
@@ -311,19 +311,19 @@ class Outbox:
 
     def dead_letters(self) -> tuple[DeadLetter, ...]:
         """All that was set aside, oldest first."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return dead_letters.all_letters(connection)
 
     def dead_letter_count(self) -> int:
         """How many were set aside."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return dead_letters.count_letters(connection)
 
     # ---- the sample and its finished frames
 
     def sample_state(self) -> SampleState | None:
         """The state stored with the last field; None before the first and after the sample was closed."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             text = words.stored_sample(connection)
         try:
             return None if text is None else words.sample_from(text)
@@ -333,7 +333,7 @@ class Outbox:
 
     def finished_keys(self) -> frozenset[str]:
         """Origin keys of the frames that are done with, as they are now; may be handed to another thread."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.finished_keys(connection)
 
     def clear_sample(self, *, with_finished: bool) -> None:
@@ -343,24 +343,24 @@ class Outbox:
 
     def forget_finished(self, keys: Sequence[str]) -> None:
         """These frames cannot come again: their pictures were deleted. A power cut may bring the keys back."""
-        with self._file.leaving() as connection:
+        with self.file.leaving() as connection:
             words.forget_finished(connection, keys)
 
     # ---- documents, notes and answers
 
     def documents(self, after_version: int = 0, limit: int = MOST_DOCUMENTS) -> list[StoredDocument]:
         """The retained documents that were written after this version, in the order of writing."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.documents_after(connection, after_version, limit)
 
     def document(self, topic: str) -> bytes | None:
         """The newest word on a retained topic; None where nothing was said, or it is to be cleared."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.document(connection, topic)
 
     def told(self, prefix: str) -> tuple[str, ...]:
         """The retained topics that begin so and are not to be cleared."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.told_topics(connection, prefix)
 
     def settle_document(self, document: StoredDocument) -> None:
@@ -370,19 +370,19 @@ class Outbox:
 
     def note(self, key: str) -> str | None:
         """What was noted under this key."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.note(connection, key)
 
     def notes(self, prefix: str) -> dict[str, str]:
         """All notes whose key begins so."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.notes_below(connection, prefix)
 
     def each_note(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Key and value of all notes below a prefix, in the order of their keys; read in portions."""
         after, end = words.from_to(prefix)
         while True:
-            with self._file.reading() as connection:
+            with self.file.reading() as connection:
                 found = words.notes_between(connection, after, end, PORTION_ROWS)
             if not found:
                 return
@@ -403,5 +403,5 @@ class Outbox:
 
     def answer(self, name: str) -> str | None:
         """What was answered to this transaction, if it was done and not too long ago."""
-        with self._file.reading() as connection:
+        with self.file.reading() as connection:
             return words.answer(connection, name)

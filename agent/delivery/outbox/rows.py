@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 STREAMS = ("field", "cell", "event", "audit", "differential")
+"""Kinds of messages; each is numbered for itself."""
 
 WAITING, KEPT, ASKED = 0, 1, 2
 """States of a row: not confirmed; confirmed and kept as history; history that is to be sent again."""
@@ -66,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """The clock that nobody sets, in which the times of this boot hold, and the wall clock, by which older rows go."""
+    """Rows of this boot are dated by the clock that nobody sets, older ones by the wall clock."""
 
     boot: int
     monotonic_ns: Callable[[], int]
