@@ -31,7 +31,7 @@ The parts, each of which knows only those below it:
 """
 
 from agent.delivery.outbox.dead_letters import DeadLetter, Untold
-from agent.delivery.outbox.file import START_ROOM_BYTES
+from agent.delivery.outbox.file import FULL_DISK, START_ROOM_BYTES
 from agent.delivery.outbox.folder import DATABASE_NAME, begin_boot, has_outbox, lock_folder, read_boot
 from agent.delivery.outbox.leaving import ReplayAnswer
 from agent.delivery.outbox.opening import open_outbox
@@ -42,6 +42,7 @@ from agent.delivery.outbox.words import NO_NOTES, StoredDocument, sample_from, s
 
 __all__ = [
     "DATABASE_NAME",
+    "FULL_DISK",
     "NO_NOTES",
     "START_ROOM_BYTES",
     "DeadLetter",
