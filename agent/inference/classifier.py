@@ -46,19 +46,28 @@ class Classifier:
 
         crop_bgr: uint8, (side, side, 3), B G R, any side; resized to the input. Probabilities: softmax of the logits
         over the manifest's temperature, in the manifest's class order; attributes: softmax over their values. A cell
-        that is named with less than the manifest's `sure_probability` is asked about mirrored and upside down too, and
-        the mean of the logits answers: a cell has no up and no left.
+        has no up and no left: one that is named with less than the manifest's `sure_probability` is asked about
+        mirrored and upside down too, one that is then named with less than its `doubtful_probability` also turned by a
+        quarter, and the mean of the logits answers.
         """
         side_px = self.entry.input.shape[1]
         how = cv2.INTER_AREA if crop_bgr.shape[0] > side_px else cv2.INTER_LINEAR
         crop: Pixels = np.asarray(cv2.resize(crop_bgr, (side_px, side_px), interpolation=how), np.uint8)
         if self.entry.input.colour_order == "RGB":
             crop = crop[..., ::-1]
-        logits = self._ask(crop)
+        looks = [self._ask(crop)]
+        logits = looks[0]
         shares = self._shares(logits)
-        if shares.max() < self.entry.thresholds.sure_probability:
-            views = [logits, *(self._ask(view) for view in (crop[:, ::-1], crop[::-1], crop[::-1, ::-1]))]
-            logits = {kind: np.mean([view[kind] for view in views], axis=0) for kind in logits}
+        thresholds, turned = self.entry.thresholds, crop.swapaxes(0, 1)
+        further = (
+            (thresholds.sure_probability, (crop[:, ::-1], crop[::-1], crop[::-1, ::-1])),
+            (thresholds.doubtful_probability, (turned, turned[:, ::-1], turned[::-1], turned[::-1, ::-1])),
+        )
+        for enough, sides in further:
+            if shares.max() >= enough:
+                break
+            looks += [self._ask(side) for side in sides]
+            logits = {kind: np.mean([look[kind] for look in looks], axis=0) for kind in logits}
             shares = self._shares(logits)
         best = int(shares.argmax())
         probabilities = dict(zip(self.entry.classes, shares.tolist(), strict=True))

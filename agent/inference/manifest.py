@@ -84,6 +84,8 @@ class ClassifierThresholds(ManifestPart):
     """Below it the crop is taken for something that has no name: debris, a smudge, a red cell."""
     sure_probability: Share = 0.0
     """A cell named with less is looked at from four sides; 0 = none is."""
+    doubtful_probability: Share = 0.0
+    """A cell that four sides name with less is looked at turned by a quarter too, so from eight; 0 = none is."""
 
 
 Level = Annotated[float, Field(ge=0, le=255)]

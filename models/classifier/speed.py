@@ -4,7 +4,7 @@
 
 Medians of one look at a cell and of one look at a field, taken in turns over the golden fields and told as a share of
 the field's time; the machine's own milliseconds say little elsewhere. A cell that is named with less than
-`sure_probability` takes four looks.
+`sure_probability` takes four looks, then with less than `doubtful_probability` eight.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def fields_with_crops(models: Models) -> list[tuple[Pixels, Pixels]]:
 
 def one_look(folder: Path, entry: ClassifierEntry, threads: int) -> Classifier:
     """The classifier, that asks about no cell again."""
-    thresholds = entry.thresholds.model_copy(update={"sure_probability": 0.0})
+    thresholds = entry.thresholds.model_copy(update={"sure_probability": 0.0, "doubtful_probability": 0.0})
     content = read_model_file(folder, entry)
     return Classifier(load_runtime("auto"), content, entry.model_copy(update={"thresholds": thresholds}), threads)
 
