@@ -17,6 +17,7 @@ from typing import Any
 from rich.live import Live
 
 from agent import RESEARCH_USE_ONLY, __version__, console
+from agent.analysis.cells import UNIDENTIFIED
 from agent.config import (
     CommandsSection,
     Config,
@@ -369,16 +370,21 @@ def _print_crop(classified: Classified, models: Models, as_json: bool, *, is_onl
     answer = classified.classification
     probabilities = round_probabilities(answer.probabilities)
     if as_json:
-        named = {"class": answer.class_name, "probability": probabilities[answer.class_name]}
+        named: dict[str, object] = {"class": answer.class_name, "probability": probabilities[answer.class_name]}
+        named["is_trusted"] = classified.is_trusted
         seen = {"cell_probability": round(answer.cell_probability, 4), "morphology": morphology_body(answer.morphology)}
         by = {"provenance": models_body(models.detector.identity, models.classifier.identity)}
         _print_json({"source": classified.source, **named, "probabilities": probabilities, **seen, **by})
     elif is_only_one:
         console.print_table(console.probabilities_table(classified.source, probabilities))
+        if not classified.is_trusted:
+            print(f"{UNIDENTIFIED}: no name is trusted, in a field the agent would count it so")
         print(classified.looks or "the model does not describe this cell")
     else:
+        likeliest = f"{answer.class_name} {answer.probability:.3f}"
+        name = likeliest if classified.is_trusted else f"{UNIDENTIFIED}, most like {likeliest}"
         looks = f", {classified.looks}" if classified.looks else ""
-        print(f"{classified.source}: {answer.class_name} {answer.probability:.3f}{looks}", flush=True)
+        print(f"{classified.source}: {name}{looks}", flush=True)
 
 
 def _album(folder: Path | None, models: Models) -> Album | None:

@@ -68,11 +68,15 @@ class Analysed:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """One crop. looks: the cell described in words, empty where the model does not."""
+    """One crop. looks: the cell described in words, empty where the model does not.
+
+    is_trusted: whether the agent would count it under that name; else it would be `unidentified`.
+    """
 
     source: str
     classification: Classification
     looks: str
+    is_trusted: bool
 
 
 def find_pictures(paths: Sequence[str]) -> list[Picture | Unread]:
@@ -138,6 +142,7 @@ def classify_pictures(
     pictures: Iterable[Picture | Unread], config: Config, models: Models
 ) -> Iterator[Classified | Unread]:
     """Every picture as one cell, cut tightly or with its surroundings."""
+    rules = models.naming_rules(config.models.min_probability)
     for picture in pictures:
         if isinstance(picture, Unread):
             yield picture
@@ -148,7 +153,7 @@ def classify_pictures(
             yield Unread(picture.source, error.reason)
             continue
         answer = models.name_central_cell(preprocess(pixels_bgr, config.preprocessing), config.models.min_score)
-        yield Classified(picture.source, answer, models.describe(answer))
+        yield Classified(picture.source, answer, models.describe(answer), rules.believes(answer))
 
 
 def refuse_to_overwrite(folder: Path, pictures: Iterable[Picture | Unread]) -> None:

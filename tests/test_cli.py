@@ -17,10 +17,12 @@ from typing import Any
 
 import cv2
 import jsonschema
+import numpy as np
 import pytest
 
 from agent import RESEARCH_USE_ONLY, __version__
 from agent.camera.camera import open_camera
+from agent.camera.simulated import render_training_crop
 from agent.cli import build_parser, main
 from agent.config import CameraSection, SimulatedSection, json_schema, packaged_folder
 from agent.delivery.audit import ChainHead, Entry, chain
@@ -383,7 +385,7 @@ def test_classify_names_each_crop(fields_folder: Path, tmp_path: Path, call: Cal
     named, failed = json_lines(out)
     assert code == 1
     described = ["cell_probability", "morphology", "provenance"]
-    assert list(named) == ["source", "class", "probability", "probabilities", *described]
+    assert list(named) == ["source", "class", "probability", "is_trusted", "probabilities", *described]
     assert list(named["probabilities"]) == list(load_manifest(packaged_folder() / "models").classifier.classes)
     assert sum(named["probabilities"].values()) == pytest.approx(1)
     assert named["probability"] == max(named["probabilities"].values()) == named["probabilities"][named["class"]]
@@ -397,6 +399,18 @@ def test_classify_without_json_is_readable(fields_folder: Path, call: Callable[.
     assert code == 0
     assert "probability" in out
     assert RESEARCH_USE_ONLY in out
+
+
+@needs_models
+def test_classify_says_where_the_agent_would_trust_no_name(tmp_path: Path, call: Callable[..., tuple[int, str, str]]):
+    nothing, cell = tmp_path / "nothing.png", tmp_path / "cell.png"
+    cv2.imwrite(str(nothing), np.full((120, 120, 3), 245, np.uint8))
+    cv2.imwrite(str(cell), render_training_crop(np.random.default_rng(2), "neutrophil", 128)[..., ::-1])
+    assert [line["is_trusted"] for line in json_lines(call("classify", "--json", nothing)[1])] == [False]
+    assert "unidentified: no name is trusted" in call("classify", nothing)[1]
+    _, out, _ = call("classify", nothing, cell)
+    assert f"{nothing}: unidentified, most like " in out
+    assert f"{cell}: neutrophil 0." in out
 
 
 # Failures of what the commands need -----------------------------------------------------------------------------------
