@@ -30,11 +30,12 @@ from agent.analysis.crops import central_detection
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.domain import Classification
-from agent.inference.manifest import MANIFEST_NAME
+from agent.inference.manifest import MANIFEST_NAME, load_manifest
 from agent.inference.models import Models, open_models
-from models.common.labels import read_cells, read_complete_fields
+from models.common.labels import read_cells, read_complete_fields, require_some
 from models.common.manifests import Changes, change_entry, find_entry, read_manifest
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
+from models.common.programs import run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
 from models.evaluation.boxes import boxes_of, found_boxes
 from models.evaluation.names import SeenField, answer_in_fields, cells_of_fields
@@ -52,10 +53,11 @@ MOST_CELL_PROBABILITY = 0.8
 
 def main() -> None:
     args = parse()
+    load_manifest(args.models).choosing(args.classifier)  # before what takes minutes
     chosen: dict[str, Changes] = {}
     folders = [folder for folder in (args.models, args.float_models) if (folder / MANIFEST_NAME).exists()]
     for folder in folders:
-        find_entry(read_manifest(folder), "classifier", args.classifier)  # before what takes minutes
+        find_entry(read_manifest(folder), "classifier", args.classifier)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
         shutil.copytree(args.models, folder)
@@ -76,9 +78,10 @@ def main() -> None:
 
 def choose_detector(models: Models, data: Path) -> Changes:
     """min_score and same_cell_iou, and what the classes of its boxes are worth."""
-    fields = [boxes_of(models, field) for field in progress(read_complete_fields(data, "val"), "val fields")]
+    labelled = require_some(read_complete_fields(data, "val"), data, "val")
+    cells = require_some(read_cells(data, "val"), data, "val")
+    fields = [boxes_of(models, field) for field in progress(labelled, "val fields")]
     pictures: list[tuple[FieldBoxes, int, int]] = []
-    cells = read_cells(data, "val")
     for cell in progress(cells, "val pictures"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
         boxes = FieldBoxes(found_boxes(models, pixels, float(SCORES[0])), NOTHING)
@@ -178,7 +181,7 @@ def choose_classifier(models: Models, data: Path) -> dict[str, float]:
 def pbc_answers(models: Models, data: Path) -> list[tuple[str, Classification]]:
     """Class name and answer of each `val` picture in which the detector finds the cell."""
     answers = []
-    for cell in progress(read_cells(data, "val"), "val crops"):
+    for cell in progress(require_some(read_cells(data, "val"), data, "val"), "val crops"):
         pixels = decode_file(cell.path, MAX_MEGAPIXELS)
         height, width = pixels.shape[:2]
         detections = models.detector.detect(pixels)
@@ -211,4 +214,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -26,7 +26,9 @@ from agent.camera.decoding import decode_file
 from agent.domain import Classification
 from agent.inference.models import open_models
 from models.common.labels import read_attributes, read_cells
+from models.common.programs import run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, add_options, progress, section_of
+from models.evaluation.names import require_named
 
 BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1)
 
@@ -53,7 +55,8 @@ def main() -> None:
     models = open_models(section_of(args))
     rules, rarity = models.naming_rules(), learn_rarity(args.data)
     right, confidence, rare = [], [], []
-    for cell in progress(read_cells(args.data, args.split), "pictures"):
+    cells = require_named(read_cells(args.data, args.split), models, args.data, args.split)
+    for cell in progress(cells, "pictures"):
         answer = models.name_central_cell(decode_file(cell.path, MAX_MEGAPIXELS))
         if rules.believes(answer):
             right.append(answer.class_name == cell.class_name)
@@ -107,4 +110,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,6 +1,6 @@
 """Draw the golden fields: the pictures of the self-test, of the simulated slide.
 
-    python -m models.draw_golden
+    python -m models.draw_golden --output agent/inference/golden_fields
 
 They are stored as PNG, because drawing uses the mathematics of the machine that draws and may differ by a grey level on
 another one. Drawn anew they need new answers: `hematovision selftest --make-answers --models models`.
@@ -8,6 +8,7 @@ another one. Drawn anew they need new answers: `hematovision selftest --make-ans
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import numpy as np
 
 from agent.camera.simulated import CellDensity, Optics, SimulatedSlide, expose
 from agent.camera.smear import CELL_CLASSES, PLATELET
-from agent.inference.golden import FIELDS_FOLDER
+from models.common.programs import run_program
 
 SIZE_PX = (480, 360)
 SEEDS = {"a": 4, "b": 6, "c": 11}
@@ -30,8 +31,9 @@ EMPTY = "empty"
 
 
 def main() -> None:
+    args = parse()
     for name, pixels in draw().items():
-        path = FIELDS_FOLDER / f"{name}.png"
+        path = args.output / f"{name}.png"
         write_png(path, pixels)
         print(f"{path}: {path.stat().st_size} bytes")
 
@@ -53,5 +55,13 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     path.write_bytes(cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes())
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the fields; what is there by their names is overwritten"
+    )
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,7 +37,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.inference.models import Models, open_models
+from models.common.labels import LAYOUT
 from models.common.manifests import find_entry, read_manifest, write_manifest
+from models.common.programs import run_program
 from models.evaluation.asking import add_classifier, add_options, section_of
 from models.evaluation.boxes import (
     evaluate_close_ups,
@@ -149,7 +151,9 @@ EVALUATIONS: dict[str, Callable[[Models, Path, str], dict[str, Any]]] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=LAYOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=EVALUATIONS)
     add_options(parser)
     add_classifier(parser)
@@ -161,4 +165,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

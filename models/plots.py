@@ -29,6 +29,7 @@ from agent.inference.models import open_models
 from models.common.labels import CellImage, read_complete_fields, read_rgb
 from models.common.logs import read_log
 from models.common.metrics import FieldBoxes, class_figures_by_name, confidence_bins, precision_and_recall
+from models.common.programs import run_program
 from models.evaluation.asking import add_classifier, add_options, progress, section_of
 from models.evaluation.boxes import boxes_of
 from models.evaluation.names import NamedPictures, name_pictures
@@ -175,4 +176,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -42,8 +42,10 @@ from models.common.labels import (
     read_complete_fields,
     read_fields,
     read_foreign_cells,
+    require_some,
 )
 from models.common.metrics import detection_figures
+from models.common.programs import run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, add_options, progress, section_of
 from models.evaluation.boxes import field_boxes
 from models.evaluation.counts import middle_cell
@@ -143,8 +145,8 @@ class Seen:
 
 def measure(bench: Bench, data: Path, split: str, every: int) -> dict[str, Any]:
     """Figures by look and step."""
-    fields = read_complete_fields(data, split)[::every]
-    cells = read_cells(data, split)[::every]
+    fields = require_some(read_complete_fields(data, split), data, split)[::every]
+    cells = require_some(read_cells(data, split), data, split)[::every]
     foreign = [cell for cell in read_foreign_cells(data, (split,)) if cell.class_name is not None]
     looks = {}
     for look, change in progress(LOOKS.items(), "looks"):
@@ -225,4 +227,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

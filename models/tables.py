@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from models.common.programs import run_program
+
 Figures = dict[str, Any]
 
 
@@ -219,4 +221,4 @@ TABLES: dict[str, Callable[[Figures, Figures | None], None]] = {
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.common.logs import read_log
+from models.common.programs import run_program
 from models.tables import table
 
 FIGURES = (
@@ -55,4 +56,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,6 +18,7 @@ from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import read_cells
+from models.common.programs import Unfit, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 Boxes = Mapping[str, tuple[float, float, float, float]]
@@ -42,7 +43,14 @@ def main() -> None:
 
 def read_boxes(file: Path | None) -> Boxes:
     """Boxes by the key of the image: centre x, centre y, width, height in pixels. None = none are known."""
-    return {} if file is None else {key: tuple(box) for key, box in json.loads(file.read_text()).items()}
+    if file is None:
+        return {}
+    try:
+        return {key: tuple(box) for key, box in json.loads(file.read_text()).items()}
+    except FileNotFoundError as error:
+        raise Unfit(f"{file}: not there; python -m models.classifier.locate makes it") from error
+    except ValueError as error:
+        raise Unfit(f"{file}: not as python -m models.classifier.locate writes it: {error}") from error
 
 
 def parse() -> argparse.Namespace:
@@ -56,4 +64,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

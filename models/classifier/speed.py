@@ -25,6 +25,7 @@ from agent.inference.golden import read_fields
 from agent.inference.interpreter import load_runtime
 from agent.inference.manifest import ClassifierEntry, load_manifest, read_model_file
 from agent.inference.models import Models, open_models
+from models.common.programs import run_program
 
 ROUNDS = 12
 
@@ -81,4 +82,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,12 +9,17 @@ import csv
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.errors import FrameUnreadable
+from models.common.programs import Unfit
+
 Rgb = NDArray[np.uint8]
+Found = TypeVar("Found")
 
 FOREIGN_CELLS = Path(__file__).parents[1] / "data" / "foreign_cells.csv"
 
@@ -23,6 +28,54 @@ SOURCES = ("bccd", "pbc", "raabin")
 
 DETECTOR_CLASSES = ("WBC", "RBC", "platelet")  # the order of the label files
 NUCLEATED = DETECTOR_CLASSES[0]
+
+LAYOUT = """\
+The folder of labelled data:
+  pbc.csv         path,class,split: a picture of a single cell in each line; path: below the folder,
+                  class: as the manifest names it, split: train, val or test
+  attributes.csv  path and a column for each morphological attribute, of some of these pictures; may be missing where
+                  nothing is learnt
+  fields.csv      path,source,split,labels: a field in each line, fields/images/NAME.png; labels: complete or
+                  rbc-incomplete
+  fields/labels/NAME.txt  its boxes: class x_center y_center width height, normalised; 0 WBC, 1 RBC, 2 platelet
+To measure names on pictures of one's own pbc.csv is enough, with the split test in each line."""
+
+COLUMNS = {
+    "pbc.csv": ("path", "class", "split"),
+    "attributes.csv": ("path",),
+    "fields.csv": ("path", "source", "split", "labels"),
+}
+
+
+class DataUnfit(Unfit):
+    """The labelled data cannot be used as they are."""
+
+
+def read_rows(data: Path, name: str) -> list[dict[str, str]]:
+    """The lines of one of the CSV files in COLUMNS, by its own first line. Raises DataUnfit."""
+    file, columns = data / name, COLUMNS[name]
+    told = f"--data takes a folder with {name}, its first line {','.join(columns)}"
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets put a mark before UTF-8
+            reader = csv.DictReader(lines)
+            named, rows = reader.fieldnames or (), list(reader)
+    except FileNotFoundError as error:
+        raise DataUnfit(f"{file}: not there; {told} (see python -m models.evaluate --help)") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataUnfit(f"{file}: cannot be read: {error}") from error
+    if missing := [column for column in columns if column not in named]:
+        raise DataUnfit(f"{file}: has no column {', '.join(missing)}; {told}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise DataUnfit(f"{file}: line {number} has not as many values as the first line has names")
+    return rows
+
+
+def require_some(found: Sequence[Found], data: Path, split: str) -> Sequence[Found]:
+    """What was found, if it is anything. Raises DataUnfit: of nothing nothing can be measured."""
+    if not found:
+        raise DataUnfit(f"{data}: has nothing of split {split} that this measures; another --split or --data may")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +115,7 @@ def read_cells(data: Path, split: str, random_seed: int | None = None) -> list[C
     random_seed: None = the splits as given; a number = the study's protocol, 70 / 10 / 20 % of each class drawn at
     random for train, val and test.
     """
-    with (data / "pbc.csv").open() as lines:
-        rows = [CellImage(row["path"], data / row["path"], row["class"], row["split"]) for row in csv.DictReader(lines)]
+    rows = [CellImage(r["path"], data / r["path"], r["class"], r["split"]) for r in read_rows(data, "pbc.csv")]
     if random_seed is not None:
         rows = split_at_random(rows, random_seed)
     return [row for row in rows if row.split == split]
@@ -88,8 +140,12 @@ RANDOM_SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 
 def read_attributes(data: Path) -> dict[str, dict[str, str]]:
     """WBCAtt: for the key of an image its value of each attribute; five classes have them."""
-    with (data / "attributes.csv").open() as lines:
-        return {row.pop("path"): row for row in csv.DictReader(lines)}
+    return {row.pop("path"): row for row in read_rows(data, "attributes.csv")}
+
+
+def read_known_attributes(data: Path) -> dict[str, dict[str, str]]:
+    """The same, none where the folder has no such file: a laboratory's own pictures have names only."""
+    return read_attributes(data) if (data / "attributes.csv").exists() else {}
 
 
 def attribute_values(attributes: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -135,11 +191,10 @@ PLATELET = "platelet"
 
 def read_fields(data: Path, split: str) -> list[FieldImage]:
     """The fields of one split, `rbc-incomplete` ones included."""
-    with (data / "fields.csv").open() as lines:
-        rows = [
-            FieldImage(data / row["path"], row["source"], row["split"], row["labels"] == "complete")
-            for row in csv.DictReader(lines)
-        ]
+    rows = [
+        FieldImage(data / row["path"], row["source"], row["split"], row["labels"] == "complete")
+        for row in read_rows(data, "fields.csv")
+    ]
     return [row for row in rows if row.split == split]
 
 
@@ -151,13 +206,15 @@ def read_complete_fields(data: Path, split: str, sources: Sequence[str] | None =
 
 def cell_classes(data: Path) -> tuple[str, ...]:
     """The classifier's class names, sorted: this order goes into the manifest."""
-    with (data / "pbc.csv").open() as lines:
-        return tuple(sorted({row["class"] for row in csv.DictReader(lines)}))
+    return tuple(sorted({row["class"] for row in read_rows(data, "pbc.csv")}))
 
 
 def read_rgb(path: Path) -> Rgb:
-    """A picture as uint8 RGB."""
-    return cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    """A picture as uint8 RGB. Raises FrameUnreadable."""
+    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise FrameUnreadable(str(path), "not there, or no picture that OpenCV can read")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def read_boxes(field: FieldImage, width_px: int, height_px: int) -> NDArray[np.float32]:
@@ -197,7 +254,10 @@ def read_published_boxes(field: FieldImage, width_px: int, height_px: int) -> ND
 def read_label_file(file: Path, width_px: int, height_px: int) -> NDArray[np.float32]:
     """YOLO text, (boxes, 5): class, x_min, y_min, x_max, y_max in pixels of a picture of this size."""
     lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-    rows = np.array(lines, np.float32).reshape(-1, 5)
+    try:
+        rows = np.array(lines, np.float32).reshape(len(lines), 5)
+    except ValueError as error:
+        raise DataUnfit(f"{file}: each line must be five numbers: class x_center y_center width height") from error
     centre, half = rows[:, 1:3], rows[:, 3:5] / 2
     size = np.array([width_px, height_px, width_px, height_px], np.float32)
     return np.concatenate((rows[:, :1], np.concatenate((centre - half, centre + half), 1) * size), 1)

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.config import ModelsSection
-from agent.inference.manifest import load_manifest
+from agent.inference.manifest import MANIFEST_NAME, load_manifest
 from agent.inference.models import open_models
+from models.common.programs import Unfit, run_program
 from models.evaluation.boxes import evaluate_detector
 from models.evaluation.names import evaluate_classifier
 
@@ -54,10 +55,23 @@ class Comparison:
 
 def main() -> None:
     args = parse()
+    require_same_models(args.float, args.int8)
     before, after = (measure(folder, args.data, args.split, args.threads) for folder in (args.float, args.int8))
     comparisons = compare(before, after)
     show(comparisons)
     sys.exit(0 if all(c.is_within for c in comparisons) else 1)
+
+
+def require_same_models(reference: Path, folder: Path) -> None:
+    """Raises Unfit where there is no float net to compare each int8 classifier with: before what takes minutes."""
+    if not (reference / MANIFEST_NAME).exists():
+        raise Unfit(
+            f"{reference}: no float models there; models.detector.export and models.classifier.export write them as"
+            " they make the int8 files (--float-models)"
+        )
+    known, wanted = ({entry.name for entry in load_manifest(place).classifiers} for place in (reference, folder))
+    if missing := sorted(wanted - known):
+        raise Unfit(f"{reference}: has no {', '.join(missing)}; models.classifier.export writes it there")
 
 
 def compare(before: Mapping[str, float], after: Mapping[str, float]) -> list[Comparison]:
@@ -95,4 +109,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,6 +18,8 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.common.programs import Unfit
+
 Weights = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Kernel in PyTorch's layout, (out, in / groups, height, width) or (out, in), and bias, (out,)."""
 
@@ -25,7 +27,7 @@ WITH_WEIGHTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 LEAST_VARIANCE = 1e-6
 
 
-class FileDoesNotFit(Exception):
+class FileDoesNotFit(Unfit):
     """The file holds another net than the one that is to take its weights."""
 
 
@@ -152,8 +154,15 @@ def layers_in_order(net: nn.Module, picture: Tensor) -> dict[Any, nn.BatchNorm2d
 
 
 def read_layers(path: Path) -> list[Weights]:
-    """Real-valued kernels and biases of a float or int8 file, in the order in which the file runs them."""
-    interpreter = Interpreter(str(path), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
+    """Real-valued kernels and biases of a float or int8 file, in the order in which the file runs them.
+
+    Raises Unfit where there is no such file.
+    """
+    resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    try:
+        interpreter = Interpreter(str(path), experimental_op_resolver_type=resolver)
+    except (ValueError, RuntimeError) as error:
+        raise Unfit(f"{path}: {'cannot be read as a TFLite file' if path.exists() else 'not there'}") from error
     interpreter.allocate_tensors()
     details = {tensor["index"]: tensor for tensor in interpreter.get_tensor_details()}
     layers = []

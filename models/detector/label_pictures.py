@@ -10,6 +10,8 @@ split `train` is looked at.
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import math
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from agent.inference.models import open_models
 from models.common.datasets import LabelledField
 from models.common.labels import DETECTOR_CLASSES, PLATELET, CellImage, cell_classes, read_cells, read_rgb
 from models.common.metrics import box_overlaps
+from models.common.programs import Unfit, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 SURE, UNSURE = 0.3, 0.2
@@ -106,6 +109,8 @@ def corners(detections: Sequence[Detection]) -> NDArray[np.float32]:
 
 def load_pictures(file: Path, data: Path) -> list[LabelledField]:
     """The pictures with their boxes, decoded."""
+    if not file.exists():
+        raise Unfit(f"{file}: not there; python -m models.detector.label_pictures makes it")
     stored = np.load(file, allow_pickle=True)
     return [
         LabelledField(read_rgb(data / key), boxes) for key, boxes in zip(stored["keys"], stored["boxes"], strict=True)
@@ -142,4 +147,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -24,7 +24,7 @@ def progress(sequence: Iterable[Any], what: str) -> Iterable[Any]:
 def add_options(parser: argparse.ArgumentParser, split: str = "test") -> None:
     """What every evaluation of shipped files is asked with. split: the default."""
     parser.add_argument("--split", choices=("train", "val", "test"), default=split)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of labelled data")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--most-tiles", type=int, default=ModelsSection().most_tiles, help="1 = frames as a whole only")

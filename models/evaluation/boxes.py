@@ -26,6 +26,7 @@ from models.common.labels import (
     read_complete_fields,
     read_fields,
     read_published_boxes,
+    require_some,
 )
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
@@ -36,7 +37,7 @@ EVALUATION_SCORE = 0.01  # low enough that the precision-recall curve reaches it
 
 def evaluate_detector(models: Models, data: Path, split: str) -> dict[str, Any]:
     """P, R, mAP50 and mAP50-95 for each source and class."""
-    fields = read_fields(data, split)
+    fields = require_some(read_fields(data, split), data, split)
     groups = {
         "complete": [field for field in fields if field.is_complete],
         **{
@@ -109,7 +110,7 @@ def found_boxes(models: Models, pixels: Pixels, min_score: float) -> NDArray[np.
 
 def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, Any]:
     """Complete fields of one source side by side as one frame: small cells in a picture of several megapixels."""
-    fields = read_complete_fields(data, split)
+    fields = require_some(read_complete_fields(data, split), data, split)
     pairs = {}
     for source in sorted({field.source for field in fields}):
         same = [field for field in fields if field.source == source]
@@ -123,7 +124,7 @@ def evaluate_large_frames(models: Models, data: Path, split: str) -> dict[str, A
 def evaluate_close_ups(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The middles of complete fields as frames of their own: cells that fill half of a picture and more."""
     pairs: dict[str, list[FieldBoxes]] = {}
-    for field in progress(read_complete_fields(data, split), "fields"):
+    for field in progress(require_some(read_complete_fields(data, split), data, split), "fields"):
         pixels = decode_file(field.path, MAX_MEGAPIXELS)
         for share in CLOSE_UPS:
             name = f"{field.source}, {share:g} of each side"
@@ -172,6 +173,7 @@ def evaluate_eight_classes(models: Models, data: Path, split: str) -> dict[str, 
     classes = models.manifest.classifier.classes
     named = {cell.path.stem: cell.class_name for cell in read_cells(data, split)}
     fields = [field for field in read_fields(data, split) if field.source == "pbc" and field.path.stem in named]
+    require_some(fields, data, split)
     measured = [named_boxes(models, field, named[field.path.stem]) for field in progress(fields, "fields")]
     return by_group({"pbc": measured}, classes)
 

@@ -18,6 +18,7 @@ from agent.pipeline import Stopwatch, analyse_frame
 from models.common.labels import NUCLEATED, read_cells, read_fields
 from models.common.metrics import class_figures_by_name
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
+from models.evaluation.names import require_named
 
 MISSED = "missed"
 
@@ -26,7 +27,7 @@ def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]
     """The cell in the middle of each picture as the agent counts it; one not found or not trusted is wrong."""
     bench = make_bench(Config(), models)
     answers = []
-    for cell in progress(read_cells(data, split), "pictures"):
+    for cell in progress(require_named(read_cells(data, split), models, data, split), "pictures"):
         answers.append((cell.class_name, name_as_agent(bench, decode_file(cell.path, MAX_MEGAPIXELS))))
     given = [answer for _, answer in answers]
     return {

@@ -18,14 +18,16 @@ from agent.domain import Attribute, Box, Classification, Detection, Pixels
 from agent.inference.models import Models
 from models.common.labels import (
     CellImage,
+    DataUnfit,
     FieldImage,
     NamedBox,
-    read_attributes,
     read_boxes,
     read_cells,
     read_complete_fields,
     read_field_platelets,
     read_foreign_cells,
+    read_known_attributes,
+    require_some,
 )
 from models.common.metrics import (
     accuracy_at_coverage,
@@ -42,9 +44,10 @@ RUIN_SHARE = 0.055
 
 
 def evaluate_classifier(models: Models, data: Path, split: str, random_seed: int | None = None) -> dict[str, Any]:
-    """Names, calibration, the reject option and the attributes on the PBC pictures."""
+    """Names, calibration, the reject option and, where the folder has any, the attributes on the PBC pictures."""
+    attributes = read_known_attributes(data)
+    require_known(attributes, models)
     named = name_pictures(models, data, split, random_seed)
-    attributes = read_attributes(data)
     pairs = zip(named.cells, named.answers, strict=True)
     told = [(attributes[cell.key], answer.morphology) for cell, answer in pairs if cell.key in attributes]
     return {
@@ -52,6 +55,16 @@ def evaluate_classifier(models: Models, data: Path, split: str, random_seed: int
         **confidence_figures(named, models.manifest.classifier.thresholds.temperature),
         "morphology": morphology_figures(told),
     }
+
+
+def require_known(attributes: Mapping[str, Mapping[str, str]], models: Models) -> None:
+    """Raises DataUnfit where the pictures have an attribute that the classifier, which has some, does not tell."""
+    morphology = models.manifest.classifier.morphology
+    if morphology is None:
+        return
+    if strange := sorted({name for row in attributes.values() for name in row} - set(morphology.attributes)):
+        known = ", ".join(morphology.attributes)
+        raise DataUnfit(f"attributes.csv: {', '.join(strange)} is no attribute of the model: {known}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,9 +96,17 @@ class NamedPictures:
 
 def name_pictures(models: Models, data: Path, split: str, random_seed: int | None = None) -> NamedPictures:
     """Each PBC picture of a split as `hematovision classify` takes it. random_seed: as in `read_cells`."""
-    cells = read_cells(data, split, random_seed)
+    cells = require_named(read_cells(data, split, random_seed), models, data, split)
     answers = [models.name_central_cell(decode_file(c.path, MAX_MEGAPIXELS)) for c in progress(cells, "pictures")]
     return NamedPictures(cells, answers)
+
+
+def require_named(cells: Sequence[CellImage], models: Models, data: Path, split: str) -> Sequence[CellImage]:
+    """The cells, if there are any. Raises DataUnfit, also where the classifier has no such class."""
+    classes = models.manifest.classifier.classes
+    if strange := sorted({cell.class_name for cell in cells} - set(classes)):
+        raise DataUnfit(f"{data / 'pbc.csv'}: {', '.join(strange)} is no class of the model: {', '.join(classes)}")
+    return require_some(cells, data, split)
 
 
 def confidence_figures(named: NamedPictures, temperature: float) -> dict[str, Any]:
@@ -119,7 +140,7 @@ def evaluate_microscopes(models: Models, data: Path, split: str) -> dict[str, An
     """Names of nucleated cells from other microscopes, which `models/data/README.md` tells of, and of the platelets of
     all fields, by source.
     """
-    cells = cells_of_fields(data, split)
+    cells = require_some(cells_of_fields(data, split), data, split)
     by_source: dict[str, list[tuple[NamedBox, Classification]]] = {}
     for cell, answer in answer_in_fields(models, cells):
         by_source.setdefault(cell.source, []).append((cell, answer))
@@ -149,7 +170,7 @@ def cells_of_fields(data: Path, split: str) -> list[NamedBox]:
 
 def evaluate_framings(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The same cells as pictures that people cut, from too tight to most of the field, as `classify` takes them."""
-    cells = named_cells(data, (split,))
+    cells = require_some(named_cells(data, (split,)), data, split)
     rules = models.naming_rules()
     framings: dict[str, list[tuple[bool, bool]]] = {f"{width:g}": [] for width in FRAMINGS}
     for cell in progress(cells, "cells"):
@@ -253,7 +274,7 @@ def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
     scores: dict[str, list[float]] = {"cell": [], "red cell": [], "background": [], "ruined cell": []}
     accepted: dict[str, list[bool]] = {kind: [] for kind in scores}
     rng = np.random.default_rng(11)
-    for field in progress(read_complete_fields(data, split), "fields"):
+    for field in progress(require_some(read_complete_fields(data, split), data, split), "fields"):
         pixels = decode_file(field.path, MAX_MEGAPIXELS)
         cutter = models.cutter(pixels, models.detector.detect(pixels))
         for kind, crop in kinds_of_crops(pixels, field, cutter, rng):
