@@ -10,6 +10,8 @@ crops of `train` that we named by eye. Figures: the named cells of `val` and `te
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import dataclasses
 import json
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +32,10 @@ from agent.config import ModelsSection
 from agent.domain import Box
 from agent.inference.manifest import load_manifest
 from agent.inference.models import Models, open_models
+from models.common.checkpoints import read_run_checkpoint
 from models.common.labels import NamedBox, read_fields
 from models.common.manifests import change_entry
+from models.common.programs import CONVERTER, run_program
 from models.common.quantize import begin_folder
 from models.evaluation.asking import MAX_MEGAPIXELS
 from models.evaluation.names import answer_in_fields, named_cells, trust_in
@@ -42,13 +45,15 @@ JUDGED = ("val", "test")
 
 def main() -> None:
     args = parse()
+    shipped = load_manifest(args.models).classifier
+    backbone = read_run_checkpoint(args.checkpoint).get("backbone")
+    if backbone != shipped.name:
+        raise SystemExit(
+            f"{args.checkpoint}: holds {backbone or 'a detector'}; give a run of {shipped.name}, the first classifier"
+        )
     work = args.work / args.source
     shutil.rmtree(work, ignore_errors=True)
     fields, crops = work / "fields", work / "crops"
-    shipped = load_manifest(args.models).classifier
-    backbone = torch.load(args.checkpoint, weights_only=True)["backbone"]
-    if backbone != shipped.name:
-        raise SystemExit(f"{args.checkpoint}: holds a {backbone}; give a run of {shipped.name}, the first classifier")
     gather_fields(args.data, args.source, fields)
     gather_crops(cells_of(args.data, args.source, ("train",)), crops, shipped.crop.margin)
     begin_folder(args.models, work / "begun")
@@ -73,7 +78,9 @@ def main() -> None:
 def run(module: str, *arguments: str) -> None:
     """One of the documented commands; what it says goes to standard error."""
     print(f"{module} {' '.join(arguments)}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", module, *arguments], stdout=sys.stderr, check=module.endswith("export"))
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=sys.stderr, check=False)
+    if done.returncode and module.endswith("export"):
+        raise SystemExit(done.returncode)  # it has said why
 
 
 def cells_of(data: Path, source: str, splits: Sequence[str]) -> list[NamedBox]:
@@ -134,4 +141,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CONVERTER)

@@ -24,10 +24,10 @@ from models.common.labels import (
     CellImage,
     NamedBox,
     Rgb,
-    read_attributes,
     read_complete_fields,
     read_field_platelets,
     read_foreign_cells,
+    read_known_attributes,
     read_rgb,
 )
 from models.evaluation.names import cut_picture
@@ -149,7 +149,7 @@ def pbc_examples(
     data: Path, cells: Sequence[CellImage], boxes: Mapping[str, CentredBox], wording: Wording
 ) -> list[Example]:
     """The single-cell images; where the detector saw nothing the box is guessed from the colours."""
-    attributes = read_attributes(data)
+    attributes = read_known_attributes(data)
     examples = []
     for cell in cells:
         pixels = read_rgb(cell.path)
@@ -400,7 +400,6 @@ class View:
     crops: Tensor
     labels: Tensor
     attributes: Tensor
-    are_cells: Tensor
 
 
 def make_view(examples: Sequence[Example], side_px: int, look: Look | None = None) -> View:
@@ -411,7 +410,6 @@ def make_view(examples: Sequence[Example], side_px: int, look: Look | None = Non
         torch.stack([picture_tensor(crop) for crop in squares]),
         torch.tensor([e.label for e in examples]),
         torch.tensor([e.attributes for e in examples]),
-        torch.tensor([float(e.is_cell) for e in examples]),
     )
 
 

@@ -5,6 +5,8 @@ python -m models.classifier.export runs/finer/best.pt --data ../shared/data
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import dataclasses
 import sys
@@ -22,8 +24,10 @@ from agent.analysis.preprocessing import TAUGHT_LOOK
 from agent.inference.manifest import load_manifest
 from models.classifier import crops
 from models.classifier.locate import read_boxes
-from models.classifier.train import load_net
+from models.classifier.train import FACTS, load_net
+from models.common.checkpoints import read_run_checkpoint
 from models.common.labels import NUCLEATED, read_cells
+from models.common.programs import CONVERTER, run_program
 from models.common.quantize import begin_folder, describe_tensors, export_float, quantize_file, update_manifest
 from models.common.warm_start import save_norms
 from models.nets.cellnet import CellNet, fold_batch_norm
@@ -55,7 +59,7 @@ class ChannelsLast(nn.Module):
 
 def main() -> None:
     args = parse()
-    checkpoint = torch.load(args.checkpoint, weights_only=True)
+    checkpoint = read_run_checkpoint(args.checkpoint, FACTS)
     wording = crops.Wording(checkpoint["classes"], checkpoint["values"])
     net = load_net(args.checkpoint, wording)
     name = checkpoint["backbone"]
@@ -193,4 +197,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CONVERTER)

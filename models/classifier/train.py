@@ -2,14 +2,17 @@
 
     python -m models.classifier.train models/classifier/recipes/finer.yaml --data ../shared/data
 
-Killed and started again, it goes on from the last epoch. Choose on other microscopes: `best.pt` is the epoch whose
-accuracy is best as a mean over PBC `val` and the sources that we named by eye.
+Killed and started again, it goes on from the last epoch. `best.pt` is the epoch that names the most of all `val` cells
+right, each counted once, of PBC and of the other microscopes that the run learns from. Those that it never sees are
+judged too, for the log alone: figures of a microscope that was never seen must not be chosen on its cells.
 """
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,11 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from agent.analysis.preprocessing import TAUGHT_LOOK
 from models.classifier import crops
 from models.classifier.locate import read_boxes
-from models.common.checkpoints import load_fitting
+from models.common.checkpoints import load_fitting, read_run_checkpoint, require_files
 from models.common.labels import CellImage, attribute_values, cell_classes, read_attributes, read_cells
+from models.common.programs import run_program
 from models.common.simulated import simulated_crops
-from models.common.training import Run, bfloat16
+from models.common.training import Run, best_device, bfloat16, device_of
 from models.common.warm_start import FileDoesNotFit, load_shipped
 from models.nets.cellnet import BACKBONES, Answers, CellNet
 
@@ -42,16 +46,16 @@ class RunFile:
     side_px all along, which such a net does worse at). minutes: of training, over all sessions. epochs: a run of so
     many instead, however long they take, to be compared with others. rates: share of `rate` for parameters whose
     names begin so; 0 freezes them, their norms too. thaw_at: progress of the run at which the backbone begins to
-    learn. foreign: sources of which the `train` cells that we named by eye take part; the others are never seen.
-    shares: of an epoch, by kind. weights: of the parts of the loss; those that are not given stay as in WEIGHTS.
-    balance: inside a kind, how much more often a rare class is drawn: `even` (all classes as often), `root` (by the
-    root of their rarity), `none`. undersample: the most pictures of a PBC class that take part; None = all.
-    random_split: seed of a random split of the PBC pictures as the study draws it; None = as given. plain_share: of
-    the crops, keeps the look of its own laboratory; the others get another stain, lamp and optics.
-    normalised_share: of those of other microscopes, is brought to the taught look before, as by the agent;
+    learn. foreign: sources of which the `train` cells that we named by eye take part, and the `val` cells in choosing
+    the best epoch; the others are never seen. shares: of an epoch, by kind. weights: of the parts of the loss; those
+    that are not given stay as in WEIGHTS. balance: inside a kind, how much more often a rare class is drawn: `even`
+    (all classes as often), `root` (by the root of their rarity), `none`. undersample: the most pictures of a PBC class
+    that take part; None = all. random_split: seed of a random split of the PBC pictures as the study draws it; None =
+    as given. plain_share: of the crops, keeps the look of its own laboratory; the others get another stain, lamp and
+    optics. normalised_share: of those of other microscopes, is brought to the taught look before, as by the agent;
     cut_share: of those, by what a piece of the picture shows, as people cut it. soft_share: of the crops, loses its
-    fine detail, so that this alone makes no platelet. bf16: convolve in bfloat16 where the processor can: quicker
-    for nets of full convolutions, slower for convolutions in depth.
+    fine detail, so that this alone makes no platelet. bf16: convolve in bfloat16 where the processor can: quicker for
+    nets of full convolutions, slower for convolutions in depth.
     """
 
     backbone: str = "shufflenetv2-x1.0"
@@ -96,44 +100,66 @@ def main() -> None:
     settings = read_run(args.file)
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
-    wording = crops.Wording(cell_classes(args.data), attribute_values(read_attributes(args.data)))
     folder = args.runs / args.file.stem
+    is_new = not (folder / "last.pt").exists()
+    require_files(settings.init if is_new else None, settings.teacher)
     boxes = read_boxes(args.boxes)
+    wording = crops.Wording(cell_classes(args.data), attribute_values(read_attributes(args.data)))
     examples = training_examples(settings, args, boxes, wording)
     net = CellNet(settings.backbone, len(wording.classes), wording.sizes).to(memory_format=torch.channels_last)
-    if not (folder / "last.pt").exists():
+    if is_new:
         begin_with(net, settings, examples)
-    teacher = load_teacher(settings.teacher, examples, settings.side_px, wording) if settings.teacher else None
+    device = best_device()
+    net.to(device)
+    teacher = None
+    if settings.teacher:
+        teacher = load_teacher(settings.teacher, examples, settings.side_px, wording).to(device)
     steps = settings.epochs * (settings.epoch_crops // settings.batch) if settings.epochs else None
     run = Run(folder, net, settings.rate, settings.minutes, steps, settings.rates)
+    if run.epoch:  # else the crops of the first epochs would be drawn again
+        torch.manual_seed(settings.seed + run.epoch)
     loader = train_loader(settings, examples, wording)
     views = val_views(args.data, settings, boxes, wording)
     facts = {"classes": wording.classes, "values": wording.values, "backbone": settings.backbone}
     facts |= {"side_px": settings.side_px, "settings": args.file.read_text()}
     weights = {**WEIGHTS, **settings.weights}
-    run.schedule.start()
-    while not run.is_finished:
-        net.train()
-        net.backbone.requires_grad_(run.schedule.progress >= settings.thaw_at)
-        freeze(net, [start for start, share in settings.rates.items() if share == 0])
-        losses = []
-        for pixels, labels, attributes, are_cells in loader:
-            x = pixels.to(memory_format=torch.channels_last).float() / 255
-            with bfloat16(is_wanted=settings.bf16):
-                answers = Answers(*(part.float() for part in net(as_seen(x, settings, run.schedule.progress))))
-            parts = loss_parts(answers, labels, attributes, are_cells, wording, settings.label_smoothing)
-            if teacher is not None:
-                with torch.inference_mode(), bfloat16():
-                    told = Answers(*(part.float() for part in teacher(x)))
-                parts |= teacher_losses(answers, told, labels, are_cells, wording)
-            run.step(sum(weights[name] * part for name, part in parts.items()))
-            losses.append({name: part.item() for name, part in parts.items()})
-            if run.is_finished:
-                break
-        means = {f"loss_{name}": float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
-        figures = {f"val_{name}": value for name, value in judge(run.average.net, views, wording).items()}
-        scores = [value for name, value in figures.items() if name.endswith("_accuracy")]
-        run.end_epoch(float(np.mean(scores)), facts, **means, **figures)
+    with run.begun():
+        while not run.is_finished:
+            net.train()
+            net.backbone.requires_grad_(run.schedule.progress >= settings.thaw_at)
+            freeze(net, [start for start, share in settings.rates.items() if share == 0])
+            losses = []
+            for batch in loader:
+                on_device = tuple(part.to(device) for part in batch)
+                parts = batch_losses(net, teacher, on_device, settings, run.schedule.progress, wording)
+                run.step(sum(weights[name] * part for name, part in parts.items()))
+                losses.append({name: part.item() for name, part in parts.items()})
+                if run.is_finished:
+                    break
+            means = {f"loss_{name}": float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
+            judged = judge(run.average.net, views, wording)
+            score = pooled_accuracy(judged, views, taught_views(settings))
+            run.end_epoch(score, facts, **means, **{f"val_{name}": value for name, value in judged.items()})
+
+
+Batch = tuple[Tensor, ...]
+"""Of `crops.TrainingCrops`: pixels (b, 3, side, side), classes (b,), attributes (b, attributes), are cells (b,)."""
+
+
+def batch_losses(
+    net: CellNet, teacher: CellNet | None, batch: Batch, settings: RunFile, progress: float, wording: crops.Wording
+) -> dict[str, Tensor]:
+    """Each part of the loss, on the device where nets and batch lie. progress: of the run, 0 to 1."""
+    pixels, labels, attributes, are_cells = batch
+    x = pixels.to(memory_format=torch.channels_last).float() / 255
+    with bfloat16(x.device, is_wanted=settings.bf16):
+        answers = Answers(*(part.float() for part in net(as_seen(x, settings, progress))))
+    parts = loss_parts(answers, labels, attributes, are_cells, wording, settings.label_smoothing)
+    if teacher is not None:
+        with torch.inference_mode(), bfloat16(x.device):
+            told = Answers(*(part.float() for part in teacher(x)))
+        parts |= teacher_losses(answers, told, labels, are_cells, wording)
+    return parts
 
 
 def as_seen(x: Tensor, settings: RunFile, progress: float) -> Tensor:
@@ -151,10 +177,11 @@ def read_run(file: Path) -> RunFile:
             if found.get(key):
                 found[key] = Path(found[key])
         settings = RunFile(**{**found, "foreign": tuple(found.get("foreign", ()))})
-    except (OSError, TypeError, yaml.YAMLError) as error:
+    except (OSError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise SystemExit(f"{file}: {error}; the keys are those of RunFile in models/classifier/train.py") from error
     chosen = {"backbone": ({settings.backbone}, BACKBONES), "balance": ({settings.balance}, BALANCES)}
-    for key, (names, known) in {**chosen, "weights": (set(settings.weights), WEIGHTS)}.items():
+    listed = {"weights": (set(settings.weights), WEIGHTS), "foreign": (set(settings.foreign), FOREIGN_SOURCES)}
+    for key, (names, known) in {**chosen, **listed}.items():
         if unknown := sorted(names - set(known)):
             raise SystemExit(f"{file}: {key}: {', '.join(unknown)} is none of {', '.join(known)}")
     return settings
@@ -217,13 +244,16 @@ def freeze(net: nn.Module, starts: Sequence[str]) -> None:
             module.eval().requires_grad_(False)
 
 
+FACTS = ("classes", "values", "backbone", "side_px", "settings")
+"""What a run writes beside its weights."""
+
 NEW_HEADS = ("morphology", "is_cell")
 """Heads that files of version 0.1 do not have."""
 
 
 def load_net(checkpoint: Path, wording: crops.Wording) -> CellNet:
     """The averaged net of a run, for answering only."""
-    state = torch.load(checkpoint, weights_only=True)
+    state = read_run_checkpoint(checkpoint, FACTS)
     net = CellNet(state["backbone"], len(wording.classes), wording.sizes)
     net.load_state_dict(state["average"])
     return for_answers(net)
@@ -324,34 +354,56 @@ def divergence(logits: Tensor, told: Tensor) -> Tensor:
 
 
 def val_views(data: Path, settings: RunFile, boxes: Mapping[str, Any], wording: crops.Wording) -> dict[str, crops.View]:
-    """PBC `val`, and each source that we named by eye: its `val` where it is learnt from, all of it where it is not."""
+    """PBC `val`, and of each source what we named by eye: its `val` where it is learnt from, all of it where it is not;
+    and the platelets of its `val` fields. What there is none of has no view.
+    """
     cells = read_cells(data, "val", settings.random_split)
     found = {"pbc": crops.pbc_examples(data, cells, boxes, wording)}
     for source in FOREIGN_SOURCES:
         splits = ("val",) if source in settings.foreign else ("train", "val", "test")
         found[source] = [e for e in crops.foreign_examples(data, (source,), splits, wording) if e.is_cell]
-    found["platelets"] = crops.field_platelets(data, FOREIGN_SOURCES, ("val",), wording)
+        found[platelets_of(source)] = crops.field_platelets(data, (source,), ("val",), wording)
     look = TAUGHT_LOOK if settings.normalised_share > 0 else None
-    return {name: crops.make_view(each, settings.side_px, look) for name, each in found.items()}
+    return {name: crops.make_view(each, settings.side_px, look) for name, each in found.items() if each}
 
 
 FOREIGN_SOURCES = ("bccd", "raabin")
+
+
+def platelets_of(source: str) -> str:
+    """The view of a source's platelets."""
+    return f"{source}_platelets"
+
+
+def taught_views(settings: RunFile) -> set[str]:
+    """The views of microscopes that the run learns from: those that the best epoch is chosen by."""
+    return {"pbc", *settings.foreign, *(platelets_of(source) for source in settings.foreign)}
+
+
+def pooled_accuracy(figures: Mapping[str, float], views: Mapping[str, crops.View], chosen: Collection[str]) -> float:
+    """Share of the cells of some views that are named right, each cell counted once. figures: of `judge`."""
+    sizes = {name: len(view.labels) for name, view in views.items() if name in chosen}
+    # Whole cells: two epochs that name as many right must not differ by how a share was rounded.
+    right = sum(round(figures[f"{name}_accuracy"] * size) for name, size in sizes.items())
+    return right / sum(sizes.values())
 
 
 @torch.inference_mode()
 def judge(net: nn.Module, views: Mapping[str, crops.View], wording: crops.Wording) -> dict[str, float]:
     """Accuracy of the class in each view, the share taken for cells, and the attributes where there are any."""
     figures = {}
+    device = device_of(net)
     for name, view in views.items():
-        parts = [net(part.float() / 255) for part in view.crops.split(128)]
+        told = (net(part.to(device).float() / 255) for part in view.crops.split(128))
+        parts = [Answers(*(part.cpu() for part in answers)) for answers in told]
         classes = torch.cat([answers.classes for answers in parts]).argmax(1)
         figures[f"{name}_accuracy"] = float((classes == view.labels).float().mean())
         figures[f"{name}_is_cell"] = float((torch.cat([answers.is_cell for answers in parts]) > 0).float().mean())
         known = view.attributes != crops.UNKNOWN
         if known.any():
             groups = torch.cat([answers.morphology for answers in parts]).split(wording.sizes, 1)
-            told = torch.stack([group.argmax(1) for group in groups], 1)
-            figures[f"{name}_morphology"] = float((told == view.attributes)[known].float().mean())
+            values = torch.stack([group.argmax(1) for group in groups], 1)
+            figures[f"{name}_morphology"] = float((values == view.attributes)[known].float().mean())
     return figures
 
 
@@ -365,4 +417,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

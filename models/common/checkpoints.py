@@ -7,7 +7,7 @@ paper list the same layers, whatever they call them. What was taken and what was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models.common.programs import Unfit
 
 HOLDERS = ("average", "state_dict", "model")
 PREFIXES = ("", "backbone.", "module.")
@@ -35,13 +37,40 @@ class Fit:
         return f"{self.taken} of {self.of} tensors taken by {self.by}; kept as they were: {shown or 'none'}"
 
 
+def require_files(*files: Path | None) -> None:
+    """Raises Unfit where one of those that a recipe names is not there. None = it names none."""
+    for file in files:
+        if file is not None and not file.exists():
+            raise Unfit(f"{file}: not there; the comment beside it in the recipe says how to make it")
+
+
+def read_run_checkpoint(file: Path, facts: Collection[str] = ()) -> dict[str, Any]:
+    """What `best.pt` of a run of ours holds, on the CPU. Raises SystemExit where the file is none.
+
+    facts: what such a run writes beside its weights.
+    """
+    found = read_checkpoint(file)
+    wanted = ("average", "command", *facts)
+    if not isinstance(found, dict) or (missing := [name for name in wanted if name not in found]):
+        told = "" if not isinstance(found, dict) else f", it has no {', '.join(missing)}"
+        raise SystemExit(f"{file}: is not the best.pt of a run that this goes on with{told}")
+    return found
+
+
+def read_checkpoint(file: Path) -> Any:
+    """What a `.pt` file holds, on the CPU. Raises SystemExit where it is not there, or no checkpoint."""
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise SystemExit(f"{file}: not there; a training run writes best.pt into its folder") from error
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        raise SystemExit(f"{file}: cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from error
+
+
 def load_fitting(net: nn.Module, file: Path) -> Fit:
     """Give a net what fits it from a `.pt` file. Raises SystemExit where nothing does, or the file is none."""
-    try:
-        found: Any = torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        reason = str(error).partition(". ")[0] or type(error).__name__
-        raise SystemExit(f"{file}: cannot be read as a PyTorch checkpoint of plain tensors: {reason}") from error
+    found = read_checkpoint(file)
     stored = next((found[name] for name in HOLDERS if isinstance(found.get(name), Mapping)), found)
     own = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
     tensors = {name: value for name, value in stored.items() if isinstance(value, Tensor)}

@@ -6,7 +6,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from models.common.logs import log_figures
@@ -36,13 +39,25 @@ COMMAND = told_command(sys.orig_argv)
 """How this process was started; goes with the weights into the manifest."""
 
 
-def bfloat16(*, is_wanted: bool = True) -> torch.autocast:
-    """Convolutions in bfloat16 where the processor computes so; elsewhere it is emulated, ten times slower."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=is_wanted and _is_bfloat16_fast())
+def best_device() -> torch.device:
+    """Where a run computes: on the GPU where PyTorch has one, else on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where a net's weights lie."""
+    return next(net.parameters()).device
+
+
+def bfloat16(device: torch.device, *, is_wanted: bool = True) -> torch.autocast:
+    """Convolutions in bfloat16 where the device computes so; elsewhere it is emulated, ten times slower."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_wanted and _is_bfloat16_fast(device.type))
 
 
 @cache
-def _is_bfloat16_fast() -> bool:
+def _is_bfloat16_fast(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     facts = Path("/proc/cpuinfo")
     return facts.exists() and "avx512_bf16" in facts.read_text()
 
@@ -124,7 +139,8 @@ class Run:
 
     folder: gets `last.pt` (to resume), `best.pt` (averaged weights of the best score) and `log.jsonl`.
     minutes, steps: its length, see `Schedule`. factors: share of the rate for parameters whose names begin so. A new
-    run begins with the net as it is given.
+    run begins with the net as it is given, on the device where it lies. console: for the progress bar, which a terminal
+    alone gets; None = standard error.
     """
 
     def __init__(
@@ -135,6 +151,7 @@ class Run:
         minutes: float,
         steps: int | None = None,
         factors: Mapping[str, float] = NO_FACTORS,
+        console: Console | None = None,
     ):
         self.folder = folder
         self.net = net
@@ -142,12 +159,20 @@ class Run:
         self.optimiser = torch.optim.AdamW(split_parameters(net, 0.02, factors), lr=rate)
         self.schedule = Schedule(rate, minutes, steps)
         self.epoch, self.best = 0, 0.0
+        self._bar = RunBar(console or Console(stderr=True))
         if (folder / "last.pt").exists():
-            self._resume(torch.load(folder / "last.pt", weights_only=True))
+            self._resume(torch.load(folder / "last.pt", weights_only=True, map_location="cpu"))
 
     @property
     def is_finished(self) -> bool:
         return self.schedule.progress >= 1
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The clock of this session runs, and its progress is shown, until the block ends."""
+        self.schedule.start()
+        with self._bar.shown():
+            yield
 
     def step(self, loss: Tensor) -> None:
         """One step down, at the schedule's rate."""
@@ -159,6 +184,7 @@ class Run:
         self.optimiser.step()
         self.schedule.done_steps += 1
         self.average.update(self.net)
+        self._bar.tell_step(self.schedule.progress, self.epoch, loss)
 
     def end_epoch(self, score: float | None, facts: dict[str, Any] | None = None, **figures: Any) -> None:
         """Log the epoch, keep its weights when `score` is the best so far, make it the place to resume.
@@ -166,7 +192,9 @@ class Run:
         score: None = this epoch was not judged. facts: go into `best.pt` beside the weights.
         """
         self.epoch += 1
-        log_figures(self.folder, epoch=self.epoch, progress=self.schedule.progress, **figures)
+        self._bar.tell_score(score)
+        judged = {} if score is None else {"score": score}
+        log_figures(self.folder, epoch=self.epoch, progress=self.schedule.progress, **figures, **judged)
         if score is not None and score >= self.best:
             self.best = score
             weights = self.average.net.state_dict()
@@ -192,6 +220,40 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.epoch, self.best = state["epoch"], state["best"]
         self.schedule.spent_s, self.schedule.done_steps = state["spent_s"], state["done_steps"]
+
+
+class RunBar:
+    """How far a run is, with its newest loss and its newest score on `val`; on a terminal only."""
+
+    def __init__(self, console: Console):
+        self._is_shown = console.is_terminal
+        self._score = ""
+        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        # The log goes to standard output: it is led around the bar where both share the screen, and nowhere else.
+        self._bar = Progress(
+            *(*columns, TextColumn("loss {task.fields[loss]}{task.fields[score]}")),
+            console=console,
+            redirect_stdout=sys.stdout.isatty(),
+            disable=not self._is_shown,
+        )
+        self._task = self._bar.add_task("run", total=1.0, epoch=1, loss="-", score="")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        with self._bar:
+            yield
+
+    def tell_step(self, progress: float, epoch: int, loss: Tensor) -> None:
+        """progress: 0 to 1. epoch: how many have ended."""
+        if self._is_shown:  # else nobody waits until the device has computed the number
+            told = f"{loss.item():.3f}"
+            self._bar.update(self._task, completed=progress, epoch=epoch + 1, loss=told, score=self._score)
+
+    def tell_score(self, score: float | None) -> None:
+        """None = the epoch was not judged, the score before stays."""
+        if score is not None:
+            self._score = f", val {score:.4f}"
+            self._bar.update(self._task, score=self._score)
 
 
 def save_checkpoint(path: Path, **states: Any) -> None:

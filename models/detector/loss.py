@@ -53,7 +53,7 @@ def assign(
     score = scores[picture, place, targets[picture, cell, 0].long()]
     metric = score**SCORE_POWER * overlap**OVERLAP_POWER
 
-    dense = torch.full(inside.shape, -1.0)
+    dense = torch.full(inside.shape, -1.0, device=inside.device)
     dense[picture, cell, place] = metric
     best, where = dense.topk(min(claims, dense.shape[-1]), -1)  # (batch, cells, claims)
     picture, cell, rank = (best >= 0).nonzero(as_tuple=True)
@@ -72,8 +72,8 @@ def assign(
     # Scores are aimed so that a cell's best place aims at the best overlap that the cell has reached.
     flat = picture * targets.shape[1] + cell
     cells = targets.shape[0] * targets.shape[1]
-    top_metric = torch.zeros(cells).scatter_reduce(0, flat, metric, "amax")
-    top_overlap = torch.zeros(cells).scatter_reduce(0, flat, overlap, "amax")
+    top_metric = torch.zeros(cells, device=flat.device).scatter_reduce(0, flat, metric, "amax")
+    top_overlap = torch.zeros(cells, device=flat.device).scatter_reduce(0, flat, overlap, "amax")
     return picture, place, cell, metric / (top_metric[flat] + 1e-9) * top_overlap[flat]
 
 

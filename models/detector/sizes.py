@@ -9,6 +9,8 @@ told as ratios to the shipped size: letterbox, net and decoding, one look at eac
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import json
 import time
@@ -25,6 +27,7 @@ from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.common.labels import DETECTOR_CLASSES, read_complete_fields
 from models.common.metrics import detection_figures
+from models.common.programs import CONVERTER, run_program
 from models.detector.export import FILE, own_folder
 from models.detector.train import SIZE_PX, RunFile, begin_with, training_fields
 from models.evaluation.asking import MAX_MEGAPIXELS, add_options, progress
@@ -91,4 +94,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CONVERTER)

@@ -8,6 +8,8 @@ cheap; the rest on pictures of the size that is shipped.
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import itertools
 from collections.abc import Sequence
@@ -18,10 +20,11 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from agent.inference.letterbox import letterbox
-from models.common.checkpoints import load_fitting
+from models.common.checkpoints import load_fitting, read_run_checkpoint, require_files
 from models.common.datasets import AugmentedFields, LabelledField, collate_fields, load_fields
 from models.common.labels import (
     DETECTOR_CLASSES,
@@ -35,8 +38,9 @@ from models.common.labels import (
     read_rgb,
 )
 from models.common.metrics import FieldBoxes, detection_figures, merge_boxes, middle_score
+from models.common.programs import run_program
 from models.common.simulated import simulated_fields
-from models.common.training import Run, bfloat16
+from models.common.training import Run, best_device, bfloat16, device_of
 from models.common.warm_start import load_shipped
 from models.detector.label_pictures import SURE, load_pictures
 from models.detector.loss import head_loss
@@ -91,49 +95,58 @@ def main() -> None:
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
     folder = args.runs / args.file.stem
+    is_new = not (folder / "last.pt").exists()
+    require_files(settings.init if is_new else None)
     train = training_fields(args.data, settings.sources)
     val = load_fields(read_complete_fields(args.data, "val", settings.sources))
     val_cells = read_cells(args.data, "val")[::VAL_CELLS_EVERY] if "pbc" in settings.sources else []
     pictures = load_pictures(settings.pictures, args.data) if settings.pictures else []
     simulated = simulated_fields(settings.simulated, args.runs) if settings.simulated else []
     net = YoloV10n(len(DETECTOR_CLASSES)).to(memory_format=torch.channels_last)
-    if not (folder / "last.pt").exists():
+    if is_new:
         begin_with(net, settings, train)
+    device = best_device()
+    net.to(device)
     steps = settings.epochs * settings.steps if settings.epochs else None
     run = Run(folder, net, settings.rate, settings.minutes, steps)
     pools = [(train, 1 - settings.pictures_share - settings.simulated_share)]
     pools += [(pictures, settings.pictures_share), (simulated, settings.simulated_share)]
     batches, drawn_so = None, None
-    run.schedule.start()
-    while not run.is_finished:
-        size_px = settings.small_px if run.schedule.progress < settings.small_share else SIZE_PX
-        mosaic_share = 0.5 if run.schedule.progress < settings.mosaic_until else 0.0
-        if drawn_so != (size_px, mosaic_share):
-            drawn_so = size_px, mosaic_share
-            seed = settings.seed + run.epoch
-            fields = AugmentedFields(pools, size_px, seed, mosaic_share, settings.scales, settings.plain_share)
-            loader = DataLoader(fields, settings.batch, collate_fn=collate_fields, num_workers=1, prefetch_factor=4)
-            batches = iter(loader)
-            centres, strides = places(size_px, size_px)
-        net.train()
-        losses = []
-        for pixels, targets, real in itertools.islice(batches, settings.steps):
-            x = (pixels.float() / 255).to(memory_format=torch.channels_last)
-            with bfloat16():
-                many, one = net.forward_both(x)
-            loss = head_loss(many, centres, strides, targets, real, CLAIMS)
-            loss = loss + head_loss(one, centres, strides, targets, real, 1)
-            run.step(loss)
-            losses.append(loss.item())
-            if run.is_finished:
-                break
-        is_judged = run.is_finished or (run.epoch + 1) % settings.val_every == 0
-        figures = evaluate(run.average.net, val) if is_judged else {}
-        if is_judged:
-            figures["middle_found"] = share_found(run.average.net, val_cells) if val_cells else 1.0
-        # The fields show five of the eight classes: a net that misses the others is no better for its boxes.
-        score = figures["all_map50_95"] * figures["middle_found"] if is_judged else None
-        run.end_epoch(score, size_px=size_px, loss=float(np.mean(losses)), **figures)
+    with run.begun():
+        while not run.is_finished:
+            size_px = settings.small_px if run.schedule.progress < settings.small_share else SIZE_PX
+            mosaic_share = 0.5 if run.schedule.progress < settings.mosaic_until else 0.0
+            if drawn_so != (size_px, mosaic_share):
+                drawn_so = size_px, mosaic_share
+                seed = settings.seed + run.epoch
+                fields = AugmentedFields(pools, size_px, seed, mosaic_share, settings.scales, settings.plain_share)
+                loader = DataLoader(fields, settings.batch, collate_fn=collate_fields, num_workers=1, prefetch_factor=4)
+                batches = iter(loader)
+            net.train()
+            losses = []
+            for pixels, targets, real in itertools.islice(batches, settings.steps):
+                loss = batch_loss(net, pixels.to(device), targets.to(device), real.to(device))
+                run.step(loss)
+                losses.append(loss.item())
+                if run.is_finished:
+                    break
+            is_judged = run.is_finished or (run.epoch + 1) % settings.val_every == 0
+            figures = evaluate(run.average.net, val) if is_judged else {}
+            if is_judged:
+                figures["middle_found"] = share_found(run.average.net, val_cells) if val_cells else 1.0
+            # The fields show five of the eight classes: a net that misses the others is no better for its boxes.
+            score = figures["all_map50_95"] * figures["middle_found"] if is_judged else None
+            run.end_epoch(score, size_px=size_px, loss=float(np.mean(losses)), **figures)
+
+
+def batch_loss(net: YoloV10n, pixels: Tensor, targets: Tensor, real: Tensor) -> Tensor:
+    """Loss of both heads, where the net lies. pixels: uint8, (batch, 3, side, side); the others: `collate_fields`."""
+    centres, strides = places(*pixels.shape[2:], pixels.device)
+    x = (pixels.float() / 255).to(memory_format=torch.channels_last)
+    with bfloat16(pixels.device):
+        many, one = net.forward_both(x)
+    loss = head_loss(many, centres, strides, targets, real, CLAIMS)
+    return loss + head_loss(one, centres, strides, targets, real, 1)
 
 
 def read_run(file: Path) -> RunFile:
@@ -144,7 +157,7 @@ def read_run(file: Path) -> RunFile:
             if found.get(key):
                 found[key] = Path(found[key])
         return RunFile(**found)
-    except (OSError, TypeError, yaml.YAMLError) as error:
+    except (OSError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise SystemExit(f"{file}: {error}; the keys are those of RunFile in models/detector/train.py") from error
 
 
@@ -180,7 +193,9 @@ def averaged_net(checkpoint: Path) -> tuple[YoloV10n, str]:
 
     A file has one head, the one-to-many one: docs/decisions/0003-boxes-of-one-cell-are-merged.md
     """
-    state = torch.load(checkpoint, weights_only=True)
+    state = read_run_checkpoint(checkpoint)
+    if "backbone" in state:
+        raise SystemExit(f"{checkpoint}: is of a classifier; give best.pt of a detector's run")
     net = YoloV10n(len(DETECTOR_CLASSES))
     net.load_state_dict(state["average"])
     net.one_to_one.load_state_dict(net.one_to_many.state_dict())
@@ -190,13 +205,14 @@ def averaged_net(checkpoint: Path) -> tuple[YoloV10n, str]:
 @torch.inference_mode()
 def find(net: YoloV10n, pixels: Rgb, least: float) -> NDArray[np.float32]:
     """Boxes of a float net in evaluation mode, (found, 6): class, score, x_min, y_min, x_max, y_max in px."""
+    device = device_of(net)
     centres, strides = places(SIZE_PX, SIZE_PX)
     square, placed = letterbox(pixels, SIZE_PX, FILL)
     offset = torch.tensor([placed.offset_x_px, placed.offset_y_px] * 2)
     scale = torch.tensor([placed.scale_x, placed.scale_y] * 2)
     x = torch.from_numpy(square.transpose(2, 0, 1).copy())[None].float() / 255
-    many, _ = net.forward_both(x.to(memory_format=torch.channels_last))  # the head that is shipped
-    distances, logits = flatten(many)
+    many, _ = net.forward_both(x.to(device, memory_format=torch.channels_last))  # the head that is shipped
+    distances, logits = (part.cpu() for part in flatten(many))
     score, index = logits[0].sigmoid().max(-1)
     kept = score > least
     boxes = (decode_boxes(distances, centres, strides)[0, kept] - offset) / scale
@@ -232,4 +248,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

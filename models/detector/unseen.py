@@ -11,6 +11,8 @@ fields of its own sources; figures: the complete fields of the source, through t
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import json
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from agent.config import ModelsSection
 from agent.inference.models import Models, open_models
 from models.common.labels import DETECTOR_CLASSES, SOURCES, read_complete_fields
 from models.common.metrics import detection_figures
+from models.common.programs import CONVERTER, run_program
 from models.detector.export import own_folder
 from models.detector.train import averaged_net
 from models.evaluation.asking import add_options, progress
@@ -75,4 +78,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CONVERTER)

@@ -1,8 +1,8 @@
 """YOLOv10n, written from its paper: Wang et al., "YOLOv10: Real-Time End-to-End Object Detection", arXiv 2405.14458.
 
 The net has two heads on one neck. In training the one-to-many head gives rich supervision and the one-to-one head
-learns to answer each cell once; for inference only the one-to-one head stays, so that no non-maximum suppression is
-needed.
+learns to answer each cell once. The paper infers with the one-to-one head; what is shipped since detector 0.2.0 is the
+one-to-many head, whose boxes of one cell the agent merges: docs/decisions/0003-boxes-of-one-cell-are-merged.md.
 
 Shapes in comments are (batch, channels, height, width); the input is RGB in [0, 1].
 """
@@ -203,7 +203,6 @@ class YoloV10n(nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
-        self.classes = classes
         self.stem = nn.Sequential(ConvBnAct(3, 16, 3, 2), ConvBnAct(16, 32, 3, 2), SplitStack(32, 32, 1, shortcut=True))
         self.stage_8 = nn.Sequential(ConvBnAct(32, 64, 3, 2), SplitStack(64, 64, 2, shortcut=True))
         self.stage_16 = nn.Sequential(SpatialChannelDown(64, 128), SplitStack(128, 128, 2, shortcut=True))
@@ -259,7 +258,7 @@ class YoloV10nBackbone(nn.Module):
 
 
 def places(height_px: int, width_px: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Centres of all map places in input pixels, (places, 2) as x, y, and their strides, (places, 1)."""
+    """Centres of all map places in input pixels, (places, 2) as x, y, and their strides, (places, 1), on a device."""
     centres, strides = [], []
     for stride in STRIDES:
         ys = (torch.arange(height_px // stride, device=device) + 0.5) * stride
