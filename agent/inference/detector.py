@@ -1,8 +1,8 @@
 """The detector: YOLOv10n's six raw maps to boxes of cells.
 
-Thresholds are applied on the stored numbers; box distances are decoded only for the survivors, in float. Source: Wang
-et al. 2024 (arXiv 2405.14458) for the one-to-one head, Li et al. 2020 (arXiv 2006.04388) for the distance
-distributions.
+Thresholds are applied on the stored numbers; box distances are decoded only for the survivors, in float. The maps are
+those of the one-to-many head, so boxes of one cell are merged: docs/decisions/0003-boxes-of-one-cell-are-merged.md.
+Source: Wang et al. 2024 (arXiv 2405.14458) for the net, Li et al. 2020 (arXiv 2006.04388) for the distances.
 """
 
 from __future__ import annotations

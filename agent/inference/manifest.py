@@ -70,7 +70,7 @@ class DetectorThresholds(ManifestPart):
 
     min_score: Share
     same_cell_iou: Share | None = None
-    """Of two boxes that overlap more than this the better stands. None = off: the one-to-one head answers once."""
+    """Of two boxes that overlap more than this the better stands. None = off, for a net that answers each cell once."""
     max_cells: Annotated[int, Field(ge=1)] = 1000
 
 

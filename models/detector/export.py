@@ -5,6 +5,8 @@ python -m models.detector.export --checkpoint runs/sharper/best.pt --version 0.3
 
 from __future__ import annotations
 
+from models.common import needs_torch  # isort: skip  # noqa: F401
+
 import argparse
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ from agent.inference.letterbox import letterbox
 from agent.inference.manifest import load_manifest
 from models.common.datasets import AugmentedFields, load_fields
 from models.common.labels import DETECTOR_CLASSES, SOURCES, cell_classes, read_complete_fields, read_rgb
+from models.common.programs import CONVERTER, run_program
 from models.common.quantize import (
     begin_folder,
     describe_tensors,
@@ -35,6 +38,9 @@ SCORE_FLOOR = -8.0
 """Logit; a score of 0.0003. The empty background reaches -60, and would leave the cells steps of a quarter logit."""
 LARGEST_PLATELET = 1.5
 """Sides of a typical red cell; of the platelets in 679 PBC pictures (`train`, `val`) the largest has 1.41."""
+MIN_SCORE, SAME_CELL_IOU = 0.5, 0.5
+"""Of a file whose own are not chosen yet: those of the shipped one. A file holds the one-to-many head, which gives each
+cell several boxes: unmerged they are 111 to 211 in PBC pictures of 12 to 24 cells."""
 KINDS = ("box_distances", "class_scores")
 MEANINGS = {
     "box_distances": "distances to left, top, right and bottom side in strides, each a raw distribution over 16 bins",
@@ -79,7 +85,7 @@ def write_files(
     size_px: int = SIZE_PX,
     sources: Sequence[str] = SOURCES,
 ) -> None:
-    """The net's one-to-one head as a float and an int8 file for squares of a size.
+    """The net as a float and an int8 file for squares of a size, with the head that `averaged_net` ships.
 
     pictures: how many to calibrate with, from the fields of `sources`.
     """
@@ -171,11 +177,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
     parser.add_argument("--version", help="default: that of the detector in the manifest")
     parser.add_argument("--pictures", type=int, default=60, help="calibration pictures")
-    parser.add_argument("--min-score", type=float, default=0.35, help="threshold, chosen on val")
-    parser.add_argument("--same-cell-iou", type=float, default=None, help="overlap of two boxes of one cell")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=MIN_SCORE,
+        help="least score of a box, until models.choose_thresholds chooses one on val; default: %(default)s",
+    )
+    parser.add_argument(
+        "--same-cell-iou",
+        type=float,
+        default=SAME_CELL_IOU,
+        help="overlap from which two boxes are one cell's, chosen likewise; default: %(default)s",
+    )
     parser.add_argument("--command", default=None, help="how it was trained; default: what the checkpoint says")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CONVERTER)
