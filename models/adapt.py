@@ -6,10 +6,12 @@ images: a few hundred fields of the laboratory's own microscope. The detector fi
 statistics move towards those of the new cells (Schneider et al., arXiv 2006.16971), and the net learns from the cells
 that it is sure of when it sees them in several ways (self-training). The int8 ranges are taken from the new cells.
 Prints how many cells have a trusted name before and after, and how many kept their name; with --data also the accuracy
-on PBC `val`, and nothing is written if that falls by more than a point.
+on PBC `val`, and nothing is written if that falls by more than a point (exit status 1).
 """
 
 from __future__ import annotations
+
+from models.common import needs_torch  # isort: skip  # noqa: F401
 
 import argparse
 import dataclasses
@@ -24,12 +26,12 @@ from torch import nn
 
 from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
-from agent.errors import FrameUnreadable, ModelError
+from agent.errors import FrameUnreadable
 from agent.inference.models import Models, open_models
 from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
 from models.common.labels import NUCLEATED, Rgb, read_cells
-from models.common.warm_start import FileDoesNotFit
+from models.common.programs import CONVERTER, FOUND_WANTING, end, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
 from models.finetune import CropsUnfit, others_words, pictures_among
 from models.nets.cellnet import CellNet
@@ -46,13 +48,6 @@ WORST_LOSS = 0.01
 
 def main() -> None:
     args = parse()
-    try:
-        adapt(args)
-    except (ModelError, FileDoesNotFit, CropsUnfit) as error:
-        raise SystemExit(str(error)) from error
-
-
-def adapt(args: argparse.Namespace) -> None:
     models = open_models(ModelsSection(folder=args.models, classifier=args.classifier))
     torch.manual_seed(1)
     cells = find_cells(models, args.images, tuning.wording_of(models.manifest.classifier))
@@ -70,7 +65,7 @@ def adapt(args: argparse.Namespace) -> None:
     (work / "signoff.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))
     if facts.get("pbc_before", 0) - facts.get("pbc_after", 0) > WORST_LOSS:
-        raise CropsUnfit(f"the adapted classifier has forgotten too much of PBC: nothing is changed (see {work})")
+        end(f"the adapted classifier has forgotten too much of PBC: nothing is changed (see {work})", FOUND_WANTING)
     if args.output.exists():
         raise CropsUnfit(
             f"{args.output} exists already; the adapted models lie in {work}: move them where you want them"
@@ -202,4 +197,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, CONVERTER)

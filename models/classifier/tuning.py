@@ -193,8 +193,13 @@ def write_models(
 
 def share_of_right(models: Models, examples: Sequence[crops.Example]) -> float:
     """Accuracy of a folder's int8 classifier on labelled examples."""
+    return float(np.mean(named_right(models, examples)))
+
+
+def named_right(models: Models, examples: Sequence[crops.Example]) -> list[bool]:
+    """Of each labelled example whether a folder's int8 classifier names it right."""
     answers = answers_to(models, examples)
-    return float(np.mean([index == e.label for (index, _, _), e in zip(answers, examples, strict=True)]))
+    return [index == e.label for (index, _, _), e in zip(answers, examples, strict=True)]
 
 
 def answers_to(models: Models, examples: Sequence[crops.Example]) -> list[tuple[int, float, float]]:
