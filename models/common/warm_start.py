@@ -1,13 +1,14 @@
 """Weights of a shipped TFLite file back into its PyTorch net, so that training can go on from what is shipped.
 
-A shipped file is all that a laboratory has. Batch norms were folded into the convolutions before them; their statistics
-lie beside the file (`.norms.npz`, some 100 KB) and unfold them again. For a file without, the statistics are those that
-the net meets on given pictures. The net then answers as the file does (up to the rounding of int8), and learns on like
-one that was never folded.
+A shipped file is all that a laboratory has. Batch norms were folded into the convolutions before them; what comes out
+of the folded kernels, as mean and variance, lies beside the file (`.norms.npz`, some 100 KB) and unfolds them again.
+For a file without, the statistics are those that the net meets on given pictures. The net then answers as the file does
+(up to the rounding of int8), and learns on like one that was never folded, also where norms take a batch's statistics.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -71,22 +72,42 @@ def norms_file(path: Path) -> Path:
 
 
 def save_norms(net: nn.Module, path: Path) -> None:
-    """Write the statistics of a net's norms beside its TFLite file, as half-precision numbers by the norms' names."""
-    norms = {name: module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    arrays = {f"{name}.{key}": getattr(m, key).half().numpy() for name, m in norms.items() for key in STATISTICS}
+    """Write what a net's norms meet behind folded kernels beside its TFLite file, in half precision by their names."""
+    arrays = {}
+    for name, norm in net.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for key, values in zip(STATISTICS, behind_folded_kernel(norm), strict=True):
+                arrays[f"{name}.{key}"] = values.half().numpy()
     np.savez_compressed(norms_file(path), **arrays)
 
 
-STATISTICS = ("running_mean", "running_var")
+@torch.no_grad()
+def behind_folded_kernel(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (channels,), of what comes out of the kernel before a norm once that is folded into it.
+
+    Folding multiplies the kernel by the norm's scale, so they are not what the norm has met itself. Of a pair of
+    kernels that export merges each has its own: behind the merged one that is near the truth only.
+    """
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return norm.running_mean * scale, norm.running_var * scale.square()
+
+
+STATISTICS = ("folded_mean", "folded_variance")
 
 
 def use_norms(net: nn.Module, norms: list[nn.BatchNorm2d], path: Path) -> bool:
-    """Split the plain shifts of these norms by the statistics beside a file; False where there are none."""
+    """Split the plain shifts of these norms by the statistics beside a file; False where there are none.
+
+    Before 2026-12 the files held what the norms themselves had met, which unfolds nothing: those are passed over.
+    """
     file = norms_file(path)
     if not file.exists():
         return False
     stored = np.load(file)
     names = {module: name for name, module in net.named_modules()}
+    if any(f"{names[norm]}.{key}" not in stored for norm in norms for key in STATISTICS):
+        print(f"{file}: holds no statistics of folded kernels: they are taken from pictures", file=sys.stderr)
+        return False
     for norm in norms:
         mean, variance = (torch.from_numpy(stored[f"{names[norm]}.{key}"]).float() for key in STATISTICS)
         split(norm, mean, variance.clamp(min=LEAST_VARIANCE))

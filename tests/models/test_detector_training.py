@@ -6,12 +6,18 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
+import shutil
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from agent.config import ModelsSection
+from agent.inference.golden import read_fields
+from agent.inference.models import open_models
 from models.common.labels import SOURCES
+from models.detector import export
 from models.detector.export import calibration
 from models.detector.train import read_run, training_fields
 
@@ -54,6 +60,24 @@ def data(tmp_path: Path) -> Path:
         rows.append(f"images/{source}.png,{source},train,complete")
     (tmp_path / "fields.csv").write_text("\n".join(rows) + "\n")
     return tmp_path
+
+
+def test_a_fresh_export_gives_each_cell_one_box_before_thresholds_are_chosen(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file holds the one-to-many head: unmerged each cell has many boxes, and nothing can be labelled with them."""
+    folder = tmp_path / "models"
+    shutil.copytree("models", folder, ignore=shutil.ignore_patterns("*.py", "recipes", "__pycache__"))
+    (data / "pbc.csv").write_text("path,class,split\na.png,neutrophil,train\nb.png,platelet,train\n")
+    monkeypatch.setattr(sys, "argv", ["export", "--data", str(data), "--version", "9", "--command", "none"])
+    export.write_entry(folder, export.parse())
+    shipped, exported = (open_models(ModelsSection(folder=place, most_tiles=1)) for place in (Path("models"), folder))
+    thresholds = exported.manifest.detector.thresholds
+    assert exported.manifest.detector.version == "9"
+    assert thresholds.same_cell_iou is not None
+    for pixels in read_fields().values():
+        wanted, found = (len(models.detector.detect(pixels)) for models in (shipped, exported))
+        assert found == pytest.approx(wanted, abs=1 + wanted // 4)
 
 
 @pytest.mark.parametrize("source", SOURCES)

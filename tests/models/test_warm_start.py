@@ -16,6 +16,7 @@ from agent.camera.simulated import render_training_crop  # noqa: E402
 from agent.inference.manifest import load_manifest  # noqa: E402
 from models.common import warm_start  # noqa: E402
 from models.common.warm_start import FileDoesNotFit, load_shipped, read_layers  # noqa: E402
+from models.nets import cellnet  # noqa: E402
 from models.nets.cellnet import CellNet  # noqa: E402
 
 pytestmark = pytest.mark.train
@@ -85,6 +86,60 @@ def test_its_norms_hold_the_statistics_of_what_they_meet(pictures: torch.Tensor)
     spread = torch.cat([m.running_var for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)])
     assert float(spread.min()) > 0
     assert float(spread.std()) > 0  # plain shifts would all have one
+
+
+def taught_net() -> CellNet:
+    """A net whose norms scale otherwise than what they meet is spread, as after a training."""
+    torch.manual_seed(2)
+    net = CellNet("shufflenetv2-x0.5", 3, [2])
+    net.train()
+    for _ in range(60):  # the running statistics follow by a tenth each time
+        net(torch.rand(8, 3, 64, 64))
+    with torch.no_grad():
+        for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.weight.mul_(torch.empty_like(norm.weight).uniform_(0.2, 3.0))
+            norm.bias.normal_(0, 0.3)
+    for _ in range(60):
+        net(torch.rand(8, 3, 64, 64))
+    return net.eval()
+
+
+def folded_layers(net: CellNet) -> list[warm_start.Weights]:
+    """Kernels and biases as a float file of the net holds them."""
+    folded = cellnet.fold_batch_norm(net)
+    layers = warm_start.layers_in_order(folded, torch.rand(1, 3, 64, 64))
+    return [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
+
+
+def test_a_net_that_was_folded_answers_and_learns_on_like_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, file, batch = taught_net(), tmp_path / "net.tflite", torch.rand(16, 3, 64, 64)
+    warm_start.save_norms(before, file)
+    monkeypatch.setattr(warm_start, "read_layers", lambda _path: folded_layers(before))
+    net = CellNet("shufflenetv2-x0.5", 3, [2], dropout=0.0)
+    load_shipped(net, file, torch.rand(4, 3, 64, 64).split(4))
+    before.dropout.p = 0.0
+    with torch.no_grad():
+        for is_learning in (False, True):
+            wanted, told = (n.train(is_learning)(batch).classes for n in (before, net))
+            assert (told - wanted).abs().max() < 0.05 * wanted.abs().max(), is_learning
+
+
+def test_statistics_that_are_not_of_folded_kernels_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, file = taught_net(), tmp_path / "net.tflite"
+    norms = {n: m for n, m in before.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    old = {f"{n}.{key}": getattr(m, key).numpy() for n, m in norms.items() for key in ("running_mean", "running_var")}
+    np.savez_compressed(warm_start.norms_file(file), **old)
+    monkeypatch.setattr(warm_start, "read_layers", lambda _path: folded_layers(before))
+    net = CellNet("shufflenetv2-x0.5", 3, [2])
+    load_shipped(net, file, [torch.rand(16, 3, 64, 64)])
+    assert "holds no statistics of folded kernels" in capsys.readouterr().err
+    batch = torch.rand(16, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(net.eval()(batch).classes, before.eval()(batch).classes, atol=1e-3)
 
 
 def test_another_nets_file_is_refused(pictures: torch.Tensor) -> None:
