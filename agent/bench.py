@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import agent
 from agent.analysis.cells import NamingRules
+from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.analysis.differential import NUCLEATED, Chamber, Confusion, Rules, kinds_in_order
 from agent.analysis.drift import DriftPlan, drift_plan
 from agent.config import (
@@ -20,7 +21,7 @@ from agent.config import (
 )
 from agent.delivery.commands import canonical_json
 from agent.delivery.topics import Topics
-from agent.domain import Provenance, Thresholds
+from agent.domain import Cell, Frame, Provenance, Thresholds
 from agent.inference.manifest import Manifest
 from agent.inference.models import Models
 from agent.machine import read_software
@@ -61,6 +62,11 @@ class Bench:
     def reporter(self) -> Reporter:
         """How samples are reported that are counted here."""
         return Reporter(self.topics, self.counting, self.provenance)
+
+    def picture_of(self, cell: Cell, frame: Frame) -> bytes:
+        """A cell as people are shown it, a JPEG: what the classifier got, in the look of its own laboratory."""
+        margin = self.models.manifest.classifier.crop.margin
+        return encode_jpeg(cut_crop(frame.pixels_bgr, cell.detection.box, margin))
 
 
 def make_bench(config: Config, models: Models) -> Bench:

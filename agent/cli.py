@@ -181,8 +181,8 @@ def build_parser() -> argparse.ArgumentParser:
     classify.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object a line: source, class, probability, probabilities, what the cell looks like, and"
-        " which models named it; or source and error",
+        help="print one JSON object a line: source, class, probability, whether it is trusted, probabilities,"
+        " what the cell looks like, and which models named it; or source and error",
     )
     _add_models(classify)
     _add_config(classify)

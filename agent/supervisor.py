@@ -268,11 +268,6 @@ def start_want(folder: Path) -> str | None:
     return None
 
 
-def folder_in_use(config: Config) -> Path:
-    """The folder of models that is in use: the configured one, or that of the slot that was activated."""
-    return model_slots(config).path_in_use
-
-
 def make_desk(config: Config, outbox: Outbox, workshop: Workshop, send_again: Callable[[str, int, int], None]) -> Desk:
     """The desk at which this agent's commands are done. send_again: of the publisher.
 
@@ -317,7 +312,7 @@ def make_page(
     def examined_with() -> Config:
         """As the agent works now, on one thread of the processor: the counting needs the others."""
         now = workshop.work.config
-        models = now.models.model_copy(update={"folder": folder_in_use(now), "threads": 1})
+        models = now.models.model_copy(update={"folder": model_slots(now).path_in_use, "threads": 1})
         return now.model_copy(update={"models": models})
 
     sights = Sights(

@@ -33,7 +33,7 @@ from agent.domain import Classification
 from agent.inference.manifest import MANIFEST_NAME, load_manifest
 from agent.inference.models import Models, open_models
 from models.common.labels import read_cells, read_complete_fields, require_some
-from models.common.manifests import Changes, change_entry, find_entry, read_manifest
+from models.common.manifests import Changes, change_entry
 from models.common.metrics import FieldBoxes, f1_curve, merge_boxes, middle_class, middle_score
 from models.common.programs import run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
@@ -53,11 +53,10 @@ MOST_CELL_PROBABILITY = 0.8
 
 def main() -> None:
     args = parse()
-    load_manifest(args.models).choosing(args.classifier)  # before what takes minutes
     chosen: dict[str, Changes] = {}
-    folders = [folder for folder in (args.models, args.float_models) if (folder / MANIFEST_NAME).exists()]
+    folders = [args.models, *([args.float_models] if (args.float_models / MANIFEST_NAME).exists() else [])]
     for folder in folders:
-        find_entry(read_manifest(folder), "classifier", args.classifier)
+        load_manifest(folder).choosing(args.classifier)  # before what takes minutes
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
         shutil.copytree(args.models, folder)

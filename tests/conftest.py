@@ -1,4 +1,5 @@
-"""Real parts for all tests: brokers in child processes on free loopback ports, and a subscriber that keeps all it gets.
+"""Real parts for all tests: brokers in child processes on free loopback ports, a subscriber that keeps all it gets, and
+an outbox.
 
 `mosquitto` and `nats` are factories. Each call gives a broker that can be stopped, killed and started again on the same
 port; all of them are gone when the test ends.
@@ -29,6 +30,7 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from tests.brokers import Broker, NotInstalled, find_program, make_mosquitto, make_nats, make_rabbitmq
 from tests.relay import Relay
 
@@ -213,6 +215,14 @@ def subscriber() -> Iterator[Callable[..., Subscriber]]:
     yield make
     for ears in subscribers:
         ears.close()
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    """An empty one of device `dev` in the test's folder, at its first boot; it keeps no history."""
+    begin_boot(tmp_path)
+    with open_outbox(tmp_path, min_free_mb=0, device="dev") as opened:
+        yield opened
 
 
 @pytest.fixture

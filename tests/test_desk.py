@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from agent.analysis.quality import from_text as gate_from_text
 from agent.bench import Bench
 from agent.config import SampleSection
 from agent.delivery.commands import Gatekeeper, InboundCommand
-from agent.delivery.outbox import Outbox, begin_boot, open_outbox
+from agent.delivery.outbox import Outbox
 from agent.desk import NUMBER_KEY, Done, Refused
 from agent.domain import SampleState
 from agent.errors import ModelError
@@ -26,14 +24,6 @@ from agent.health import SelfTest
 from agent.pipeline import DRIFT_NOTE, GATE_NOTE, NO_SAMPLE
 from tests.counting.running import BASE, KINDS, Place
 from tests.frames import make_bench, make_frame
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    begin_boot(tmp_path)
-    with open_outbox(tmp_path, min_free_mb=0, device="dev") as opened:
-        yield opened
-
 
 # ------------------------------------------------------------------------------------------------ the life of a sample
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from agent.camera.grabber import FrameQueue
 from agent.cli import main
 from agent.config import ReviewSection
 from agent.counting.thread import Pipeline
-from agent.delivery.outbox import Outbox, begin_boot, open_outbox
+from agent.delivery.outbox import Outbox
 from agent.delivery.topics import Topics
 from agent.domain import Classification, SampleState
 from agent.health import Health
@@ -28,13 +27,6 @@ from tests.counting.running import KINDS, Place
 from tests.frames import RED, WHITE, make_bench, make_models
 
 JPEG = b"\xff\xd8" + b"x" * 996 + b"\xff\xd9"
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    begin_boot(tmp_path)
-    with open_outbox(tmp_path, device="dev", min_free_mb=0) as opened:
-        yield opened
 
 
 def count_two_fields(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.analysis.differential import Rules
 from agent.config import SampleSection
-from agent.delivery.outbox import Outbox, begin_boot, open_outbox
+from agent.delivery.outbox import Outbox
 from agent.delivery.topics import Topics
 from agent.domain import ModelIdentity, Provenance, SampleState
 from agent.reporting import Reporter
@@ -24,13 +22,6 @@ REPORTER = Reporter(
     Rules({}),
     Provenance("0", ModelIdentity("d", "1", "a" * 64), ModelIdentity("c", "1", "b" * 64), "r", "none", "c" * 64),
 )
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    begin_boot(tmp_path)
-    with open_outbox(tmp_path, min_free_mb=0, device="dev") as opened:
-        yield opened
 
 
 def begin(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +13,6 @@ from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.domain import SampleState
 from tests.counting.running import Runner, count_along, make_slide_frame
 from tests.proofs.scanning import simulated_world
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Iterator[Outbox]:
-    begin_boot(tmp_path)
-    with open_outbox(tmp_path, min_free_mb=0, device="dev") as opened:
-        yield opened
 
 
 def test_a_sample_that_nobody_ends_keeps_the_notes_of_the_newest_fields_and_goes_on_after_a_restart(

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from agent.errors import ConfigError, ModelError, OutboxError
 from agent.signals import StopSignal
 from agent.supervisor import START_FILES, THREAD_DIED, make_room_to_start, open_unfinished, run_agent
 from tests.brokers import free_port
+from tests.disks import mounted
 from tests.model_folders import put_models
 from tests.slides import small_slide
 
@@ -118,18 +118,8 @@ def test_a_start_with_room_lets_nothing_go(tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def few_files(tmp_path: Path) -> Iterator[Path]:
     """A disk with much space and room for 60 files."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "few-files"
-    folder.mkdir()
-    options = "size=64m,nr_inodes=60"
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mount.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with mounted(tmp_path / "few-files", "size=64m,nr_inodes=60") as folder:
+        yield folder
 
 
 def use_up_files(folder: Path) -> None:

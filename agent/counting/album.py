@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from agent.analysis.crops import cut_crop, encode_jpeg
 from agent.bench import Bench
 from agent.delivery.outbox import Outbox
 from agent.domain import FieldResult
@@ -38,10 +37,9 @@ class Album:
     def _keep_crops(self, field: FieldResult, outcome: Outcome, bench: Bench, crops: CropStore) -> None:
         """The pictures of the cells of a stored field that are in the review list or the gallery."""
         sid = outcome.sample.sid
-        margin = bench.models.manifest.classifier.crop.margin
         kept = [cell for cell in field.cells if outcome.notes.get(review_key(sid, cell.cell_id)) is not None]
         for cell in kept:
-            crops.put(sid, cell.cell_id, encode_jpeg(cut_crop(field.frame.pixels_bgr, cell.detection.box, margin)))
+            crops.put(sid, cell.cell_id, bench.picture_of(cell, field.frame))
         if outcome.sample.fields == 1:
             crops.keep_only((sid, *(key.removeprefix(kept_key("")) for key in self._outbox.notes(kept_key("")))))
         max_bytes = int(bench.review.max_mb * 2**20)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from agent.analysis.crops import cut_crop, encode_jpeg
+from agent.analysis.crops import encode_jpeg
 from agent.counting.count import Count
 from agent.counting.intake import Intake
 from agent.delivery.commands import Command, InboundCommand, Refusal, reply_topic
@@ -143,11 +143,9 @@ class Clerk:
         bench = self._count.bench
         if self.service is None or not bench.with_images:
             return
-        margin = bench.models.manifest.classifier.crop.margin
         for cell in field.cells:
             if cell.classification is not None:
-                crop = cut_crop(field.frame.pixels_bgr, cell.detection.box, margin)
-                self.service.show(bench.topics.image(sid, cell.cell_id), encode_jpeg(crop))
+                self.service.show(bench.topics.image(sid, cell.cell_id), bench.picture_of(cell, field.frame))
 
 
 def _not_stored(judged: Command | Refusal, reason: str) -> Deed:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 
 from agent.camera.camera import UnreadableFrame
 from agent.delivery.messages import Draft, Severity, event_draft
-from agent.delivery.outbox import Outbox
+from agent.delivery.outbox import NO_NOTES, Outbox
 from agent.delivery.topics import Topics
 from agent.errors import OutboxDamaged, OutboxError
 from agent.health import SelfTest
@@ -72,28 +72,21 @@ class Teller:
 
     def store_in(self, outbox: Outbox) -> None:
         """Store what waits, the notes first; what the outbox does not take now waits on. Raises OutboxDamaged."""
-        self._store_notes(outbox)
-        while self._events:
-            event = self._events[0]
-            try:
-                outbox.append((event,))
-            except OutboxDamaged:
-                raise
-            except OutboxError as error:
-                logger.debug("event waits: %s", error)
-                return
+        while self._notes and _is_taken(outbox, notes=dict([self._notes[0]])):
+            self._notes.popleft()
+        while self._events and _is_taken(outbox, (event := self._events[0],)):
             self._on_stored()
             if self._events[0] is event:  # else a newer one has pushed it out meanwhile
                 self._events.popleft()
 
-    def _store_notes(self, outbox: Outbox) -> None:
-        while self._notes:
-            key, value = self._notes[0]
-            try:
-                outbox.append((), notes={key: value})
-            except OutboxDamaged:
-                raise
-            except OutboxError as error:
-                logger.debug("note waits: %s", error)
-                return
-            self._notes.popleft()
+
+def _is_taken(outbox: Outbox, drafts: tuple[Draft, ...] = (), notes: Mapping[str, str | None] = NO_NOTES) -> bool:
+    """Store this if the outbox takes it now. Raises OutboxDamaged."""
+    try:
+        outbox.append(drafts, notes=notes)
+    except OutboxDamaged:
+        raise
+    except OutboxError as error:
+        logger.debug("an event or a note waits: %s", error)
+        return False
+    return True

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from typing import Any
 import pytest
 from agent_process import ROOT, START_S, Bench, wait_until
 from ledger import Ledger
+
+from tests.disks import mounted
 
 REAL_FIELDS = ROOT.parent / "shared" / "data" / "fields" / "images"
 
@@ -244,17 +244,8 @@ def test_a_folder_that_was_read_to_its_end_is_a_new_sample_in_the_next_run(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MB in memory."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "small-disk"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mount.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "small-disk", "size=8m") as folder:
+        yield folder
 
 
 def fill(path: Path) -> None:

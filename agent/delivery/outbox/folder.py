@@ -6,7 +6,6 @@ is lost, no number is given twice.
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO
 
 from agent.delivery.outbox.file import BUSY_TIMEOUT_S, FULL_DISK
 from agent.errors import OutboxError
-from agent.files import network_file_system, write_durably
+from agent.files import NO_ROOM, network_file_system, write_durably
 
 DATABASE_NAME = "outbox.db"
 BOOT_NAME = "boot"
@@ -79,7 +78,7 @@ def _write_boot(folder: Path, boot: int) -> None:
     try:
         write_durably(path, f"{boot}\n".encode("ascii"))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise OutboxError(f"{path}: cannot be written: {FULL_DISK}") from error
         raise OutboxError(f"{path}: cannot be written: {error.strerror}; free space or mend the rights") from error
 

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from agent.delivery.outbox.dead_letters import put_letter
 from agent.delivery.outbox.file import explained, lenient_text, transaction
 from agent.delivery.outbox.folder import remove_file
 from agent.delivery.outbox.pages import FoundRow, find_rows, rows_cut_off
@@ -183,10 +184,7 @@ def _is_sound(row: Mapping[str, Any]) -> bool:
 def _put_found(fresh: sqlite3.Connection, row: FoundRow) -> None:
     """Where it was in the order of sending, if that place is free."""
     if row.reason:
-        fresh.execute(
-            f"INSERT INTO dead_letters ({NUMBERED_COLUMNS}, reason, rejected_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*row.columns, row.reason, row.rejected_at),
-        )
+        put_letter(fresh, row, row.reason, row.rejected_at)
         return
     is_free = fresh.execute("SELECT 1 FROM rows WHERE row_id = ?", (row.row_id,)).fetchone() is None
     fresh.execute(
