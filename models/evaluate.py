@@ -19,8 +19,8 @@ any.
 two-stage: as the agent counts on a field, with its thresholds and rules; a cell that it does not find or not trust is
 wrong. eight-classes: mAP of both together on the PBC fields, one box and one name a cell, as the study reports it.
 microscopes: cells of other microscopes' fields that we named by eye, in the boxes of the label files. framings: the
-same as pictures cut tightly or widely, as `hematovision classify` takes them. no-cell: crops of red cells, background
-and ruined cells, which should get no name.
+same as pictures cut tightly or widely, as `hematovision classify` takes them. no-cell: crops of red cells, of pairs
+of them, of background, of cells cut, smeared or out of focus, and of debris drawn, which should get no name.
 Splits are by image (no patient or slide is known), so that figures inside one source are optimistic.
 """
 
@@ -48,12 +48,8 @@ from models.evaluation.boxes import (
     evaluate_large_frames,
 )
 from models.evaluation.counts import evaluate_two_stage
-from models.evaluation.names import (
-    evaluate_classifier,
-    evaluate_framings,
-    evaluate_microscopes,
-    evaluate_no_cell,
-)
+from models.evaluation.names import evaluate_classifier, evaluate_framings, evaluate_microscopes
+from models.evaluation.no_cells import evaluate_no_cell
 
 
 def main() -> None:
@@ -114,6 +110,10 @@ def show(figures: dict[str, Any]) -> None:
         table = Table("crop of", "n", "gets a name", "AUROC against cells")
         for key, f in figures["kinds"].items():
             table.add_row(key, str(f["n"]), f"{f['named']:.3f}", "-" if f["auroc"] is None else f"{f['auroc']:.4f}")
+        console.print(table)
+        table = Table("debris in a field", "n", "boxed as nucleated or platelet", "counted")
+        for key, f in figures["in_fields"].items():
+            table.add_row(key, str(f["n"]), f"{f['boxed']:.3f}", f"{f['named']:.3f}")
         console.print(table)
         return
     summary = f"accuracy {figures['accuracy']:.4f}, macro-F1 {figures['macro_f1']:.4f}, n {figures['n']}"

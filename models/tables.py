@@ -189,6 +189,9 @@ def draw_no_cell(figures: Figures, _other: Figures | None) -> None:
         for kind, f in figures["kinds"].items()
     )
     table(("crop of", "n", "gets a name", "AUROC against cells"), rows)
+    print("Drawn into fields, between their cells:\n")
+    rows_in_fields = ((kind, f["n"], f["boxed"], f["named"]) for kind, f in figures["in_fields"].items())
+    table(("in a field", "n", "gets a box of a nucleated cell or platelet", "is counted by the agent"), rows_in_fields)
 
 
 KINDS = {

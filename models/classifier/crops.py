@@ -5,7 +5,7 @@ Cut as the agent cuts them: a square around a box, the box being a little wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from agent.analysis.preprocessing import LOOK_SIDE_PX, TAUGHT_LOOK, Look, Relook
 from agent.analysis.quality import shrink
 from models.common.augment import soften, vary_look
 from models.common.datasets import CentredBox, LabelledField, central_box, load_fields
+from models.common.debris import smeared, with_debris
 from models.common.labels import (
     CellImage,
     NamedBox,
@@ -47,8 +48,11 @@ MARGIN = 0.2
 LEAST_SIDE_PX = 12.0
 """px; smaller boxes are taken for this wide in training."""
 
-RUIN_SIGMA_PX = (5.0, 9.0)
-"""px of a 128 px crop: a cell blurred by this much has no name any more."""
+RUIN_SHARE = (0.04, 0.07)
+"""Sigma of a blur, as a share of the crop's side, behind which a cell has no name any more: 5 to 9 px of 128."""
+
+SMEAR_SHARE = (0.35, 0.9)
+"""Length, as a share of the crop's side, of the streaks into which a smeared cell is drawn out."""
 
 MOST_OVERLAP = 0.05
 """Share of a crop without a cell that boxes of nucleated cells and platelets may cover."""
@@ -60,6 +64,10 @@ turned by 45 degrees, takes 3.1. What lies beyond is as what lies beyond a pictu
 
 KEPT_SIDE_PX = 160
 """px; in the part that is kept boxes are at most this wide: the closest of training's crops shows them 130 px wide."""
+
+
+Spoil = Callable[[Rgb, Generator], Rgb]
+"""Makes a square crop one that shows no cell."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +87,7 @@ class Example:
 
     pixels: the picture, or a part of it; then `whole` is of all of it. box: where it is in it. label: class index,
     or UNKNOWN. attributes: value index or UNKNOWN by attribute. is_cell: whether a crop of it is to be taken for one.
-    is_ruined: it is a cell, and is to be blurred until it has no name.
+    spoil: what is done to a crop of it until it shows no cell that has a name.
     has_look: its picture is of the microscope that the taught look is of, so that it needs not to be brought there.
     has_nucleus: it shows what a stain is told by. is_in_field: if it does not, others in its picture do.
     """
@@ -89,7 +97,7 @@ class Example:
     label: int
     attributes: tuple[int, ...]
     is_cell: bool = True
-    is_ruined: bool = False
+    spoil: Spoil | None = None
     has_look: bool = False
     has_nucleus: bool = True
     is_in_field: bool = False
@@ -251,11 +259,28 @@ def some(examples: Sequence[Example], count: int, rng: Generator) -> list[Exampl
 
 
 def ruined(examples: Sequence[Example], rng: Generator, count: int) -> list[Example]:
-    """Some of the cells once more, to be blurred until they have no name."""
+    """Some of the cells once more, to be blurred or smeared until they have no name."""
+    return spoilt(some(examples, count, rng), ruin)
+
+
+def under_debris(examples: Sequence[Example], rng: Generator, count: int) -> list[Example]:
+    """Some of the places without a cell once more, with dirt or grains of stain in their middle."""
+    return spoilt(some(examples, count, rng), with_debris)
+
+
+def spoilt(examples: Sequence[Example], spoil: Spoil) -> list[Example]:
+    """The same as what is no cell."""
     return [
-        replace(e, label=UNKNOWN, attributes=(UNKNOWN,) * len(e.attributes), is_cell=False, is_ruined=True)
-        for e in some(examples, count, rng)
+        replace(e, label=UNKNOWN, attributes=(UNKNOWN,) * len(e.attributes), is_cell=False, spoil=spoil)
+        for e in examples
     ]
+
+
+def ruin(crop: Rgb, rng: Generator) -> Rgb:
+    """A cell out of focus, or smeared, beyond recognition."""
+    if rng.random() < 0.5:
+        return np.asarray(cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SHARE) * crop.shape[0]), np.uint8)
+    return smeared(crop, rng.uniform(*SMEAR_SHARE), rng.uniform(0, 180))
 
 
 class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
@@ -294,11 +319,11 @@ class TrainingCrops(Dataset[tuple[Tensor, int, Tensor, float]]):
         if rng.random() < self.normalised_share and not example.has_look:
             is_cut = rng.random() < self.cut_share
             crop = self._relooks.cell_of_cut(crop, example, rng) if is_cut else self._relooks.cell(crop, example)
+        if example.spoil is not None:
+            crop = example.spoil(crop, rng)
         crop = vary_look(crop, rng, plain_share=self.plain_share)
-        if rng.random() < self.soft_share and not example.is_ruined:
+        if rng.random() < self.soft_share and example.spoil is None:
             crop = soften(crop, rng)
-        if example.is_ruined:
-            crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(*RUIN_SIGMA_PX) * self.side_px / 128)
         return picture_tensor(crop), example.label, torch.tensor(example.attributes), float(example.is_cell)
 
 

@@ -148,6 +148,7 @@ def calibration(
     no_cell = crops.without_cells(data, ("pbc", *foreign), rng, wording)
     shown = pbc + crops.some(others, count // 3, rng)
     not_shown = crops.some(no_cell, count // 5, rng) + crops.ruined(pbc, rng, count // 8)
+    not_shown += crops.under_debris(no_cell, rng, count // 8)
     return cut(shown, side_px), cut(not_shown, side_px)
 
 

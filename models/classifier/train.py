@@ -197,14 +197,16 @@ def training_examples(
         cells = undersampled(cells, settings.undersample, rng)
     pbc = crops.pbc_examples(args.data, cells, boxes, wording)
     foreign = crops.foreign_examples(args.data, settings.foreign, ("train",), wording)
+    no_cell = crops.without_cells(args.data, ("pbc", *settings.foreign), rng, wording)
     simulated = simulated_crops(settings.simulated_each, wording.classes, args.runs)
     found = {
         "pbc": pbc,
         "foreign": foreign,
         "simulated": crops.simulated_examples(simulated, wording),
         "platelets": crops.field_platelets(args.data, ("pbc", *settings.foreign), ("train",), wording),
-        "no_cell": crops.without_cells(args.data, ("pbc", *settings.foreign), rng, wording),
+        "no_cell": no_cell,
         "ruined": crops.ruined(pbc + [e for e in foreign if e.is_cell], rng, 2000),
+        "debris": crops.under_debris(no_cell, rng, 2000),
     }
     return {kind: found[kind] for kind in settings.shares}
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from models.common.augment import vary_look
+from models.common.debris import littered
 from models.common.labels import FieldImage, Rgb, clip_boxes, read_boxes, read_rgb
 
 CentredBox = tuple[float, float, float, float]
@@ -64,7 +65,8 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Items: uint8 RGB (3, size, size) and boxes (boxes, 5) in its pixels. size_px may be changed between epochs through
     a new dataset object. pools: fields, and how often one of them is drawn. scales: of a single field, 1 = as large as
-    fits. plain_share: of the pictures, keeps the look of its own laboratory.
+    fits. plain_share: of the pictures, keeps the look of its own laboratory. debris_share: of them, gets dirt and
+    grains of stain between its cells.
     """
 
     def __init__(
@@ -75,18 +77,22 @@ class AugmentedFields(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         mosaic_share: float = 0.5,
         scales: tuple[float, float] = (0.5, 1.5),
         plain_share: float = 0.125,
+        debris_share: float = 0.0,
     ):
         filled = [(fields, share) for fields, share in pools if fields and share > 0]
         self.pools = [fields for fields, _ in filled]
         self.shares = np.array([share for _, share in filled]) / sum(share for _, share in filled)
         self.size_px, self.seed = size_px, seed
-        self.mosaic_share, self.scales, self.plain_share = mosaic_share, scales, plain_share
+        self.mosaic_share, self.scales = mosaic_share, scales
+        self.plain_share, self.debris_share = plain_share, debris_share
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         rng = np.random.default_rng((self.seed, worker.id if worker else 0))
         while True:
             pixels, boxes = self._mosaic(rng) if rng.random() < self.mosaic_share else self._single(rng)
+            if rng.random() < self.debris_share:
+                pixels = littered(pixels, boxes[:, 1:], rng)
             pixels = vary_look(pixels, rng, 0.8, self.plain_share)
             yield torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), torch.from_numpy(boxes)
 

@@ -63,7 +63,8 @@ class RunFile:
     a shipped `.tflite`. minutes: of training, over all sessions. epochs: a run of so many instead, however long
     they take, to be compared with others. small_px, small_share: side of the pictures in the first share of the
     run. steps: of an epoch. mosaic_until: progress of the run at which mosaics end. scales: of a single field, 1 =
-    as large as fits. plain_share: of the pictures, keeps the look of its own laboratory. shares: of the training
+    as large as fits. plain_share: of the pictures, keeps the look of its own laboratory. debris_share: of them, shows
+    dirt and grains of stain between the cells. shares: of the training
     pictures by kind (`fields`, `pictures` from `label_pictures`, `simulated`). sources: whose fields take part, in
     choosing the best epoch too; the others are never seen.
     """
@@ -79,6 +80,7 @@ class RunFile:
     mosaic_until: float = 0.85
     scales: tuple[float, float] = (0.5, 1.5)
     plain_share: float = 0.125
+    debris_share: float = 0.0
     sources: tuple[str, ...] = SOURCES
     pictures: Path | None = None
     pictures_share: float = 0.0
@@ -119,7 +121,15 @@ def main() -> None:
             if drawn_so != (size_px, mosaic_share):
                 drawn_so = size_px, mosaic_share
                 seed = settings.seed + run.epoch
-                fields = AugmentedFields(pools, size_px, seed, mosaic_share, settings.scales, settings.plain_share)
+                fields = AugmentedFields(
+                    pools,
+                    size_px,
+                    seed,
+                    mosaic_share,
+                    settings.scales,
+                    settings.plain_share,
+                    settings.debris_share,
+                )
                 loader = DataLoader(fields, settings.batch, collate_fn=collate_fields, num_workers=1, prefetch_factor=4)
                 batches = iter(loader)
             net.train()

@@ -1,29 +1,24 @@
-"""Names that the shipped classifier gives: to PBC pictures, to cells of other microscopes, to what is no cell."""
+"""Names that the shipped classifier gives: to PBC pictures and to cells of other microscopes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.analysis.cells import NamingRules, typical_red_cell_px
-from agent.analysis.crops import CropCutter
 from agent.camera.decoding import decode_file
 from agent.domain import Attribute, Box, Classification, Detection, Pixels
 from agent.inference.models import Models
 from models.common.labels import (
     CellImage,
     DataUnfit,
-    FieldImage,
     NamedBox,
-    read_boxes,
     read_cells,
-    read_complete_fields,
     read_field_platelets,
     read_foreign_cells,
     read_known_attributes,
@@ -31,7 +26,6 @@ from models.common.labels import (
 )
 from models.common.metrics import (
     accuracy_at_coverage,
-    area_under_roc,
     box_overlaps,
     class_figures_by_name,
     expected_calibration_error,
@@ -39,8 +33,6 @@ from models.common.metrics import (
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 COVERAGES = (1.0, 0.98, 0.95, 0.9, 0.8)
-RUIN_SHARE = 0.055
-"""Sigma of the blur that takes a cell its name, as a share of the crop's side: 7 px of 128."""
 
 
 def evaluate_classifier(models: Models, data: Path, split: str, random_seed: int | None = None) -> dict[str, Any]:
@@ -266,53 +258,3 @@ SAME_CELL = 0.3
 def corners_of(boxes: Sequence[Box]) -> NDArray[np.float32]:
     """(boxes, 4): x_min, y_min, x_max, y_max in px."""
     return np.array([(b.x_min, b.y_min, b.x_max, b.y_max) for b in boxes], np.float32).reshape(-1, 4)
-
-
-def evaluate_no_cell(models: Models, data: Path, split: str) -> dict[str, Any]:
-    """How many crops of what is no cell get a name all the same, by kind, and how well the two are told apart."""
-    rules = models.naming_rules()
-    scores: dict[str, list[float]] = {"cell": [], "red cell": [], "background": [], "ruined cell": []}
-    accepted: dict[str, list[bool]] = {kind: [] for kind in scores}
-    rng = np.random.default_rng(11)
-    for field in progress(require_some(read_complete_fields(data, split), data, split), "fields"):
-        pixels = decode_file(field.path, MAX_MEGAPIXELS)
-        cutter = models.cutter(pixels, models.detector.detect(pixels))
-        for kind, crop in kinds_of_crops(pixels, field, cutter, rng):
-            answer = models.classifier.classify(crop)
-            scores[kind].append(answer.cell_probability)
-            accepted[kind].append(rules.believes(answer))
-    cells = np.array(scores["cell"])
-    return {
-        "kinds": {
-            kind: {
-                "n": len(scores[kind]),
-                "named": float(np.mean(accepted[kind])),
-                "auroc": None if kind == "cell" else area_under_roc(cells, np.array(scores[kind])),
-            }
-            for kind in scores
-        }
-    }
-
-
-def kinds_of_crops(
-    pixels: Pixels, field: FieldImage, cutter: CropCutter, rng: np.random.Generator
-) -> Iterator[tuple[str, Pixels]]:
-    """Nucleated cells of a field, the same ruined by blur, two of its red cells, one place without any box."""
-    height, width = pixels.shape[:2]
-    boxes = read_boxes(field, width, height)
-    nucleated, red = boxes[boxes[:, 0] == 0, 1:], boxes[boxes[:, 0] == 1, 1:]
-    for corners in nucleated:
-        crop = cutter.around(Box(*(float(v) for v in corners)))
-        yield "cell", crop
-        yield "ruined cell", np.asarray(cv2.GaussianBlur(crop, (0, 0), crop.shape[0] * RUIN_SHARE), np.uint8)
-    for index in rng.permutation(len(red))[:2]:
-        box = red[index]
-        if not len(nucleated) or box_overlaps(box[None], nucleated).max() < 0.02:
-            yield "red cell", cutter.around(Box(*(float(v) for v in box)))
-    for _ in range(50):
-        side = rng.uniform(30, 120)
-        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
-        place = np.array([[x, y, x + side, y + side]], np.float32)
-        if box_overlaps(place, boxes[:, 1:]).max(initial=0) < 0.01:
-            yield "background", cutter.around(Box(x, y, x + side, y + side))
-            return

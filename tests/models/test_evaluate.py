@@ -23,6 +23,7 @@ from models.common.labels import FieldImage, read_boxes, read_cells, read_fields
 from models.common.metrics import FieldBoxes, box_overlaps, detection_figures
 from models.evaluation import boxes, names
 from models.evaluation.boxes import boxes_of_middle, boxes_of_sheet, named_boxes, published_pairs
+from models.evaluation.no_cells import KINDS, moved_aside, unions
 from models.robustness import LOOKS, STEPS, lamp, look_at, measure_one
 
 TOP = Path(__file__).parents[2]
@@ -69,14 +70,31 @@ def test_the_classifiers_figures_count_every_picture_once(data: Path) -> None:
 
 
 def test_what_is_no_cell_is_told_by_kind(data: Path) -> None:
-    kinds = evaluate("no-cell", data)["kinds"]
-    assert set(kinds) == {"cell", "red cell", "background", "ruined cell"}
-    assert kinds["cell"]["n"] == kinds["ruined cell"]["n"] > 0
+    figures = evaluate("no-cell", data)
+    kinds = figures["kinds"]
+    assert set(kinds) <= set(KINDS)
+    assert {"cell", "red cell", "background", "ruined cell", "smeared cell"} <= set(kinds)
+    assert kinds["cell"]["n"] == kinds["ruined cell"]["n"] == kinds["smeared cell"]["n"] > 0
     assert kinds["cell"]["named"] >= 0.5
     for kind in ("red cell", "background", "ruined cell"):
         assert kinds[kind]["named"] <= 0.2
         assert kinds[kind]["auroc"] >= 0.9
     assert kinds["cell"]["auroc"] is None
+    for taken in figures["in_fields"].values():
+        assert taken["n"] > 0
+        assert 0 <= taken["named"] <= taken["boxed"] <= 1
+
+
+def test_a_pair_of_red_cells_is_what_lies_around_two_that_overlap() -> None:
+    red = np.array([(0, 0, 40, 40), (30, 10, 70, 50), (200, 200, 240, 240)], np.float32)
+    assert unions(red).tolist() == [[0, 0, 70, 50]]
+    assert unions(red[:0]).shape == (0, 4)
+
+
+def test_a_cut_cell_reaches_into_its_box_by_a_quarter() -> None:
+    cell = np.array((100, 200, 140, 280), np.float32)
+    places = {tuple(moved_aside(cell, np.random.default_rng(seed)).tolist()) for seed in range(20)}
+    assert places == {(130, 200, 170, 280), (70, 200, 110, 280), (100, 260, 140, 340), (100, 140, 140, 220)}
 
 
 def write_field(data: Path, class_name: str, boxes: Sequence[tuple[int, Box]], pixels: np.ndarray) -> None:
