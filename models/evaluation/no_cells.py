@@ -94,6 +94,8 @@ def named_debris(models: Models, fields: Sequence[FieldImage]) -> dict[str, dict
             if place := debris.free_place(boxes, *rgb.shape[:2], int(rng.uniform(30, 120)), rng):
                 debris.draw_at(rgb, place, draw, rng)
                 places.append(place)
+                left, top, side = place
+                boxes = np.vstack((boxes, (left, top, left + side, top + side)))
         seen = SeenField.of(models, np.ascontiguousarray(rgb[..., ::-1]))
         found[kind] += [is_taken(seen, place) for place in places]
     return {

@@ -97,6 +97,26 @@ def test_a_piece_is_as_wide_as_the_picture_allows(box: crops.CentredBox, shape: 
     assert cut_picture(np.zeros((120, 240, 3), np.uint8), crops.corners_of(box), 2.0).shape == shape
 
 
+@pytest.mark.parametrize("kind", ["ruined", "under debris"])
+def test_what_is_spoilt_is_no_cell_and_looks_another_way_each_time(kind: str) -> None:
+    rng = np.random.default_rng(3)
+    pixels = np.full((90, 90, 3), 220, np.uint8)
+    pixels[30:60, 30:60] = 90
+    cell = crops.Example(pixels, (45, 45, 30, 30), 2, (1, 0))
+    spoil = crops.ruined if kind == "ruined" else crops.under_debris
+    (spoilt,) = spoil([cell], rng, 5)
+    assert (spoilt.label, spoilt.attributes, spoilt.is_cell) == (crops.UNKNOWN, (crops.UNKNOWN,) * 2, False)
+    assert (cell.label, cell.is_cell) == (2, True)
+    torch.manual_seed(1)
+    drawn = crops.TrainingCrops([spoilt, cell], 32, plain_share=1.0)
+    shown = [drawn[0][0].float() for _ in range(8)]
+    assert drawn[0][3] == 0.0
+    assert drawn[1][3] == 1.0
+    edges = [float((picture[:, :, 1:] - picture[:, :, :-1]).abs().max()) for picture in shown]
+    assert max(edges) < 60 if kind == "ruined" else max(edges) > 60
+    assert len(set(edges)) > 4
+
+
 def test_undersampling_leaves_so_many_of_each_class() -> None:
     cells = [CellImage(f"{k}", Path(), "basophil" if k % 5 else "platelet", "train") for k in range(50)]
     kept = undersampled(cells, 12, np.random.default_rng(1))

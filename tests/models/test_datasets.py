@@ -77,6 +77,17 @@ def test_so_many_fields_as_asked_for_keep_their_own_look(share: float) -> None:
     assert plain == pytest.approx(share, abs=0.2)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_so_many_fields_as_asked_for_show_debris_and_keep_their_boxes(share: float) -> None:
+    glass = LabelledField(np.full((90, 90, 3), 220, np.uint8), np.array([[0, 60, 60, 80, 80]], np.float32))
+    fields = iter(AugmentedFields([([glass], 1.0)], 90, 4, 0.0, (1.0, 1.0), plain_share=1.0, debris_share=share))
+    drawn = []
+    for pixels, boxes in (next(fields) for _ in range(60)):
+        drawn.append(bool(((pixels != 220) & (pixels != 114)).any()))
+        assert len(boxes) == 1
+    assert np.mean(drawn) == pytest.approx(share, abs=0.2)
+
+
 def test_one_extreme_picture_widens_the_range_as_minimum_and_maximum_do(tmp_path: Path) -> None:
     class Scale(torch.nn.Module):
         def __init__(self) -> None:
