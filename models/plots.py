@@ -12,6 +12,8 @@ confident first. That one shows pictures of the data: it stays where their licen
 
 from __future__ import annotations
 
+from models.common import needs_matplotlib  # isort: skip  # noqa: F401
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass

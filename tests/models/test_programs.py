@@ -134,26 +134,37 @@ def test_a_float_folder_without_one_of_the_classifiers_is_told_before_anything_i
 
 
 @pytest.mark.parametrize(
-    "module", ["models.finetune", "models.adapt", "models.detector.train", "models.classifier.export"]
+    ("module", "package"),
+    [
+        ("models.finetune", "torch"),
+        ("models.adapt", "torch"),
+        ("models.detector.train", "torch"),
+        ("models.classifier.export", "torch"),
+        ("models.plots", "matplotlib"),
+    ],
 )
-def test_without_pytorch_a_program_that_learns_says_what_it_needs(module: str) -> None:
-    blocked = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '--help']"
+def test_without_the_train_extra_a_program_that_learns_or_draws_says_what_it_needs(module: str, package: str) -> None:
+    blocked = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['x', '--help']"
     command = f"{blocked}; runpy.run_module({module!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", command], cwd=TOP, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
-        "torch is not installed: this needs the extra train: pip install -e '.[train]', see models/README.md\n"
+        f"{package} is not installed: this needs the extra train: pip install -e '.[train]', see models/README.md\n"
     )
 
 
-def test_each_program_that_imports_pytorch_asks_for_it_first() -> None:
-    """Told by its imports: a new program that learns must not begin with a traceback."""
-    asked = [file for file in (TOP / "models").rglob("*.py") if "import needs_torch  # isort: skip" in file.read_text()]
-    for file in (TOP / "models").rglob("*.py"):
+def test_each_program_that_imports_pytorch_or_matplotlib_asks_for_it_first() -> None:
+    """Told by its imports: a new program that learns or draws must not begin with a traceback."""
+    programs = [file for file in (TOP / "models").rglob("*.py") if "run_program(main" in file.read_text()]
+    asked = 0
+    for file in programs:
         text = file.read_text()
-        if "run_program(main" in text and ("\nimport torch\n" in text or "CONVERTER" in text):
-            assert file in asked or file.name == "programs.py", file
-    assert len(asked) >= 10
+        learns = "\nimport torch\n" in text or ("CONVERTER" in text and file.name != "programs.py")
+        draws = "\nimport matplotlib" in text or "\nfrom matplotlib" in text
+        for needed, words in ((learns, "needs_torch"), (draws, "needs_matplotlib")):
+            assert not needed or f"import {words}  # isort: skip" in text, file
+            asked += needed
+    assert asked >= 10
 
 
 def test_the_converter_is_asked_for_before_minutes_of_learning(
