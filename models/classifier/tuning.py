@@ -160,6 +160,7 @@ def write_models(
     manifest = read_manifest(base.folder)
     manifest["classifier"] = find_entry(manifest, "classifier", base.entry.name)
     manifest.pop(OTHERS, None)  # they know nothing of this laboratory
+    manifest["classifier"].pop("confusion", None)  # measured on another file
     for role in ("detector", "classifier"):
         source, target = base.folder / manifest[role]["file"], output / manifest[role]["file"]
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -224,7 +224,86 @@ def test_fields_without_labels_adapt_the_classifier(tmp_path: Path) -> None:
     told = json.loads(done.stdout.splitlines()[-1])  # the converter talks before
     assert told["cells"] >= 60
     assert told["same_name"] >= 0.7
+    assert told["trusted_kept"] >= adapt.LEAST_KEPT
     assert "+adapted-" in open_models(ModelsSection(folder=output)).classifier.identity.version
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept", "is_offered"),
+    [
+        # A capital is a trusted name, a small letter one in doubt; the letter is the class. Each stands for ten cells.
+        ("AAAAABBBBB", "AAAAABBBBB", "100.0%", True),
+        ("AAAAAbbbbb", "AAAAAACCCC", "100.0%", True),
+        ("AAAAABBBBB", "AAAABBBBBC", "80.0%", True),
+        ("AAAAABBBBB", "AAAAAAAABB", "70.0%", False),
+        ("AAAAABBBBB", "AAAAABBaaa", "70.0%", False),
+        ("AAAAABBBBB", "AAAAABBbbb", "70.0%", False),
+        ("AAbbbbbbbb", "BBbbbbbbbb", "0.0%", False),
+    ],
+)
+def test_an_adapted_classifier_is_offered_unless_too_many_trusted_names_are_lost(
+    before: str,
+    after: str,
+    kept: str,
+    is_offered: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without any labels. What is said of the cells is given here; the rest is as it is."""
+    output, work = tmp_path / "adapted", tmp_path / "adapted.part"
+    adapt_to_given_names(before, after, output, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["adapt", "--images", str(tmp_path), "--output", str(output)])
+    if is_offered:
+        adapt.main()
+    else:
+        with pytest.raises(SystemExit) as refused:
+            adapt.main()
+        assert refused.value.code == 1
+    said = capsys.readouterr().err
+    assert f"of those that had one, {kept} keep it" in said
+    bound = f"of the cells whose name was trusted {kept} keep it, where 80% are the least: nothing is changed"
+    assert (output.exists(), bound in said) == (is_offered, not is_offered)
+    assert is_offered or "name some crops and use models.finetune" in said
+    told = json.loads(((output if is_offered else work) / "signoff.json").read_text())
+    assert f"{told['trusted_kept']:.1%}" == kept
+
+
+def adapt_to_given_names(before: str, after: str, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapting without any learning: what is said of ten cells each before and after is told by a letter."""
+    work = output.with_name(output.name + ".part")
+
+    def write(*_: object) -> Any:
+        work.mkdir()
+        return open_models(ModelsSection())
+
+    told = iter([[(ord(sign.lower()), 1.0, float(sign.isupper())) for sign in signs] * 10 for signs in (before, after)])
+    monkeypatch.setattr(adapt, "find_cells", lambda *_: [None] * 10 * len(before))
+    monkeypatch.setattr(adapt, "move_norms", lambda *_: None)
+    monkeypatch.setattr(adapt, "sure_cells", lambda *_: [])
+    monkeypatch.setattr(tuning, "answers_to", lambda *_: next(told))
+    monkeypatch.setattr(tuning, "agent_squares", lambda *_: iter(()))
+    monkeypatch.setattr(tuning, "open_base", lambda *_: SimpleNamespace(net=None, entry=None, wording=None))
+    monkeypatch.setattr(tuning, "write_models", write)
+
+
+def test_too_few_trusted_names_to_judge_by_are_told_before_minutes_of_learning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapt_to_given_names("Aaaaaaaa", "Aaaaaaaa", tmp_path / "adapted", monkeypatch)
+    monkeypatch.setattr(adapt, "move_norms", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["adapt", "--images", str(tmp_path), "--output", str(tmp_path / "adapted")])
+    with pytest.raises(CropsUnfit, match=r"of 80 cells 10 have a trusted name, where 20 are the least to judge by"):
+        adapt.main()
+
+
+def test_what_is_forgotten_of_pbc_is_told_with_its_bound() -> None:
+    facts = {"trusted_kept": 0.9, "pbc_before": 0.97, "pbc_after": 0.955}
+    (fault,) = adapt.what_is_wanting(facts)
+    assert fault == (
+        "of the PBC pictures 95.5% are named right, 97.0% before, where 1 point is the most that may be lost"
+    )
+    assert adapt.what_is_wanting({**facts, "pbc_after": 0.965}) == []
 
 
 def test_a_tuned_classifier_leaves_the_stain_that_it_was_taught_as_it_is() -> None:
@@ -320,3 +399,5 @@ def test_a_crop_at_which_the_net_shouts_takes_no_steps_of_a_tuned_file(
     monkeypatch.setattr(tuning, "within_reach", within)
     tuning.write_models(base, [*cells, glass], tmp_path / "tuned", "tuned", {})
     assert len(asked[0]) == 4
+    assert load_manifest(TOP / "models").classifier.confusion is not None
+    assert load_manifest(tmp_path / "tuned").classifier.confusion is None, "it was measured on the file before"
