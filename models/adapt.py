@@ -37,7 +37,7 @@ from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
 from models.common.labels import NUCLEATED, Rgb, read_cells
 from models.common.programs import CONVERTER, FOUND_WANTING, end, run_program
-from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier, progress
+from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.finetune import CropsUnfit, others_words, pictures_among
 from models.nets.cellnet import CellNet
 
@@ -66,6 +66,7 @@ NAME_CROPS = "name some crops and use models.finetune, which is judged by them, 
 
 def main() -> None:
     args = parse()
+    tuning.require_new(args.output)
     models = open_models(ModelsSection(folder=args.models, classifier=args.classifier))
     torch.manual_seed(1)
     cells = find_cells(models, args.images, tuning.wording_of(models.manifest.classifier))
@@ -93,10 +94,6 @@ def main() -> None:
         end(
             f"{'; '.join(faults)}: nothing is changed (see {work}). Fields of more slides may help; or {NAME_CROPS}",
             FOUND_WANTING,
-        )
-    if args.output.exists():
-        raise CropsUnfit(
-            f"{args.output} exists already; the adapted models lie in {work}: move them where you want them"
         )
     work.rename(args.output)
     print(f"written: {args.output}. {tuning.NEXT}", file=sys.stderr)
@@ -140,6 +137,8 @@ def find_cells(models: Models, folder: Path, wording: crops.Wording) -> list[cro
             f"{folder}: {len(found)} cells in {len(paths)} pictures; {FEWEST_CELLS} cells are the least"
             f"{others_words(others)}"
         )
+    if others:
+        print(f"{folder}{others_words(others)}", file=sys.stderr)
     return found
 
 
@@ -252,13 +251,7 @@ def pbc_accuracy(args: argparse.Namespace, old: Models, new: Models, wording: cr
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of fields of the microscope")
-    parser.add_argument("--output", type=Path, required=True, help="new folder of models")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of models to begin with")
-    add_classifier(parser)
-    parser.add_argument("--data", type=Path, default=None, help="folder with pbc.csv, to forget less")
-    parser.add_argument("--boxes", type=Path, default=None, help="from models.classifier.locate")
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--rate", type=float, default=2e-4, help="peak learning rate of the heads")
+    tuning.add_options(parser, minutes=8, rate=2e-4)
     return parser.parse_args()
 
 

@@ -39,12 +39,11 @@ from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
 from models.common.labels import Rgb, read_cells
 from models.common.programs import CONVERTER, FOUND_WANTING, Unfit, end, run_program
-from models.evaluation.asking import MAX_MEGAPIXELS, add_classifier
+from models.evaluation.asking import MAX_MEGAPIXELS
 
 NO_CELL = "no-cell"
 FEWEST = 20
 """Fewer crops teach nothing that could be judged."""
-
 
 CHANCE = 0.05
 """How often a tuned classifier that is as good as the old one may be taken for a worse, or for a better one."""
@@ -56,6 +55,7 @@ class CropsUnfit(Unfit):
 
 def main() -> None:
     args = parse()
+    tuning.require_new(args.output)
     wording = tuning.wording_of(load_manifest(args.models).choosing(args.classifier).classifier)
     learnt, judged = read_crops(args.crops, wording)
     # Crops show no field whose stain could be told: the net learns the laboratory's, and the manifest says so.
@@ -77,8 +77,6 @@ def main() -> None:
             f"nothing is changed (see {work}). More crops, or more of the classes that are confused, may help",
             FOUND_WANTING,
         )
-    if args.output.exists():
-        raise CropsUnfit(f"{args.output} exists already; the tuned models lie in {work}: move them where you want them")
     work.rename(args.output)
     print(f"written: {args.output}. {tuning.NEXT}", file=sys.stderr)
 
@@ -245,13 +243,7 @@ def rehearsal(args: argparse.Namespace, wording: crops.Wording, count: int) -> l
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("crops", type=Path, help="folder with one folder for each class")
-    parser.add_argument("--output", type=Path, required=True, help="new folder of models")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of models to begin with")
-    add_classifier(parser)
-    parser.add_argument("--data", type=Path, default=None, help="folder with pbc.csv, to forget less")
-    parser.add_argument("--boxes", type=Path, default=None, help="from models.classifier.locate")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--rate", type=float, default=4e-4, help="peak learning rate of the heads")
+    tuning.add_options(parser, minutes=10, rate=4e-4)
     return parser.parse_args()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import datetime
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,8 +30,10 @@ from models.classifier import crops
 from models.classifier.export import ChannelsLast, within_reach
 from models.common.labels import Rgb
 from models.common.manifests import OTHERS, find_entry, read_manifest, write_manifest
+from models.common.programs import Unfit
 from models.common.quantize import export_float, quantize_file, renew_entry
 from models.common.warm_start import load_shipped, save_norms
+from models.evaluation.asking import add_classifier
 from models.nets.cellnet import CellNet
 
 BATCH = 32
@@ -37,10 +41,35 @@ KEEP_MORPHOLOGY = 0.05
 """Weight of staying with what the net said of the cells' looks, for which a laboratory gives no labels."""
 
 NEXT = (
-    "Look at signoff.json, then set models.folder to it and restart the agent. A device on which models were activated"
-    " (model.activate) goes on with those: there put it into the staging folder for model.stage and model.activate."
+    "Read its signoff.json, then copy the folder to the device, set models.folder to it there and restart the agent"
+    " (models/README.md, your own microscope, step 6). A device on which models were activated (model.activate) goes on"
+    " with those: there put it into the staging folder for model.stage and model.activate."
 )
 """What a person does with new models."""
+
+
+def add_options(parser: argparse.ArgumentParser, minutes: float, rate: float) -> None:
+    """What fine-tuning and adaptation are both asked with. minutes, rate: the defaults."""
+    parser.add_argument("--output", type=Path, required=True, help="new folder of models, which is not there yet")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of models to begin with")
+    add_classifier(parser)
+    parser.add_argument("--data", type=Path, help="folder of the PBC pictures with their pbc.csv, to forget less")
+    parser.add_argument("--boxes", type=Path, help="with --data: runs/boxes.json of models.classifier.locate")
+    parser.add_argument("--minutes", type=above_zero, default=minutes, help="of learning; a few more come on top")
+    parser.add_argument("--rate", type=above_zero, default=rate, help="peak learning rate of the heads")
+
+
+def above_zero(text: str) -> float:
+    """A number given to a program; `ArgumentTypeError` for one with which learning would never begin or end."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above zero")
+    return value
+
+
+def require_new(output: Path) -> None:
+    """`Unfit` where the folder to be written is there already: told before minutes of learning."""
+    if output.exists():
+        raise Unfit(f"{output}: exists already; give another --output, or move it away first")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cv2
@@ -28,6 +28,7 @@ from agent.inference.manifest import Crop, CropLook, load_manifest
 from agent.inference.models import open_models
 from models import adapt, finetune
 from models.classifier import crops, tuning
+from models.common.programs import Unfit
 from models.finetune import Comparison, CropsUnfit
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
@@ -297,6 +298,29 @@ def test_too_few_trusted_names_to_judge_by_are_told_before_minutes_of_learning(
         adapt.main()
 
 
+@pytest.mark.parametrize("program", [adapt, finetune])
+def test_a_folder_that_is_there_is_left_alone_and_told_before_minutes_of_learning(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--images", str(tmp_path)] if program is adapt else [str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["program", *given, "--output", str(tmp_path)])
+    with pytest.raises(Unfit, match="exists already; give another --output, or move it away first"):
+        program.main()
+
+
+@pytest.mark.parametrize("program", [adapt, finetune])
+@pytest.mark.parametrize("minutes", ["0", "-1", "inf", "nan"])
+def test_minutes_with_which_learning_would_never_begin_or_end_are_refused(
+    minutes: str, program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--images", "fields"] if program is adapt else ["crops"]
+    monkeypatch.setattr(sys, "argv", ["program", *given, "--output", "out", f"--minutes={minutes}"])
+    with pytest.raises(SystemExit) as refused:
+        program.parse()
+    assert refused.value.code == 2
+    assert f"--minutes: {minutes} is no finite number above zero" in capsys.readouterr().err
+
+
 def test_what_is_forgotten_of_pbc_is_told_with_its_bound() -> None:
     facts = {"trusted_kept": 0.9, "pbc_before": 0.97, "pbc_after": 0.955}
     (fault,) = adapt.what_is_wanting(facts)
@@ -323,7 +347,7 @@ def test_a_tuned_classifier_leaves_the_stain_that_it_was_taught_as_it_is() -> No
 
 @pytest.mark.parametrize(("seen", "tells"), [(("platelet", "WBC"), True), (("platelet", "platelet"), False)])
 def test_the_stain_of_a_laboratorys_field_is_told_by_its_white_cells(
-    seen: tuple[str, str], tells: bool, tmp_path: Path
+    seen: tuple[str, str], tells: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cv2.imwrite(str(tmp_path / "field.png"), np.full((200, 300, 3), 220, np.uint8))
     found = [
@@ -333,7 +357,9 @@ def test_the_stain_of_a_laboratorys_field_is_told_by_its_white_cells(
     manifest = load_manifest(Path("models"))
     models: Any = SimpleNamespace(manifest=manifest, detector=SimpleNamespace(detect=lambda _pixels: found))
     wording = crops.Wording(manifest.classifier.classes, {})
+    (tmp_path / "field.vsi").touch()
     cells = adapt.find_cells(models, tmp_path, wording)
+    assert capsys.readouterr().err == f"{tmp_path}; left out because of their ending: 1 .vsi\n"
     assert len(cells) == adapt.FEWEST_CELLS
     assert {cell.has_nucleus or cell.is_in_field for cell in cells} == {tells}
 
