@@ -75,14 +75,14 @@ def _mount_of(folder: Path, mounts_file: Path) -> tuple[str, str]:
 def has_room(folder: Path, size_bytes: int, files: int) -> bool:
     """Whether the disk takes so many files more in this folder, one of them of this size; none of them stays.
 
-    Tried, not asked: a disk may have free bytes and no more files, and what it tells leaves quotas out. Raises OSError
-    where something else than room is wanting.
+    size_bytes: 0 = all of them empty. Tried, not asked: a disk may have free bytes and no more files, and what it tells
+    leaves quotas out. Raises OSError where something else than room is wanting.
     """
     trials = [folder / f".room-{number}" for number in range(files)]
     try:
         for trial in trials:
             with trial.open("wb") as file:
-                if trial is trials[0]:
+                if trial is trials[0] and size_bytes > 0:
                     os.posix_fallocate(file.fileno(), 0, size_bytes)
     except OSError as error:
         if error.errno in NO_ROOM:

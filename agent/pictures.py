@@ -51,6 +51,14 @@ class PictureStore:
             return
         self._note(path, len(content))
 
+    def size_bytes(self) -> int:
+        """Of all pictures together."""
+        return self._bytes
+
+    def count(self) -> int:
+        """How many pictures are here."""
+        return len(self._oldest)
+
     def let_go(self) -> bool:
         """Throw the oldest picture away, to leave the disk to the results; False = there is none."""
         if not self._oldest:

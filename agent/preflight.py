@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,8 +39,10 @@ from agent.errors import (
 )
 from agent.files import NO_ROOM
 from agent.inference.selftest import GoldenTest
+from agent.machine import read_disk_free
 from agent.models_in_use import open_models_in_use
-from agent.supervisor import import_page
+from agent.review import CROPS_FOLDER, CropStore
+from agent.supervisor import could_make_room_to_start, import_page, open_pictures, start_want
 
 FIRST_FRAME_TIMEOUT_S = 20.0
 """s; RTSP cameras send a whole picture only every few seconds, USB cameras need some seconds to set their exposure."""
@@ -48,6 +51,8 @@ WATCHED_FOLDER_TIMEOUT_S = 2.0
 """s; after `settle_s`, two more looks."""
 
 PLAIN_PORT, TLS_PORT = 1883, 8883
+
+OLDEST_PICTURES = "the oldest pictures beside the outbox"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +203,21 @@ def _hint(broker: BrokerSection, error: BrokerUnavailable) -> str:
 
 
 def _try_outbox(config: Config) -> str:
-    """Store a row in an outbox of our own beside the real one: same disk, same rights, same limits."""
+    """Store a row in an outbox of our own beside the real one: same disk, same rights, same limits.
+
+    What a start would let go for room is told and counts as room; none of it goes.
+    """
     folder = state_folder(config.outbox)
     place = _nearest_existing(folder)
     try:
+        want = start_want(place)
+        if want is not None and could_make_room_to_start(folder):
+            # Until then the disk takes no trial, and the outbox itself may not open.
+            near = _near_the_floor(config, folder)
+            return f"{folder}: {near or f'{want}: a start lets {OLDEST_PICTURES} go, no more than it needs'}"
         with (
             tempfile.TemporaryDirectory(prefix=".check-", dir=place) as trial,
-            open_outbox(Path(trial), config.outbox.max_mb, config.outbox.min_free_mb) as outbox,
+            open_outbox(Path(trial), config.outbox.max_mb, min_free_mb=0) as outbox,
         ):
             outbox.append([Draft("event", "check", {"schema": "check"})])
     except OSError as error:
@@ -213,12 +226,49 @@ def _try_outbox(config: Config) -> str:
         raise OutboxError(
             f"{folder}: cannot be made or written: {place} says: {error.strerror}; mend its rights or set outbox.folder"
         ) from error
+    near = _near_the_floor(config, folder)
+    return "; ".join(told for told in (_outbox_words(folder, place), near) if told is not None)
+
+
+def _outbox_words(folder: Path, place: Path) -> str:
+    """What is there now. place: the nearest folder above it that exists, or itself."""
     if place != folder:
         return f"{folder} does not exist yet and can be made; the disk takes rows"
     if not (folder / DATABASE_NAME).exists():
         return f"{folder} can be written"
     with open_outbox(folder, verify=False, create=False) as outbox:
         return f"{folder} can be written; {outbox.depth()} messages wait there"
+
+
+def _near_the_floor(config: Config, folder: Path) -> str | None:
+    """What goes at the first field when the disk has less left than must stay free; None = nothing.
+
+    Raises OutboxError where all of it would not do: the agent would start, and take no field in.
+    """
+    least_mb = config.outbox.min_free_mb
+    free_bytes = read_disk_free(_nearest_existing(folder))
+    if free_bytes is None or free_bytes >= least_mb * 2**20:
+        return None  # nearly always: to know what could go means to look at all pictures
+    free_mb, to_go_mb = free_bytes / 2**20, _to_go_bytes(config, folder) / 2**20
+    words = f"the disk has {free_mb:.1f} MB left, {least_mb:g} must stay free (outbox.min_free_mb)"
+    if free_mb + to_go_mb < least_mb:
+        also = f", and only {to_go_mb:.1f} MB of ours may go" if to_go_mb else ""
+        raise OutboxError(f"{folder}: {words}{also}: the agent would take no field in; free space on the disk")
+    return f"{words}: the agent lets {OLDEST_PICTURES} go, then confirmed messages"
+
+
+def _to_go_bytes(config: Config, folder: Path) -> int:
+    """Of ours on the disk, in the agent's order: pictures, then confirmed messages and what is empty in their file."""
+    pictures, crops = open_pictures(config, folder), CropStore(folder / CROPS_FOLDER)
+    to_go_bytes = crops.size_bytes() + (0 if pictures is None else pictures.size_bytes())
+    if (folder / DATABASE_NAME).exists():
+        with (
+            contextlib.suppress(OutboxError),  # on a full disk it may not open: then the pictures count alone
+            open_outbox(folder, verify=False, create=False) as outbox,
+            outbox.file.reading(),
+        ):
+            to_go_bytes += outbox.kept_bytes() + outbox.file.empty_bytes()
+    return to_go_bytes
 
 
 def _try_page(config: Config) -> str:

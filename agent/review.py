@@ -187,6 +187,10 @@ class CropStore:
             self._bytes = sum(size for _, size, _ in self._files())
         return self._bytes
 
+    def count(self) -> int:
+        """How many pictures are here."""
+        return sum(1 for _ in self._files())
+
     def make_room(self, max_bytes: int, is_done: Mapping[str, bool]) -> int:
         """Let pictures go until they fit; returns how many went.
 

@@ -258,6 +258,20 @@ def make_room_to_start(folder: Path) -> None:
             want = start_want(folder)
 
 
+def could_make_room_to_start(folder: Path) -> bool:
+    """Whether a start that lacks room would get it from our own pictures; none of them goes. Raises OSError."""
+    pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+    count = pictures.count() + crops.count()
+    if count == 0:
+        return False
+    more_bytes = max(0, START_ROOM_BYTES - pictures.size_bytes() - crops.size_bytes())
+    if count >= START_FILES and not has_room(folder, 0, 1):
+        # Without a file to try with, what the disk says of its bytes has to do.
+        free_bytes = read_disk_free(folder)
+        return free_bytes is None or free_bytes >= more_bytes
+    return has_room(folder, more_bytes, max(1, START_FILES - count))
+
+
 def start_want(folder: Path) -> str | None:
     """What the disk lacks for a start, in words; None = it has room. Raises OSError where it cannot be tried."""
     free_bytes = read_disk_free(folder)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.config import Config, loads, packaged_folder
+from agent.delivery.messages import Draft
+from agent.delivery.outbox import begin_boot, open_outbox
+from agent.errors import OutboxError
 from agent.preflight import Check, run_checks
+from agent.supervisor import make_room_to_start
+from tests.disks import mounted
 from tests.model_folders import put_models
 
 needs_models = pytest.mark.skipif(
@@ -136,6 +142,89 @@ def test_a_disk_without_files_left_is_said_to_be_full(tmp_path: Path, monkeypatc
     found = check("outbox", "outbox: {folder: state}", tmp_path)
     assert not found.is_passed
     assert f"{tmp_path / 'state'}: cannot be written: the disk is full; free space there, or files" in found.words
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MB with room for 80 files."""
+    with mounted(tmp_path / "small-disk", "size=16m,nr_inodes=80") as folder:
+        yield folder
+
+
+def put_pictures(state: Path, count: int, size_mb: float) -> list[Path]:
+    """An outbox at its first boot, and whole fields beside it."""
+    begin_boot(state)
+    with open_outbox(state, min_free_mb=0) as outbox:
+        outbox.append([Draft("event", "check", {"schema": "check"})])
+    pictures = [state / "pictures" / f"{number}.png" for number in range(count)]
+    pictures[0].parent.mkdir()
+    for path in pictures:
+        path.write_bytes(bytes(int(size_mb * 2**20)))
+    return pictures
+
+
+def fill(path: Path) -> None:
+    """Somebody else's file, until the disk has no room left."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def use_up_files(folder: Path) -> None:
+    """Somebody else's files, until the disk takes no more."""
+    with contextlib.suppress(OSError):
+        for number in range(1000):
+            (folder / f"other-{number}").touch()
+
+
+def start(state: Path) -> None:
+    """What a start does for room, and all that it writes first. Raises OutboxError."""
+    make_room_to_start(state)
+    begin_boot(state)
+    with open_outbox(state, min_free_mb=0) as outbox:
+        outbox.append([Draft("event", "check", {"schema": "check"})])
+
+
+@pytest.mark.parametrize("use_up", [lambda disk: fill(disk / "filler"), use_up_files], ids=["space", "files"])
+def test_a_full_disk_on_which_a_start_makes_room_passes_and_nothing_goes(
+    small_disk: Path, use_up: Callable[[Path], None]
+):
+    pictures = put_pictures(small_disk / "state", 8, 1)
+    use_up(small_disk)
+    before = sorted(small_disk.rglob("*"))
+    found = check("outbox", "outbox: {folder: state, min_free_mb: 0}", small_disk)
+    assert found.is_passed, found.words
+    assert "a start lets the oldest pictures beside the outbox go" in found.words
+    assert sorted(small_disk.rglob("*")) == before
+    start(small_disk / "state")
+    assert not all(path.exists() for path in pictures)
+
+
+@pytest.mark.parametrize("use_up", [lambda disk: fill(disk / "filler"), use_up_files], ids=["space", "files"])
+def test_a_full_disk_on_which_a_start_finds_too_few_pictures_fails_as_the_start_does(
+    small_disk: Path, use_up: Callable[[Path], None]
+):
+    put_pictures(small_disk / "state", 1, 0)
+    use_up(small_disk)
+    before = sorted(small_disk.rglob("*"))
+    found = check("outbox", "outbox: {folder: state, min_free_mb: 0}", small_disk)
+    assert not found.is_passed
+    assert "the disk is full; free space there, or files or quota" in found.words
+    assert sorted(small_disk.rglob("*")) == before
+    with pytest.raises(OutboxError, match="the disk is full"):
+        start(small_disk / "state")
+
+
+def test_below_the_room_that_is_to_be_left_free_pictures_count_as_room_while_they_are_kept(small_disk: Path):
+    put_pictures(small_disk / "state", 4, 1)
+    text = "outbox: {{folder: state, min_free_mb: {least}}}\npictures: {{keep_mb: {keep}}}"
+    found = check("outbox", text.format(least=14, keep=100), small_disk)
+    assert found.is_passed, found.words
+    assert "14 must stay free (outbox.min_free_mb): the agent lets the oldest pictures" in found.words
+    assert not check("outbox", text.format(least=14, keep=0), small_disk).is_passed
+    found = check("outbox", text.format(least=20, keep=100), small_disk)
+    assert not found.is_passed
+    assert "and only 4.0 MB of ours may go: the agent would take no field in" in found.words
 
 
 def test_an_outbox_below_a_file_fails(tmp_path: Path):
