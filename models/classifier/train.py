@@ -1,6 +1,6 @@
 """Train a classifier of single cells, as one YAML file says.
 
-    python -m models.classifier.train models/classifier/recipes/finer.yaml --data ../shared/data
+    python -m models.classifier.train models/classifier/recipes/debris.yaml --data ../shared/data
 
 Killed and started again, it goes on from the last epoch. `best.pt` is the epoch that names the most of all `val` cells
 right, each counted once, of PBC and of the other microscopes that the run learns from. Those that it never sees are

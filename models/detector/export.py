@@ -1,6 +1,6 @@
 """The trained detector as the int8 file that is shipped, and its entry in the manifest.
 
-python -m models.detector.export --checkpoint runs/sharper/best.pt --version 0.3.0
+python -m models.detector.export --checkpoint runs/smaller-fields/best.pt --version 0.4.0
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def calibration(
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/sharper/best.pt"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/smaller-fields/best.pt"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
     parser.add_argument("--float-models", type=Path, default=Path("runs/float"), help="the same before quantisation")
