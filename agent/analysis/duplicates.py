@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
@@ -115,26 +115,25 @@ class SlideMap:
         merged: list[tuple[int, int]] = []
         withdrawn: list[int] = []
         claimed: set[int] = set()
+        # Dirt first: what is taken back is no cell that another box of this field could show again.
+        taken_back_by: dict[int, list[int]] = {}
+        for index, views in enumerate(stuck):
+            if len(views) + 1 >= DIRT_APPEARANCES:
+                taken_back_by[index] = self._to_take_back(views, withdrawn)
+                withdrawn += taken_back_by[index]
         for index, cell in enumerate(cells):
             number, name = cell_number(cell.cell_id), _count_key(cell)
             is_named = cell.status is not CellStatus.UNIDENTIFIED
             merit = 4.0 * is_whole(boxes[index], size_px) + 2.0 * is_named + cell.probability
-            seen = matches[index]
+            seen = tuple(root for root in matches[index] if root not in withdrawn)
             counted = sorted((other for other in seen if other in self._standing), key=lambda one: -self._merit(one))
             root = counted[0] if counted else min(seen, default=number)
             counts = may_count(boxes[index], size_px) and (bool(seen) or not is_elsewhere[index])
             stands = False
-            if len(stuck[index]) + 1 >= DIRT_APPEARANCES:
-                views = dict.fromkeys(self._root_of_view(view_number) for view_number in stuck[index])
-                taken_back = [
-                    other
-                    for other in views
-                    if other in self._standing and other not in withdrawn and not math.isinf(self._merit(other))
-                ]
-                withdrawn += taken_back
-                for other in taken_back:
+            if index in taken_back_by:
+                for other in taken_back_by[index]:
                     added[self._name_of(other)] -= 1
-                old = tuple(self._cell_id(self._view(other)) for other in taken_back)
+                old = tuple(self._cell_id(self._view(other)) for other in taken_back_by[index])
                 cell = replace(cell, status=CellStatus.ARTEFACT, is_counted=False, supersedes=old)
                 root = number
             elif not counted and counts and root not in claimed:
@@ -297,6 +296,15 @@ class SlideMap:
         return root != other and any(both <= {self._find_root(one) for one in trace.roots} for trace, _ in neighbours)
 
     # ---- dirt
+
+    def _to_take_back(self, views: Iterable[int], withdrawn: Collection[int]) -> list[int]:
+        """The roots of dirt's views that count, but for those withdrawn already and what a person has named."""
+        roots = dict.fromkeys(self._root_of_view(number) for number in views)
+        return [
+            root
+            for root in roots
+            if root in self._standing and root not in withdrawn and not math.isinf(self._merit(root))
+        ]
 
     def _find_stuck(self, view: View, boxes: Boxes, place: Place) -> list[tuple[int, ...]]:
         """For each box the numbers of the views before it, in a row, that lay on its pixels and looked like it."""

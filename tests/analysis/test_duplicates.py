@@ -267,6 +267,30 @@ def test_dirt_on_the_sensor_is_an_artefact_from_its_third_appearance_and_is_take
     assert +stage.totals == {}
 
 
+@pytest.mark.parametrize("is_dirt_first", [True, False])
+@pytest.mark.parametrize(("name", "probability"), [("platelet", 0.7), ("neutrophil", 0.95)])
+def test_a_cell_that_dirt_has_hidden_is_counted_once_when_the_dirt_is_taken_back(
+    name: str, probability: float, *, is_dirt_first: bool
+) -> None:
+    world = simulated_world(43, *WORLD_PX)
+    stage = Stage()
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        frame = take(world, Window(150.0 * number, 100), SIZE_PX, rng, number + 1)
+        pixels = frame.pixels_bgr.copy()
+        pixels[300:324, 200:224] //= 3
+        dirty = replace(frame, pixels_bgr=pixels, um_per_px=1.0, stage_um=(150.0 * number, 100.0))
+        cells = [make_cell(10 * number + 1, (200, 300, 224, 324), "platelet", probability=0.7)]
+        if number == 2:  # where the dirt lay in the second field, and lies no more
+            cells.append(make_cell(22, (50, 300, 74, 324), name, probability=probability))
+        observed = stage.slide.observe(dirty, cells if is_dirt_first else cells[::-1])
+        stage.slide.add(observed.trace)
+        stage.texts.append(trace_to_text(observed.trace))
+        stage.totals.update(observed.unique_counts)
+    assert {counted: number for counted, number in stage.totals.items() if number} == {name: 1}
+    assert map_from_traces("s", stage.texts)._standing.keys() == stage.slide._standing.keys()
+
+
 def test_cells_that_a_microscope_brings_to_the_same_place_of_each_field_are_no_dirt(world: World) -> None:
     stage = Stage(world)
     for number in range(5):
