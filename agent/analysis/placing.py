@@ -404,6 +404,7 @@ def _shared(shift: Shift, size_px: tuple[int, int]) -> float:
 
 
 def _search_spectrum(view: View) -> NDArray[np.complex64]:
-    small = cv2.resize(view.half, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)[:SEARCH_SIDE_PX, :SEARCH_SIDE_PX]
+    height, width = (max(1, round(side / 2)) for side in view.half.shape)
+    small = cv2.resize(view.half, (width, height), interpolation=cv2.INTER_AREA)[:SEARCH_SIDE_PX, :SEARCH_SIDE_PX]
     spectrum = np.fft.rfft2(small - small.mean(), (SEARCH_SIDE_PX, SEARCH_SIDE_PX))
     return np.asarray(spectrum / (np.abs(spectrum) + 1e-3), np.complex64)

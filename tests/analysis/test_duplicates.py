@@ -457,6 +457,17 @@ def test_looking_at_a_field_changes_nothing_until_it_is_stored(world: World) -> 
     assert first.unique_counts == second.unique_counts == {"RBC": 1}
 
 
+def test_a_very_narrow_field_is_remembered_like_any_other() -> None:
+    slide = SlideMap("s")
+    pixels = np.full((48, 2048, 3), 200, np.uint8)
+    for number in (1, 2):
+        frame = Frame(number, pixels, datetime(2026, 11, 25, tzinfo=timezone.utc), 0, f"{number:064x}", "test")
+        observed = slide.observe(frame, [make_cell(number, (100, 4, 140, 44))])
+        slide.add(observed.trace)
+    assert observed.place.source == "unknown"
+    assert map_from_traces("s", [trace_to_text(observed.trace)]).places.count == 2
+
+
 def test_a_text_that_is_no_trace_is_refused() -> None:
     for text in ("", "{}", "[]", '{"place": 3}'):
         with pytest.raises(ValueError, match=r"trace|JSON|Expecting"):
