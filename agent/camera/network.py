@@ -30,6 +30,9 @@ DEFAULT_PORTS: Final = {"http": 80, "https": 443, "rtsp": 554, "rtsps": 322}
 OPEN_TIMEOUTS: Final = 2
 """Opening may take this many read timeouts: FFMPEG reads the first two pictures before it calls a stream open."""
 
+SENT_AS_THEY_ARE: Final = "!#$%&'()*+,/:;=?@[]~"
+"""What may stand in the path of an address beside letters and digits; anything else is percent-encoded (RFC 3986)."""
+
 
 class NetworkCamera:
     """An open stream. source: its address without user, password and query."""
@@ -70,7 +73,10 @@ def open_network(section: CameraSection, *, clocks: Clocks = SYSTEM_CLOCKS) -> N
     network = section.network
     if network.url is None:
         raise CameraError("no address is named; set camera.network.url")
-    address = urlsplit(network.url)
+    try:
+        address = urlsplit(network.url)
+    except ValueError:  # not repeated here: a password may stand in it
+        raise CameraError("what stands in brackets is no IPv6 address (camera.network.url)") from None
     source = _without_secrets(address)
     username, password = _credentials(address, network.username, network.password_file)
     _try_port(address, source, network.read_timeout_s)
@@ -133,7 +139,7 @@ def _try_port(address: SplitResult, source: str, timeout_s: float) -> None:
         raise CameraError(f"{source}: there is no host in this address (camera.network.url)")
     try:
         socket.create_connection((host, port), timeout=timeout_s).close()
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # the latter for a name that no host can have: two dots, 64 letters
         raise CameraError(f"{source}: nothing is known under this name; is the name right, the network up?") from None
     except TimeoutError:
         raise CameraError(f"{source}: no answer in {timeout_s:g} s; is the camera on, the address right?") from None
@@ -176,7 +182,8 @@ def _ask_http(address: SplitResult, timeout_s: float) -> tuple[int, str]:
     else:
         connection = http.client.HTTPConnection(host, _port(address), timeout=timeout_s)
     try:
-        connection.request("GET", urlunsplit(("", "", address.path or "/", address.query, "")))
+        target = urlunsplit(("", "", address.path or "/", address.query, ""))
+        connection.request("GET", quote(target, safe=SENT_AS_THEY_ARE))
         answer = connection.getresponse()
         return answer.status, answer.headers.get("Content-Type", "something without a type")
     finally:

@@ -216,6 +216,25 @@ def test_an_address_that_does_not_answer_says_how_far_it_came(mjpeg: Callable[..
         open_camera(section(None))
 
 
+@pytest.mark.parametrize("host", ["camera..local", f"{'a' * 64}.local"])
+def test_a_name_that_no_host_can_have_is_told_like_one_that_is_not_known(host: str) -> None:
+    assert "nothing is known under this name" in refusal(f"http://{host}/stream")
+
+
+@pytest.mark.parametrize("host", ["[::1", "[fe80::zz]"])
+def test_an_address_in_brackets_that_is_none_is_told_without_its_password(host: str) -> None:
+    reason = refusal(f"rtsp://user:geheim@{host}/stream")
+    assert "camera.network.url" in reason
+    assert "geheim" not in reason
+
+
+@pytest.mark.parametrize("path", ["/k\u00fcche.mjpg", "/a field.mjpg"])
+def test_a_path_with_a_space_or_an_umlaut_is_asked_for_and_the_answer_told(
+    mjpeg: Callable[..., MjpegServer], path: str
+) -> None:
+    assert "404" in refusal(f"http://127.0.0.1:{mjpeg().server_port}{path}")
+
+
 def test_a_port_that_accepts_and_is_silent_does_not_hold_us_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
