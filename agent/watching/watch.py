@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ from agent.watching.watchdog import Watchdog
 
 if TYPE_CHECKING:  # the page's framework comes with an extra
     from agent.web.page import Page
+
+    Watched = Grabber | Pipeline | Publisher | Page
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +115,10 @@ class Watch:
 
     def look(self) -> None:
         """Once around all parts."""
+        # First: the last word of a thread that ends as it should is said before it ends, and so is in the snapshot.
+        ended = {name: thread for name, thread in self._threads().items() if not thread.is_alive()}
         seen = self._health.snapshot()
-        self._look_for_deaths(seen)
+        self._look_for_deaths(ended, seen)
         self._tell_camera(seen)
         self._surroundings.tell_clock_step()
         self._tell_state(seen)
@@ -136,16 +140,22 @@ class Watch:
         if self._pipeline.is_alive():  # with its source it has ended already, and said so
             self._tell("agent-stopping", reason)
 
-    def _look_for_deaths(self, seen: HealthSnapshot) -> None:
-        threads: dict[str, tuple[Grabber | Pipeline | Publisher | Page, bool]] = {
-            "camera": (self._grabber, seen.camera == "ended"),
-            "pipeline": (self._pipeline, self._pipeline.is_source_finished and self._pipeline.failure is None),
-            "publisher": (self._publisher, False),
+    def _threads(self) -> dict[str, Watched]:
+        threads: dict[str, Watched] = {
+            "camera": self._grabber,
+            "pipeline": self._pipeline,
+            "publisher": self._publisher,
         }
-        if self.page is not None:
-            threads["page"] = (self.page, False)
-        for name, (thread, may_end) in threads.items():
-            if thread.is_alive() or may_end or name in self._dead:
+        return threads if self.page is None else {**threads, "page": self.page}
+
+    def _look_for_deaths(self, ended: Mapping[str, Watched], seen: HealthSnapshot) -> None:
+        """ended: threads that had ended before `seen` was taken."""
+        may_end = {
+            "camera": seen.camera == "ended",
+            "pipeline": self._pipeline.is_source_finished and self._pipeline.failure is None,
+        }
+        for name, thread in ended.items():
+            if may_end.get(name, False) or name in self._dead:
                 continue
             self._dead.add(name)
             failure = thread.failure

@@ -110,3 +110,37 @@ def test_a_board_that_is_short_of_power_raises_an_alert_at_the_next_health_and_c
         watch._told_at_s = -math.inf
         watch.look()
     assert shown == [[], ["under-voltage"], []]
+
+
+@pytest.mark.parametrize("name", ["camera", "pipeline"])
+def test_a_thread_that_ends_with_its_source_while_it_is_looked_at_has_not_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    health = Health()
+    health.camera_state("open")
+    watch = make_watch(tmp_path, health)
+    monkeypatch.setattr(watch._surroundings, "_look_into_outbox", lambda: (None, {}))
+    part = SimpleNamespace(failure=None, is_source_finished=False, tell=lambda *_words: None)
+
+    def ends_now() -> bool:
+        if name == "camera":
+            health.camera_state("ended")
+        part.is_source_finished = True
+        return False
+
+    part.is_alive = ends_now
+    monkeypatch.setattr(watch, {"camera": "_grabber", "pipeline": "_pipeline"}[name], part)
+    watch.look()
+    assert not watch.has_died
+
+
+def test_a_thread_that_has_ended_unasked_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    health = Health()
+    health.camera_state("open")
+    watch = make_watch(tmp_path, health)
+    monkeypatch.setattr(watch._surroundings, "_look_into_outbox", lambda: (None, {}))
+    watch.look()
+    assert not watch.has_died
+    monkeypatch.setattr(watch, "_grabber", SimpleNamespace(is_alive=lambda: False, failure=ValueError("no frame")))
+    watch.look()
+    assert watch.has_died
