@@ -111,8 +111,11 @@ class Count:
         """It is stored: from now on the count stands there."""
         if outcome.sample.phase == "finishing" and self.sample.phase != "finishing":
             self._stopped_ns = time.monotonic_ns()
+        is_next_sample = outcome.sample.sid != self.sample.sid
         self.sample = outcome.sample
         self._gate = outcome.gate or self._gate
+        if is_next_sample and outcome.field is None:  # the field in view was counted for the one before
+            self._gate = replace(self._gate, analysed=None)
         if outcome.drift is not None:
             self._drift = outcome.drift
             self._tell_drift()

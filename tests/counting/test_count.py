@@ -136,3 +136,18 @@ def test_a_sample_survives_a_restart_in_the_middle_without_losing_or_doubling_a_
         cells = [cell["cell_id"] for field in place.messages("field") for cell in field["cells"]]
         assert len(cells) == len(set(cells)) == 8
         assert place.pipeline.sample.counts == {"red": 4, "round": 4}
+
+
+def test_a_new_sample_counts_the_field_at_which_the_one_before_has_ended(outbox: Outbox) -> None:
+    place = Place(outbox, SampleState("s-1"))
+    scene = make_pixels(1, 320, 240)
+    reasons = []
+    for seed in range(1, 6):
+        if seed == 3:
+            place.do("stop", "t-1")
+            place.pipeline._finish_when_drained(None)
+            place.do("start", "t-2", sample="s-2")
+        noise = np.random.default_rng(seed).integers(0, 3, scene.shape).astype(np.uint8)
+        reasons.append(place.pipeline._store_frame(make_frame(seed, pixels=scene + noise)).dropped)
+    assert reasons == [None, "unchanged", None, "unchanged", "unchanged"]
+    assert (place.pipeline.sample.sid, place.pipeline.sample.fields) == ("s-2", 1)
