@@ -110,7 +110,8 @@ class Count:
     def accept(self, outcome: Outcome) -> None:
         """It is stored: from now on the count stands there."""
         if outcome.sample.phase == "finishing" and self.sample.phase != "finishing":
-            self._stopped_ns = time.monotonic_ns()
+            # Of a paused sample none: what is on its way was taken during the pause.
+            self._stopped_ns = 0 if self.sample.phase == "paused" else time.monotonic_ns()
         is_next_sample = outcome.sample.sid != self.sample.sid
         self.sample = outcome.sample
         self._gate = outcome.gate or self._gate

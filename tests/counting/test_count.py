@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,3 +152,19 @@ def test_a_new_sample_counts_the_field_at_which_the_one_before_has_ended(outbox:
         reasons.append(place.pipeline._store_frame(make_frame(seed, pixels=scene + noise)).dropped)
     assert reasons == [None, "unchanged", None, "unchanged", "unchanged"]
     assert (place.pipeline.sample.sid, place.pipeline.sample.fields) == ("s-2", 1)
+
+
+@pytest.mark.parametrize(("before_stop", "fields"), [(("pause",), 1), ((), 2), (("pause", "resume"), 2)])
+def test_a_frame_on_its_way_when_the_sample_is_stopped_counts_unless_it_was_paused(
+    outbox: Outbox, before_stop: tuple[str, ...], fields: int
+) -> None:
+    place = Place(outbox, SampleState("s-1"))
+    place.pipeline._store_frame(make_frame(1))
+    for name in before_stop:
+        place.do(name, name)
+    on_its_way = replace(make_frame(2), captured_monotonic_ns=time.monotonic_ns())
+    place.do("stop", "stop")
+    place.pipeline._finish_when_drained(on_its_way)
+    place.pipeline._store_frame(on_its_way)
+    place.pipeline._finish_when_drained(None)
+    assert (place.phase, place.pipeline.sample.fields) == ("finished", fields)
