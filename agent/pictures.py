@@ -7,6 +7,7 @@ A picture that was torn or changed is found out when it is read: its pixels have
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections import deque
@@ -48,6 +49,8 @@ class PictureStore:
             path.write_bytes(content)
         except OSError as error:
             logger.warning("a picture is not kept: %s: %s", path, error.strerror)
+            with contextlib.suppress(OSError):  # a part of it would count nowhere, and be taken for the whole
+                path.unlink(missing_ok=True)
             return
         self._note(path, len(content))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -67,3 +68,20 @@ def test_what_the_disk_does_not_take_is_said_and_counting_goes_on(
     with caplog.at_level(logging.WARNING):
         PictureStore(tmp_path / "pictures", 10**6).keep(make(1))
     assert "a picture is not kept" in caplog.text
+
+
+def test_of_a_picture_that_the_disk_takes_in_part_nothing_stays_and_it_is_kept_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_some(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    store, frame = PictureStore(tmp_path, 10**6), make(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", take_some)
+        store.keep(frame)
+    assert list(tmp_path.iterdir()) == []
+    store.keep(frame)
+    assert hash_pixels(decode_file(store.path(frame.sha256), 1)) == frame.sha256
