@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from agent.analysis.agreement import Answer
 from agent.analysis.cells import UNIDENTIFIED
-from agent.analysis.sample import COUNTING, ENDED, NotNow, Trigger, begin, change
+from agent.analysis.sample import ENDED, NotNow, Trigger, begin, change
 from agent.config import SampleSection
 from agent.delivery.audit import Entry
 from agent.delivery.commands import (
@@ -445,11 +445,6 @@ def fresh_sample(sid: str, number: int, section: SampleSection, request: Start |
 def new_sid(at: datetime, boot: int, number: int) -> str:
     """An id for a sample that nobody named; none is given twice on a device."""
     return f"s-{at:%Y%m%d}-b{boot}" if number == 1 else f"s-{at:%Y%m%d}-b{boot}-{number}"
-
-
-def is_counting(sample: SampleState) -> bool:
-    """Whether frames are analysed for it."""
-    return sample.phase in COUNTING
 
 
 def _where(sample: SampleState) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class HealthSnapshot:
     """The agent's health at one moment.
 
     dropped: frames that gave no field, by reason (`frozen`, `queue-full`, `dark`, `unreadable`, ...), since the start.
-    timings: by stage name as in `FieldResult.timing_ms`. beats: by stage, for `Health.progressed_since`.
+    timings: by stage name as in `FieldResult.timing_ms`. beats: by stage, for `Health.stalled_since`.
     outbox_oldest_age_s: None while nothing waits. drift: None where it is not watched.
     broker_certificate_ends_at: of the certificate that the broker showed last; None where it showed none.
     """
@@ -245,13 +245,9 @@ class Health:
             )
 
     def stalled_since(self, mark: HealthSnapshot) -> tuple[str, ...]:
-        """The stages that have not moved since the mark was taken."""
+        """The stages that have not moved since the mark was taken: only without any may the watchdog be fed."""
         with self._lock:
             return tuple(stage for stage, beats in self._beats.items() if beats == mark.beats.get(stage))
-
-    def progressed_since(self, mark: HealthSnapshot) -> bool:
-        """Whether every stage has moved since the mark: only then may the watchdog be fed."""
-        return not self.stalled_since(mark)
 
 
 def _summarise_timings(timings: Sequence[Mapping[str, float]]) -> Mapping[str, StageTiming]:
