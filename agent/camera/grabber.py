@@ -304,6 +304,7 @@ class Grabber(threading.Thread):
         """Tell that the camera is lost, once in the log, and wait before it is opened again."""
         if self._well_since_s is not None and self._last_change_s - self._well_since_s >= WELL_S:
             self._failures = 0
+        self._well_since_s = None  # it is well no more: the next failure to open is the second in a row
         pause_s = min(FIRST_PAUSE_S * 2**self._failures, LONGEST_PAUSE_S)
         pause_s *= 1 + JITTER * (2 * self._jitter() - 1)
         self._failures = min(self._failures + 1, 16)  # 2**16 s is far beyond the longest pause

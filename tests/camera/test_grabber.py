@@ -434,6 +434,28 @@ def test_a_camera_that_worked_for_a_while_is_opened_again_at_once(bench: Any, ma
     assert starts[5] - starts[4] == pytest.approx(20 + 1)
 
 
+def test_a_camera_that_worked_for_a_while_and_stays_away_is_tried_ever_more_rarely(
+    bench: Any, made_time: MadeTime
+) -> None:
+    def pass_time() -> Frame:
+        made_time.now_s += 20
+        return make(7)
+
+    starts: list[float] = []
+
+    def open_once() -> Camera:
+        starts.append(made_time.now_s)
+        if 1 < len(starts) < 8:
+            raise CameraError("/dev/video0: no such camera")
+        answers = (make(1), pass_time, CameraError("unplugged")) if len(starts) == 1 else (None,)
+        return MadeCamera(*answers, is_live=True)  # type: ignore[return-value]
+
+    run = bench(open_once)
+    run.wait_for(lambda: run.states[-1] == "ended")
+    pauses = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert pauses == [20 + 1, 2, 4, 8, 16, 30, 30]
+
+
 def test_a_stop_interrupts_the_pause_at_once(bench: Any) -> None:
     run = bench(CameraError("gone"), sleep=None, jitter=lambda: 1.0)
     run.wait_for(lambda: run.health.snapshot().camera == "lost")
