@@ -530,7 +530,8 @@ class Window:
     # ---- streams to which nobody subscribes
 
     def _waiting_streams(self) -> tuple[str, ...]:
-        return tuple(stream for stream, hold in self._holds.items() if hold.stage == "waiting")
+        """Of a stream that is being tried no more rows are read either: there may be gigabytes of them."""
+        return tuple(stream for stream, hold in self._holds.items() if hold.stage != "due")
 
     def _may_try(self, row: Row) -> bool:
         """Of a stream that nobody heard, one row at a time, when its time has come."""
@@ -559,7 +560,7 @@ class Window:
                 self._from_the_first_row()
 
     def _heard(self, stream: str) -> None:
-        """Somebody subscribes."""
+        """Somebody subscribes, or the row that was tried is gone: what was passed over is next."""
         if self._holds.pop(stream, None) is not None:
             self._from_the_first_row()
 
@@ -641,7 +642,7 @@ class Window:
         level = logging.WARNING if told else logging.DEBUG
         logger.log(level, "%s %s is set aside, %d since the last word of it: %s", row.stream, name, told, reason)
         self._clear_strikes(row)
-        self._holds.pop(row.stream, None)
+        self._heard(row.stream)
         self._untold = untold
         if told:
             self.look()

@@ -26,18 +26,20 @@ import pytest
 
 from agent.config import BrokerSection, DeliverySection
 from agent.delivery import publisher as publisher_module
+from agent.delivery import window as window_module
 from agent.delivery.link import Acknowledged, BrokerLink, Waker, Will, open_link
 from agent.delivery.messages import Draft, event_draft, health_body, info_body, load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import SILENT_ENDS, Backoff, Publisher
 from agent.delivery.topics import Topics
-from agent.delivery.window import STORE_TOGETHER, Documents, Window
+from agent.delivery.window import FETCH_ROWS, STORE_TOGETHER, Documents, Window
 from agent.domain import AgentState, ClockReading
 from agent.errors import BrokerRefused, BrokerUnavailable, OutboxError
 from agent.health import Health, MachineReading
 
 TOPICS = Topics("lab", "scope")
 AT = datetime(2026, 11, 23, 8, 0, tzinfo=timezone.utc)
+NOBODY_SUBSCRIBED, NOT_AUTHORISED = 0x10, 0x87
 ONLINE = "max_inflight_messages 0\nmax_queued_messages 0"
 """mosquitto hands everything on at once: nothing that it has acknowledged waits in it when it is killed."""
 
@@ -310,6 +312,71 @@ def test_the_next_rows_are_on_their_way_before_the_acknowledged_ones_are_stored(
             window.turn(wire, waker)
             window.fill(wire)
     assert sent_by_then == [(STORE_TOGETHER + wire.window, STORE_TOGETHER)]
+
+
+class Choosy:
+    """A link whose broker answers each message at once, with the code that `answer` has for its topic."""
+
+    window = 20
+    is_closed = False
+    max_packet_bytes = None
+
+    def __init__(self, answer: Callable[[str], int]) -> None:
+        self.sent: list[tuple[str, bytes]] = []
+        self._answer = answer
+        self._answers: list[Acknowledged] = []
+
+    def packet_bytes(self, _topic: str, payload: bytes, *, expiry_s: int | None = None) -> int:  # noqa: ARG002
+        return len(payload)
+
+    def publish(self, topic: str, payload: bytes, **_how: Any) -> int:
+        self.sent.append((topic, payload))
+        self._answers.append(Acknowledged(len(self.sent), self._answer(topic), "as told"))
+        return len(self.sent)
+
+    def turn(self, _longest_s: float, _wake_fd: int) -> list[Acknowledged]:
+        answers, self._answers = self._answers, []
+        return answers
+
+
+def serve(window: Window, link: Any, turns: int) -> None:
+    with contextlib.closing(Waker()) as waker:
+        for _ in range(turns):
+            window.fill(link)
+            window.turn(link, waker)
+
+
+def test_what_is_tried_of_an_unheard_stream_does_not_have_all_that_waits_of_it_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backlog of gigabytes would keep the publisher from the network, and from the watchdog, at each try."""
+    monkeypatch.setattr(window_module, "FIRST_HOLD_S", 0.0)
+    bench.outbox.append([field_draft(n) for n in range(6 * FETCH_ROWS)])
+    window = make_window(bench)
+    link: Any = Choosy(lambda _topic: NOBODY_SUBSCRIBED)
+    window.begin(link)
+    serve(window, link, 1)
+    assert len(link.sent) == link.window
+    read: list[int] = []
+    pending = bench.outbox.pending
+    monkeypatch.setattr(bench.outbox, "pending", lambda *how: read.append(len(rows := pending(*how))) or rows)
+    serve(window, link, 1)
+    assert len(link.sent) == link.window + 1
+    assert sum(read) <= FETCH_ROWS
+
+
+def test_when_the_row_that_was_tried_is_set_aside_the_others_of_its_stream_follow(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_module, "FIRST_HOLD_S", 0.0)
+    bench.outbox.append([field_draft(n) for n in range(3 * FETCH_ROWS)])
+    window = make_window(bench)
+    codes = [NOBODY_SUBSCRIBED] * 20 + [NOT_AUTHORISED]
+    link: Any = Choosy(lambda topic: codes.pop(0) if codes and "/field/" in topic else 0)
+    window.begin(link)
+    serve(window, link, 30)
+    assert bench.outbox.dead_letter_count() == 1
+    assert bench.outbox.depth() == 0
 
 
 def test_a_late_subscriber_finds_state_info_and_health_retained(bench: Bench, mosquitto: Any, subscriber: Any) -> None:
