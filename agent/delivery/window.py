@@ -254,6 +254,8 @@ class Window:
         self._stored_after = 0  # version of the last stored document that was sent
         self._may_have_stored = True
         self._sent_versions: dict[str, int] = {}
+        self._again_at_s: dict[str, float] = {}  # retained topics that were refused for now
+        self._stored_again_at_s = 0.0
         self._heard_at_s = 0.0
         self._sent_row_at_s = 0.0
         # Where we are in the outbox:
@@ -273,6 +275,8 @@ class Window:
         self._under_way.clear()
         self._rows_under_way.clear()
         self._sent_versions.clear()
+        self._again_at_s.clear()
+        self._stored_again_at_s = 0.0
         self._stored_after = 0
         self._heard_at_s = time.monotonic()
         self._holds.clear()  # whoever subscribes may be there now
@@ -372,6 +376,8 @@ class Window:
         for document in self._documents.newest():
             if self._sent_versions.get(document.topic) == document.version:
                 continue
+            if time.monotonic() < self._again_at_s.get(document.topic, 0.0):
+                continue
             if link.is_closed or len(self._under_way) >= self._limit:
                 return False
             self._sent_versions[document.topic] = document.version
@@ -400,7 +406,7 @@ class Window:
 
     def _send_stored_documents(self, link: BrokerLink) -> bool:
         """Send the documents of the outbox that are new. Returns whether all are on their way; raises OutboxError."""
-        while self._may_have_stored:
+        while self._may_have_stored and time.monotonic() >= self._stored_again_at_s:
             stored = self._outbox.documents(self._stored_after, FETCH_ROWS)
             self._may_have_stored = len(stored) == FETCH_ROWS
             for document in stored:
@@ -408,6 +414,9 @@ class Window:
                     self._may_have_stored = True
                     return False
                 self._stored_after = document.version
+                if self._sent_versions.get(document.topic) == document.version:
+                    continue
+                self._sent_versions[document.topic] = document.version
                 payload = document.payload or b""
                 length = link.packet_bytes(document.topic, payload)
                 if link.max_packet_bytes is not None and length > link.max_packet_bytes:
@@ -581,7 +590,7 @@ class Window:
                 self._rows_under_way.discard(sent.row_id)
                 self._settle_row(sent, answer)
             elif sent is not None and not answer.is_taken:
-                logger.warning("%s: the broker refuses it (%s)", sent.topic, answer.reason)
+                self._settle_refused(sent, answer)
             elif isinstance(sent, Document):
                 self._documents.settle(sent)
             elif isinstance(sent, StoredDocument) and sent.payload is None:
@@ -610,6 +619,20 @@ class Window:
             logger.debug("%s: refused for now (%s)", row.topic, answer.reason)
             self._holds.pop(row.stream, None)
             self._pause()
+
+    def _settle_refused(self, sent: Document | StoredDocument | Passing, answer: Acknowledged) -> None:
+        """A retained word that is refused for now is said again: the one before it stands there as long."""
+        level = logging.DEBUG if sent.topic in self._again_at_s else logging.WARNING
+        logger.log(level, "%s: the broker refuses it (%s)", sent.topic, answer.reason)
+        if answer.code in _REFUSED_FOR_GOOD or isinstance(sent, Passing):
+            return
+        self._again_at_s[sent.topic] = time.monotonic() + PAUSE_S
+        if self._sent_versions.get(sent.topic) == sent.version:
+            del self._sent_versions[sent.topic]
+        if isinstance(sent, StoredDocument):
+            self._stored_after = min(self._stored_after, sent.version - 1)
+            self._stored_again_at_s = self._again_at_s[sent.topic]
+            self._may_have_stored = True
 
     def _settle_cleared(self, document: StoredDocument) -> None:
         try:

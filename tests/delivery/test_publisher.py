@@ -28,7 +28,7 @@ from agent.config import BrokerSection, DeliverySection
 from agent.delivery import publisher as publisher_module
 from agent.delivery import window as window_module
 from agent.delivery.link import Acknowledged, BrokerLink, Waker, Will, open_link
-from agent.delivery.messages import Draft, event_draft, health_body, info_body, load_schema
+from agent.delivery.messages import Draft, RetainedDocument, event_draft, health_body, info_body, load_schema
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.delivery.publisher import SILENT_ENDS, Backoff, Publisher
 from agent.delivery.topics import Topics
@@ -39,7 +39,7 @@ from agent.health import Health, MachineReading
 
 TOPICS = Topics("lab", "scope")
 AT = datetime(2026, 11, 23, 8, 0, tzinfo=timezone.utc)
-NOBODY_SUBSCRIBED, NOT_AUTHORISED = 0x10, 0x87
+NOBODY_SUBSCRIBED, NOT_AUTHORISED, QUOTA_EXCEEDED = 0x10, 0x87, 0x97
 ONLINE = "max_inflight_messages 0\nmax_queued_messages 0"
 """mosquitto hands everything on at once: nothing that it has acknowledged waits in it when it is killed."""
 
@@ -258,10 +258,10 @@ class Wire:
         return [Acknowledged(self._answered, 0, "Success")]
 
 
-def make_window(bench: Bench) -> Window:
+def make_window(bench: Bench, documents: Documents | None = None) -> Window:
     return Window(
         bench.outbox,
-        Documents(),
+        documents or Documents(),
         TOPICS,
         delivery=DeliverySection(),
         limit=20,
@@ -377,6 +377,70 @@ def test_when_the_row_that_was_tried_is_set_aside_the_others_of_its_stream_follo
     serve(window, link, 30)
     assert bench.outbox.dead_letter_count() == 1
     assert bench.outbox.depth() == 0
+
+
+def test_a_retained_word_that_is_refused_for_now_is_said_again_on_the_same_connection(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the state stays `lost`, and the word on a sample an old one, for as long as the connection holds."""
+    monkeypatch.setattr(window_module, "PAUSE_S", 0.0)
+    bench.outbox.append([], documents=[RetainedDocument(TOPICS.sample("s1"), {"n": 1})])
+    bench.outbox.append([], documents=[RetainedDocument(TOPICS.sample("s0"), None)])
+    documents = Documents()
+    documents.put("state", TOPICS.state, {"state": "ready"})
+    window = make_window(bench, documents)
+    refused: list[str] = []
+
+    def once(topic: str) -> int:
+        is_first = topic not in refused
+        refused.append(topic)
+        return QUOTA_EXCEEDED if is_first else 0
+
+    link: Any = Choosy(once)
+    window.begin(link)
+    serve(window, link, 6)
+    for topic in (TOPICS.state, TOPICS.sample("s1"), TOPICS.sample("s0")):
+        assert len([sent for sent, _ in link.sent if sent == topic]) >= 2, topic
+    assert window.are_documents_taken
+    assert [document.topic for document in bench.outbox.documents()] == [TOPICS.sample("s1")]
+
+
+def test_beside_a_retained_word_that_is_refused_again_and_again_the_others_are_said_once_and_rows_go_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_module, "PAUSE_S", 0.0)
+    for sid in ("s0", "s1", "s2"):
+        bench.outbox.append([], documents=[RetainedDocument(TOPICS.sample(sid), {"n": 1})])
+    bench.append(3)
+    window = make_window(bench)
+    link: Any = Choosy(lambda topic: QUOTA_EXCEEDED if topic == TOPICS.sample("s0") else 0)
+    window.begin(link)
+    serve(window, link, 6)
+    topics = [topic for topic, _ in link.sent]
+    assert topics.count(TOPICS.sample("s0")) == 6
+    assert topics.count(TOPICS.sample("s1")) == topics.count(TOPICS.sample("s2")) == 1
+    assert bench.outbox.depth() == 0
+
+
+def test_a_retained_word_that_is_refused_waits_before_it_is_said_again_and_for_good_is_not_said_again(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.outbox.append([], documents=[RetainedDocument(TOPICS.sample("s1"), {"n": 1})])
+    documents = Documents()
+    documents.put("state", TOPICS.state, {"state": "ready"})
+    window = make_window(bench, documents)
+    codes = {TOPICS.state: QUOTA_EXCEEDED, TOPICS.sample("s1"): NOT_AUTHORISED}
+    link: Any = Choosy(codes.__getitem__)
+    window.begin(link)
+    serve(window, link, 10)
+    assert len(link.sent) == 2
+    monkeypatch.setattr(window_module, "PAUSE_S", 0.0)
+    window.begin(link)
+    serve(window, link, 10)
+    topics = [topic for topic, _ in link.sent[2:]]
+    assert topics.count(TOPICS.state) > 2
+    assert topics.count(TOPICS.sample("s1")) == 1
+    assert len([record for record in caplog.records if "refuses it" in record.message]) == 4
 
 
 def test_a_late_subscriber_finds_state_info_and_health_retained(bench: Bench, mosquitto: Any, subscriber: Any) -> None:
