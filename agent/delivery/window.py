@@ -241,6 +241,7 @@ class Window:
         self._acknowledged: set[int] = set()  # not yet stored as such; a full disk may keep them here for a while
         self._is_storing_due = False
         self._awaiting = Awaiting(delivery.resend_s)
+        self._sent_up_to: dict[str, int] = {}  # by stream: the last row that a receiver's word may speak of
         self._holds: dict[str, Hold] = {}
         self._strikes = Strikes()
         self._is_outbox_failing = False
@@ -313,7 +314,10 @@ class Window:
     def take_ack(self, ack: Ack) -> bool:
         """A receiver has all of a stream up to a message. False: that cannot be true, such a number was never given."""
         try:
-            left = self._outbox.confirm(ack.receiver, ack.stream, ack.boot, ack.seq, self._receivers)
+            up_to_row = self._sent_up_to.get(ack.stream, 0)
+            left = self._outbox.confirm(
+                ack.receiver, ack.stream, ack.boot, ack.seq, self._receivers, up_to_row=up_to_row
+            )
         except OutboxError as error:
             self._outbox_failed(error)  # they are sent again, and acknowledged again
             return True
@@ -443,6 +447,8 @@ class Window:
         rows = [sent for sent in self._under_way.values() if isinstance(sent, Row)]
         if not rows:
             return
+        for row in rows:
+            self._note_not_taken(row)
         first = min(rows, key=lambda row: row.row_id)
         was_careful = self._is_careful
         if first.row_id != self._strikes.row_id:
@@ -489,6 +495,13 @@ class Window:
         self._under_way[mid] = sent
         if isinstance(sent, Row):
             self._rows_under_way.add(sent.row_id)
+            if not sent.is_replay:
+                self._sent_up_to[sent.stream] = max(sent.row_id, self._sent_up_to.get(sent.stream, 0))
+
+    def _note_not_taken(self, row: Row) -> None:
+        """It was sent in vain: no receiver can have it."""
+        if not row.is_replay:
+            self._sent_up_to[row.stream] = min(row.row_id - 1, self._sent_up_to.get(row.stream, 0))
 
     def _is_historical(self, row: Row) -> bool:
         """What is sent at a request, and older boots, always: their monotonic times cannot be compared with ours."""
@@ -601,6 +614,7 @@ class Window:
     def _settle_row(self, row: Row, answer: Acknowledged) -> None:
         if answer.code == _NOBODY_SUBSCRIBED:
             self._clear_strikes(row)
+            self._note_not_taken(row)
             self._hold(row.stream)
         elif answer.is_taken:
             if self._receivers and not row.is_replay:
@@ -617,6 +631,7 @@ class Window:
                 self._outbox_failed(error)
         else:
             logger.debug("%s: refused for now (%s)", row.topic, answer.reason)
+            self._note_not_taken(row)
             self._holds.pop(row.stream, None)
             self._pause()
 

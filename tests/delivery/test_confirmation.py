@@ -245,6 +245,31 @@ def test_no_more_is_sent_ahead_of_the_receiver_than_allowed_and_a_missed_number_
     assert numbers(ears)[22:] == list(range(21, 31))
 
 
+def test_what_a_person_has_sent_again_does_not_leave_by_a_word_about_later_numbers_before_it_was_sent(
+    make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any
+) -> None:
+    """The receiver was told that the number is gone, and has passed it over."""
+    broker = mosquitto()
+    ears = subscriber(broker, f"{TOPICS.base}/field/#")
+    bench = make_bench(broker, confirm="receiver", unconfirmed=20)
+    bench.append(make_draft(1))
+    ears.wait_for(lambda messages: len(messages) >= 1)
+    bench.outbox.reject(bench.outbox.pending(0, 1)[0].row_id, "too large")
+    bench.append(*(make_draft(n) for n in range(2, 102)))
+    ears.wait_for(lambda messages: len(messages) >= 20)
+    bench.outbox.requeue()
+    acknowledge(broker, 20)
+    ears.wait_for(lambda messages: len(messages) >= 39)
+    assert 1 in [row.seq for row in bench.outbox.pending(0, 200)]
+    for seq in (39, 58, 77, 96):
+        ears.wait_for(lambda messages, seq=seq: len(messages) >= seq)
+        acknowledge(broker, seq)
+    ears.wait_for(lambda messages: len(messages) >= 102)
+    acknowledge(broker, 101)
+    bench.wait_until(lambda: bench.outbox.depth() == 0)
+    assert sorted(numbers(ears)) == [1, *range(1, 102)]
+
+
 def test_with_confirm_broker_what_nobody_subscribes_to_waits_and_holds_nothing_else_up(
     make_bench: Callable[..., Bench], mosquitto: Any, subscriber: Any
 ) -> None:

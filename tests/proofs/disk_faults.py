@@ -212,7 +212,8 @@ class Session:
             fields = [row for row in rows if row.stream == "field"]
             boot, seq = fields[1].boot, fields[1].seq
             up_to_it = [row for row in fields if row.seq <= seq and row.boot <= boot]
-            self._leave(up_to_it, lambda: outbox.confirm("desk", "field", boot, seq, ("desk",)))
+            last = up_to_it[-1].row_id
+            self._leave(up_to_it, lambda: outbox.confirm("desk", "field", boot, seq, ("desk",), up_to_row=last))
         elif step == 4:
             patiently(lambda: outbox.request_replay("cell", 1, 3))
             again = patiently(lambda: outbox.asked_again(0, 10))

@@ -52,18 +52,26 @@ def rows_of_ids(connection: sqlite3.Connection, row_ids: Sequence[int]) -> Itera
 
 
 def rows_all_have(
-    connection: sqlite3.Connection, receiver: str, stream: str, boot: int, seq: int, receivers: Sequence[str]
+    connection: sqlite3.Connection,
+    receiver: str,
+    stream: str,
+    boot: int,
+    seq: int,
+    receivers: Sequence[str],
+    up_to_row: int,
 ) -> list[Leaving]:
     """Some of the rows that all receivers have, now that this one has all of a stream up to this number.
 
+    up_to_row: the last row of the stream that was sent. A dead letter that a person put back waits behind it, and to
+    the receiver its number is gone.
     Inside a transaction. At most CONFIRM_STEP_ROWS of them: with so many, ask again when they have left.
     """
     if len(receivers) > 1:
         _note_ack(connection, receiver, stream, boot, seq)
     found = connection.execute(
         "SELECT row_id, state, LENGTH(payload), boot, seq FROM rows "
-        "WHERE stream = ? AND state = 0 AND seq <= ? AND boot <= ? ORDER BY seq LIMIT ?",
-        (stream, seq, boot, CONFIRM_STEP_ROWS),
+        "WHERE stream = ? AND state = 0 AND seq <= ? AND boot <= ? AND row_id <= ? ORDER BY seq LIMIT ?",
+        (stream, seq, boot, up_to_row, CONFIRM_STEP_ROWS),
     ).fetchall()
     acks = [_acks(connection, other, stream) for other in receivers if other != receiver]
     return [

@@ -245,11 +245,14 @@ class Outbox:
             for rows in leaving.rows_of_ids(connection, row_ids):
                 self._history.let_go(rows)
 
-    def confirm(self, receiver: str, stream: str, boot: int, seq: int, receivers: Sequence[str]) -> list[int] | None:
+    def confirm(
+        self, receiver: str, stream: str, boot: int, seq: int, receivers: Sequence[str], *, up_to_row: int
+    ) -> list[int] | None:
         """A receiver has all of a stream up to this number on its disk; what all the receivers have leaves.
 
-        receivers: all that have to confirm. Returns the ids of the rows that left; None: this cannot be true, for such
-        a number was never given, and nothing is done.
+        receivers: all that have to confirm. up_to_row: the last row of the stream that was sent; later ones stay.
+        Returns the ids of the rows that left; None: this cannot be true, for such a number was never given, and nothing
+        is done.
         """
         with self.file.reading() as connection:
             last_given = queue.last_number(connection, stream)
@@ -259,7 +262,7 @@ class Outbox:
         is_more = True
         while is_more:
             with self.file.leaving() as connection:
-                rows = leaving.rows_all_have(connection, receiver, stream, boot, seq, receivers)
+                rows = leaving.rows_all_have(connection, receiver, stream, boot, seq, receivers, up_to_row)
                 self._history.let_go(rows)
             left += [row.row_id for row in rows]
             is_more = len(rows) == CONFIRM_STEP_ROWS

@@ -39,7 +39,7 @@ def seqs(outbox: Outbox) -> list[int]:
 def test_a_receivers_word_lets_all_rows_up_to_it_leave_and_no_others(outbox: Outbox) -> None:
     fill(outbox, 3)
     outbox.append([make_draft("cell"), make_draft()])
-    left = outbox.confirm("central", "field", 1, 2, ("central",))
+    left = outbox.confirm("central", "field", 1, 2, ("central",), up_to_row=1000)
     assert left == [1, 2]
     assert [(row.stream, row.seq) for row in outbox.pending(0, 9)] == [("field", 3), ("cell", 1), ("field", 4)]
     assert outbox.depth() == 3
@@ -51,7 +51,7 @@ def test_a_word_about_an_earlier_boot_says_nothing_of_rows_of_a_later_one(tmp_pa
         with make_keeping(tmp_path) as outbox:
             fill(outbox, 2)
     with make_keeping(tmp_path) as outbox:
-        outbox.confirm("central", "field", 1, 4, ("central",))
+        outbox.confirm("central", "field", 1, 4, ("central",), up_to_row=1000)
         assert seqs(outbox) == [3, 4]
 
 
@@ -60,7 +60,7 @@ def test_a_word_about_numbers_that_were_never_given_does_nothing(
     outbox: Outbox, boot: int, seq: int, stream: str
 ) -> None:
     fill(outbox, 3)
-    assert outbox.confirm("central", stream, boot, seq, ("central",)) is None
+    assert outbox.confirm("central", stream, boot, seq, ("central",), up_to_row=1000) is None
     assert outbox.depth() == 3
 
 
@@ -69,11 +69,11 @@ def test_of_several_receivers_a_row_waits_for_the_word_of_each_over_a_restart(tm
     begin_boot(tmp_path)
     with make_keeping(tmp_path) as outbox:
         fill(outbox, 4)
-        assert outbox.confirm("central", "field", 1, 3, both) == []
-        assert outbox.confirm("lis", "field", 1, 1, both) == [1]
+        assert outbox.confirm("central", "field", 1, 3, both, up_to_row=1000) == []
+        assert outbox.confirm("lis", "field", 1, 1, both, up_to_row=1000) == [1]
     with make_keeping(tmp_path) as outbox:
-        assert outbox.confirm("lis", "field", 1, 4, both) == [2, 3]
-        assert outbox.confirm("central", "field", 1, 2, both) == []
+        assert outbox.confirm("lis", "field", 1, 4, both, up_to_row=1000) == [2, 3]
+        assert outbox.confirm("central", "field", 1, 2, both, up_to_row=1000) == []
         assert seqs(outbox) == [4]
 
 
@@ -82,7 +82,7 @@ def test_of_several_receivers_a_row_waits_for_the_word_of_each_over_a_restart(tm
 
 def test_what_was_confirmed_is_kept_and_sent_again_when_asked_for_once(outbox: Outbox) -> None:
     fill(outbox, 5)
-    outbox.confirm("central", "field", 1, 4, ("central",))
+    outbox.confirm("central", "field", 1, 4, ("central",), up_to_row=1000)
     assert outbox.request_replay("field", 2, 9) == ReplayAnswer(3, 1, (), 6)
     again = outbox.asked_again(0, 9)
     assert [(row.seq, row.is_replay) for row in again] == [(2, True), (3, True), (4, True)]
@@ -106,7 +106,7 @@ def test_history_ends_with_its_time_and_its_room(tmp_path: Path) -> None:
     begin_boot(tmp_path)
     with make_keeping(tmp_path, keep_mb=0.001, monotonic_ns=lambda: clock_ns[0]) as outbox:
         fill(outbox, 40)
-        outbox.confirm("central", "field", 1, 40, ("central",))
+        outbox.confirm("central", "field", 1, 40, ("central",), up_to_row=1000)
         assert 0 < outbox.kept_bytes() <= 0.001 * 2**20
         assert outbox.request_replay("field", 40, 40).asked == 1
         outbox.acknowledge([row.row_id for row in outbox.asked_again(0, 9)])
@@ -123,7 +123,7 @@ def test_a_step_of_the_clock_takes_no_history_that_is_young(tmp_path: Path) -> N
     begin_boot(tmp_path)
     with make_keeping(tmp_path, **clocks) as outbox:
         fill(outbox, 3)
-        outbox.confirm("central", "field", 1, 3, ("central",))
+        outbox.confirm("central", "field", 1, 3, ("central",), up_to_row=1000)
         times["s"] += 100 * 86_400
         outbox.prune()
         assert outbox.request_replay("field", 1, 3) == ReplayAnswer(3, 0, ())
@@ -147,7 +147,7 @@ def test_the_counters_agree_with_the_rows_whatever_happened(tmp_path: Path) -> N
     begin_boot(tmp_path)
     with make_keeping(tmp_path) as outbox:
         fill(outbox, 9)
-        outbox.confirm("central", "field", 1, 5, ("central",))
+        outbox.confirm("central", "field", 1, 5, ("central",), up_to_row=1000)
         outbox.request_replay("field", 1, 3)
         outbox.reject(2, "refused")
         outbox.acknowledge([1, 3, 6, 99])
