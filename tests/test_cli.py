@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -542,6 +543,28 @@ def test_audit_verify_tells_an_unbroken_chain_from_a_changed_one(
     file.write_text("\n".join(lines).replace("s-1", "s-9"))
     code, out, _ = call("audit", "verify", file)
     assert (code, "entry 2 was changed" in out) == (1, True)
+
+
+def test_audit_verify_of_no_audit_message_at_all_is_no_proof(tmp_path: Path, call: Callable[..., tuple[int, str, str]]):
+    """An empty file, or one of something else: whoever emptied it would pass."""
+    file = tmp_path / "audit.jsonl"
+    for content in ("", '{"schema":"hv/1/event"}\n'):
+        file.write_text(content)
+        code, out, _ = call("audit", "verify", file)
+        assert (code, "pass" in out, "no audit message" in out) == (1, False, True)
+
+
+def test_audit_verify_passes_over_pictures_between_the_messages(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+):
+    """What `mosquitto_sub` writes of all topics of a device holds JPEG bytes too."""
+    drafts, _ = chain(
+        [Entry("cmd.start", "done", "s")], ChainHead(), Topics("lab", "scope"), boot=1, at=datetime.now(timezone.utc)
+    )
+    content = json.dumps({**drafts[0].body, "historical": False}).encode() + b"\n\xff\xd8\xff\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    code, out, _ = call("audit", "verify", "-")
+    assert (code, "1 entries (1 to 1)" in out) == (0, True)
 
 
 def test_audit_verify_of_a_missing_file_is_told(tmp_path: Path, call: Callable[..., tuple[int, str, str]]):
