@@ -88,6 +88,9 @@ persistent_client_expiration 1m
 set_tcp_nodelay true
 """
 
+CA_NAME = "ca"
+"""The name of the authority's certificate beside each client's own."""
+
 _NAME = re.compile(r"[a-z0-9-]{1,63}")
 
 
@@ -211,6 +214,11 @@ def make_site(
     settings = merge_settings(top, site, hosts, port, at, data)
     present = read_clients(top)
     check_clients([*present, *clients])
+    for client in clients:
+        if client.name == CA_NAME:
+            raise SiteError(
+                f"--{client.kind} {client.name}: the authority's file in its folder is {CA_NAME}.pem; choose another"
+            )
     unknown = sorted(set(remove) - {client.name for client in present})
     if unknown:
         raise SiteError(f"--remove {unknown[0]}: {top} has no such device, receiver or operator")
@@ -486,7 +494,9 @@ def write_broker_files(
     write_file(folder / "acl", acl(settings.site, clients).encode())
     write_file(folder / "ca.pem", authority.public_bytes(serialization.Encoding.PEM))
     revoked = [
-        Pair(file, file).read_certificate() for file in sorted((top / "removed").glob("**/*.pem")) if file.stem != "ca"
+        Pair(file, file).read_certificate()
+        for file in sorted((top / "removed").glob("**/*.pem"))
+        if file.stem != CA_NAME
     ]
     write_revoked(
         folder / "revoked.pem", {one.serial_number for one in revoked if one is not None}, authority, authority_key, now

@@ -178,6 +178,7 @@ def test_openssl_finds_nothing_wrong_with_the_certificates(top: Path) -> None:
     [
         (None, {"clients": [Client("device", "Big.Name")]}, "allowed are 1 to 63 of a-z, 0-9 and hyphen"),
         (None, {"clients": [Client("operator", "collector")]}, "this name is the receiver's already"),
+        (None, {"clients": [Client("device", "ca")]}, r"the authority's file in its folder is ca\.pem; choose another"),
         (None, {"site": "other"}, "belongs to the site lab"),
         (None, {"hosts": ["broker.lan:8883"]}, "without a port"),
         (None, {"at": "etc/mosquitto"}, "must be an absolute path"),
