@@ -204,13 +204,12 @@ class Outbox:
 
         after_row: only those behind this one.
         """
-        while True:
+        with self.file.reading() as connection:
+            row_ids = queue.row_ids_of_stream(connection, stream, after_row)
+        for begin in range(0, len(row_ids), PORTION_ROWS):
             with self.file.reading() as connection:
-                rows = queue.rows_of_topic(connection, stream, topic, after_row, PORTION_ROWS)
-            if not rows:
-                return
+                rows = queue.rows_of_topic(connection, row_ids[begin : begin + PORTION_ROWS], topic)
             yield from rows
-            after_row = rows[-1].row_id
 
     def numbered(self, stream: str, boot: int, seq: int) -> Row | None:
         """One message, confirmed or not, where it is still here."""

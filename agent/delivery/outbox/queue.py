@@ -6,6 +6,7 @@ Functions on a connection. Those that write are called inside a transaction.
 from __future__ import annotations
 
 import sqlite3
+from array import array
 from collections.abc import Sequence
 
 from agent.delivery.messages import Draft, message_id, serialise, stamp
@@ -74,11 +75,20 @@ def rows_in_state(
     return [read_row(columns, is_replay=state == ASKED) for columns in found]
 
 
-def rows_of_topic(connection: sqlite3.Connection, stream: str, topic: str, after_row: int, limit: int) -> list[Row]:
-    """The next rows of a topic behind this one, confirmed or not."""
+def row_ids_of_stream(connection: sqlite3.Connection, stream: str, after_row: int) -> array[int]:
+    """All rows of a stream behind this one, in order, confirmed or not; from the index alone."""
     found = connection.execute(
-        f"SELECT {ROW_COLUMNS} FROM rows WHERE row_id > ? AND stream = ? AND topic = ? ORDER BY row_id LIMIT ?",
-        (after_row, stream, topic, limit),
+        "SELECT row_id FROM rows WHERE stream = ? AND row_id > ? ORDER BY row_id", (stream, after_row)
+    )
+    return array("q", (row_id for (row_id,) in found))
+
+
+def rows_of_topic(connection: sqlite3.Connection, row_ids: Sequence[int], topic: str) -> list[Row]:
+    """Those of these rows that are of a topic, in order. row_ids: at most MOST_MARKS."""
+    found = connection.execute(
+        f"SELECT {ROW_COLUMNS} FROM rows WHERE row_id IN ({', '.join('?' * len(row_ids))}) AND topic = ? "
+        "ORDER BY row_id",
+        (*row_ids, topic),
     ).fetchall()
     return [read_row(columns) for columns in found]
 

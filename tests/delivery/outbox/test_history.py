@@ -154,3 +154,23 @@ def test_the_counters_agree_with_the_rows_whatever_happened(tmp_path: Path) -> N
         told = (outbox.depth(), outbox.kept_bytes())
     with make_keeping(tmp_path) as outbox:  # opening counts anew
         assert (outbox.depth(), outbox.kept_bytes()) == told
+
+
+def test_reading_a_topic_costs_as_much_more_as_there_is_more_to_read(tmp_path: Path) -> None:
+    """A report of a long sample, beside a full history, must not read all of it again for each portion."""
+    steps = []
+    for count in (800, 3200):
+        with make_outbox(tmp_path / str(count)) as outbox:
+            outbox.append([make_draft() for _ in range(count)])
+            seen = [0]
+
+            def note(seen: list[int] = seen) -> int:
+                seen[0] += 1
+                return 0
+
+            outbox.file.connection.set_progress_handler(note, 100)
+            topic = make_draft().topic
+            assert [row.seq for row in outbox.of_topic("field", topic)] == list(range(1, count + 1))
+            assert list(outbox.of_topic("cell", topic)) == list(outbox.of_topic("field", f"{topic}0")) == []
+            steps.append(seen[0])
+    assert steps[1] < 6 * steps[0]
