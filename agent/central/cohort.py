@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from statistics import median
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, select, tuple_
+from sqlalchemy import Connection, Engine, func, select
 
 from agent.analysis.cohort import BANDS, SampleFacts
 from agent.central import tables
 from agent.central.database import explained
 from agent.central.export import PORTION_ROWS, Selection, chosen
+from agent.central.intake import Place
+from agent.central.ledger import is_of
 from agent.report.document import LOW_MARGIN
 
 Key = tuple[str, str, str]
@@ -48,10 +51,13 @@ def read_cohort(engine: Engine, selection: Selection) -> Collected:
         if thrown_over := connection.execute(chosen(aborted, tables.samples, "updated_at", selection)).scalar_one():
             left_out["thrown over"] = thrown_over
         keys = sorted(found)
-        for start in range(0, len(keys), SAMPLES_AT_ONCE):
-            portion = keys[start : start + SAMPLES_AT_ONCE]
-            for key, sureness in _sureness(connection, portion).items():
-                found[key] = replace(found[key], confidence_pct=sureness[0], low_margin_pct=sureness[1])
+        for device, its in groupby(keys, key=lambda key: key[:2]):
+            sids = [sid for _, _, sid in its]
+            for start in range(0, len(sids), SAMPLES_AT_ONCE):
+                for key, sureness in _sureness(
+                    connection, Place(*device), sids[start : start + SAMPLES_AT_ONCE]
+                ).items():
+                    found[key] = replace(found[key], confidence_pct=sureness[0], low_margin_pct=sureness[1])
     return Collected([found[key] for key in keys], dict(left_out))
 
 
@@ -94,11 +100,15 @@ def _facts(key: Key, body: Mapping[str, Any]) -> SampleFacts:
     )
 
 
-def _sureness(connection: Connection, keys: Sequence[Key]) -> dict[Key, tuple[float, float]]:
-    """Of each sample that has cells here: median probability in %, and in % the views with a low margin."""
+def _sureness(connection: Connection, place: Place, sids: Sequence[str]) -> dict[Key, tuple[float, float]]:
+    """Of each sample that has cells here: median probability in %, and in % the views with a low margin.
+
+    Samples of one device: asked for those of several at once, SQLite reads all cells.
+    """
     source = tables.cells
-    query = select(source.c.site, source.c.device, source.c.sample, source.c.probability, source.c.margin).where(
-        tuple_(source.c.site, source.c.device, source.c.sample).in_(keys),
+    query = select(source.c.sample, source.c.probability, source.c.margin).where(
+        is_of(source, place),
+        source.c.sample.in_(sids),
         source.c.status.in_(LOOKED_AT),
         source.c.margin.is_not(None),
         source.c.probability.is_not(None),
@@ -106,7 +116,7 @@ def _sureness(connection: Connection, keys: Sequence[Key]) -> dict[Key, tuple[fl
     probabilities: dict[Key, list[float]] = defaultdict(list)
     low: Counter[Key] = Counter()
     for row in connection.execute(query):
-        key = (row.site, row.device, row.sample)
+        key = (place.site, place.device, row.sample)
         probabilities[key].append(row.probability)
         low[key] += row.margin < LOW_MARGIN
     return {key: (100 * median(values), 100 * low[key] / len(values)) for key, values in probabilities.items()}

@@ -80,9 +80,11 @@ class Collection:
     def fields(self, device: str, boot: int, seq: int, site: str | None = None) -> list[Body]:
         """The field of this number: one, none, or one of each site that has a device of this name."""
         source = tables.fields
+        sites = select(tables.devices.c.site).where(tables.devices.c.device == device)  # an index begins with the site
         query = select(source.c.body).where(source.c.device == device, source.c.boot == boot, source.c.seq == seq)
+        query = query.where(source.c.site.in_(sites) if site is None else source.c.site == site)
         with explained(self.engine), self.engine.connect() as connection:
-            return list(connection.execute(query if site is None else query.where(source.c.site == site)).scalars())
+            return list(connection.execute(query).scalars())
 
     def cohort(
         self,
@@ -126,7 +128,8 @@ def _sample(connection: Connection, place: Place, sid: str) -> Body | None:
 
 def _fields(engine: Engine, place: Place, sid: str) -> Iterator[Body]:
     source = tables.fields
-    query = select(source.c.body).where(_of(source, place, sid)).order_by(source.c.boot, source.c.seq)
+    # + 0: else SQLite takes the index that has this order, and with it every field of the device.
+    query = select(source.c.body).where(_of(source, place, sid)).order_by(source.c.boot + 0, source.c.seq)
     with explained(engine), engine.connect().execution_options(yield_per=PORTION_ROWS) as connection:
         for row in connection.execute(query):
             yield row.body

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, Engine, Table, and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError, StatementError
 
 from agent.central import tables
@@ -64,7 +64,7 @@ COMPARED = {
 """Where the body of a message is kept; of cells it is not, the columns say all."""
 
 MOST_COMPARED = 100
-"""Repeats in one query: SQLite binds at least 999 values, of which each takes four."""
+"""Repeats in one query: SQLite binds at least 999 values."""
 
 AWAKE = frozenset({"init", "ready", "degraded", "sleeping"})
 
@@ -435,27 +435,27 @@ class _Batch:
 
     def _compare(self) -> None:
         """A repeat must say the same; two devices of one name, or one restored from a copy, do not."""
-        by_table: dict[Table, list[tuple[Arrival, Message, Number]]] = defaultdict(list)
+        by_boot: dict[tuple[Table, Place, int], list[tuple[Arrival, Message, int]]] = defaultdict(list)
         for arrival, message, number in self._repeated:
             if (table := COMPARED.get(number.stream)) is not None:
-                by_table[table].append((arrival, message, number))
-        for table, repeated in by_table.items():
+                by_boot[table, message.place, number.boot].append((arrival, message, number.seq))
+        for (table, place, boot), repeated in by_boot.items():
             for start in range(0, len(repeated), MOST_COMPARED):
-                self._compare_some(table, repeated[start : start + MOST_COMPARED])
+                self._compare_some(table, place, boot, repeated[start : start + MOST_COMPARED])
 
-    def _compare_some(self, table: Table, repeated: Sequence[tuple[Arrival, Message, Number]]) -> None:
+    def _compare_some(
+        self, table: Table, place: Place, boot: int, repeated: Sequence[tuple[Arrival, Message, int]]
+    ) -> None:
+        # One boot of one device: asked for several at once, SQLite reads the whole table.
         column = table.c
-        wanted = [(message.place.site, message.place.device, n.boot, n.seq) for _, message, n in repeated]
-        found = self._connection.execute(
-            select(column.site, column.device, column.boot, column.seq, column.body).where(
-                tuple_(column.site, column.device, column.boot, column.seq).in_(wanted)
-            )
+        query = select(column.seq, column.body).where(
+            is_of(table, place), column.boot == boot, column.seq.in_([seq for _, _, seq in repeated])
         )
-        stored = {(row.site, row.device, row.boot, row.seq): row.body for row in found}
-        for key, (arrival, message, _) in zip(wanted, repeated, strict=True):
+        stored = {row.seq: row.body for row in self._connection.execute(query)}
+        for arrival, message, seq in repeated:
             # Not there: it is among the dead letters.
-            if key in stored and _content(stored[key]) != _content(message.body or {}):
-                self.bury(arrival, "the same id as another message that says something else", message.place, None)
+            if seq in stored and _content(stored[seq]) != _content(message.body or {}):
+                self.bury(arrival, "the same id as another message that says something else", place, None)
 
     # ---- documents: only the newest word counts
 
