@@ -2,9 +2,10 @@
 
     python -m models.classifier.train models/classifier/recipes/debris.yaml --data ../shared/data
 
-Killed and started again, it goes on from the last epoch. `best.pt` is the epoch that names the most of all `val` cells
-right, each counted once, of PBC and of the other microscopes that the run learns from. Those that it never sees are
-judged too, for the log alone: figures of a microscope that was never seen must not be chosen on its cells.
+Killed and started again, it goes on from the last epoch. `best.pt` is the last epoch that none before it excels by more
+than a standard error in the share of all `val` cells that it names right, each counted once, of PBC and of the other
+microscopes that the run learns from. Those that it never sees are judged too, for the log alone: figures of a
+microscope that was never seen must not be chosen on its cells.
 """
 
 from __future__ import annotations
@@ -138,8 +139,9 @@ def main() -> None:
                     break
             means = {f"loss_{name}": float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
             judged = judge(run.average.net, views, wording)
-            score = pooled_accuracy(judged, views, taught_views(settings))
-            run.end_epoch(score, facts, **means, **{f"val_{name}": value for name, value in judged.items()})
+            score, error = pooled_accuracy(judged, views, taught_views(settings))
+            figures = {**means, **{f"val_{name}": value for name, value in judged.items()}}
+            run.end_epoch(score, facts, error=error, **figures)
 
 
 Batch = tuple[Tensor, ...]
@@ -382,12 +384,19 @@ def taught_views(settings: RunFile) -> set[str]:
     return {"pbc", *settings.foreign, *(platelets_of(source) for source in settings.foreign)}
 
 
-def pooled_accuracy(figures: Mapping[str, float], views: Mapping[str, crops.View], chosen: Collection[str]) -> float:
-    """Share of the cells of some views that are named right, each cell counted once. figures: of `judge`."""
+def pooled_accuracy(
+    figures: Mapping[str, float], views: Mapping[str, crops.View], chosen: Collection[str]
+) -> tuple[float, float]:
+    """Share of the cells of some views that are named right, each cell counted once, and its standard error.
+
+    figures: of `judge`.
+    """
     sizes = {name: len(view.labels) for name, view in views.items() if name in chosen}
     # Whole cells: two epochs that name as many right must not differ by how a share was rounded.
     right = sum(round(figures[f"{name}_accuracy"] * size) for name, size in sizes.items())
-    return right / sum(sizes.values())
+    count = sum(sizes.values())
+    share = right / count
+    return share, (share * (1 - share) / count) ** 0.5
 
 
 @torch.inference_mode()

@@ -186,17 +186,21 @@ class Run:
         self.average.update(self.net)
         self._bar.tell_step(self.schedule.progress, self.epoch, loss)
 
-    def end_epoch(self, score: float | None, facts: dict[str, Any] | None = None, **figures: Any) -> None:
-        """Log the epoch, keep its weights when `score` is the best so far, make it the place to resume.
+    def end_epoch(
+        self, score: float | None, facts: dict[str, Any] | None = None, *, error: float = 0.0, **figures: Any
+    ) -> None:
+        """Log the epoch, keep its weights when no epoch before it has a better `score`, make it the place to resume.
 
-        score: None = this epoch was not judged. facts: go into `best.pt` beside the weights.
+        score: None = this epoch was not judged. facts: go into `best.pt` beside the weights. error: standard error of
+        the score: what is better by less may be chance, and then the later epoch is kept, which has learnt for longer
+        at a lower rate. Source: the one-standard-error rule, Breiman et al., "Classification and Regression Trees".
         """
         self.epoch += 1
         self._bar.tell_score(score)
         judged = {} if score is None else {"score": score}
         log_figures(self.folder, epoch=self.epoch, progress=self.schedule.progress, **figures, **judged)
-        if score is not None and score >= self.best:
-            self.best = score
+        if score is not None and score >= self.best - error:
+            self.best = max(self.best, score)
             weights = self.average.net.state_dict()
             save_checkpoint(
                 self.folder / "best.pt", average=weights, epoch=self.epoch, command=COMMAND, **(facts or {})

@@ -139,10 +139,24 @@ def test_each_judged_cell_of_a_taught_microscope_counts_once_and_no_other_counts
     views = {name: view_of(count) for name, count in sizes.items()}
     figures = {"pbc_accuracy": 0.9, "raabin_accuracy": 0.5, "raabin_platelets_accuracy": 1.0}
     unseen = {"bccd_accuracy": 0.0, "bccd_platelets_accuracy": 0.0}
-    score = pooled_accuracy({**figures, **unseen}, views, taught_views(settings))
+    score, error = pooled_accuracy({**figures, **unseen}, views, taught_views(settings))
     assert score == (900 + 25 + 10) / 1060
+    assert error == pytest.approx((score * (1 - score) / 1060) ** 0.5)
     better = {"bccd_accuracy": 1.0, "bccd_platelets_accuracy": 1.0}
-    assert pooled_accuracy({**figures, **better}, views, taught_views(settings)) == score
+    assert pooled_accuracy({**figures, **better}, views, taught_views(settings)) == (score, error)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [((0.5, 0.8, 0.79), 3), ((0.5, 0.8, 0.77), 2), ((0.8, 0.785, 0.77), 2), ((0.8, None, 0.8), 3)],
+)
+def test_of_epochs_that_chance_may_tell_apart_the_last_is_kept(
+    scores: tuple[float | None, ...], kept: int, tmp_path: Path
+) -> None:
+    run, _ = a_run(tmp_path, is_terminal=False)
+    for score in scores:
+        run.end_epoch(score, error=0.02)
+    assert torch.load(tmp_path / "best.pt")["epoch"] == kept
 
 
 def test_a_run_is_chosen_on_what_it_learns_from_and_logs_what_it_never_sees(learn: Callable[[int], Path]) -> None:
