@@ -145,10 +145,11 @@ def test_a_frame_of_nine_fields_is_found_to_hold_their_cells_each_once() -> None
     wanted = sum(len(truth) for _, truth in fields)
     counts = {}
     for most in (1, 16):
-        detections = open_models(ModelsSection(most_tiles=most)).detector.detect(frame)
+        models = open_models(ModelsSection(most_tiles=most))
+        detections = models.detector.detect(frame)
         counts[most] = len(detections)
         assert [d.score for d in detections] == sorted((d.score for d in detections), reverse=True)
         boxes = np.array([(d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max) for d in detections], np.float32)
-        assert (np.triu(box_overlaps(boxes, boxes), 1) <= 0.5).all()
+        assert (np.triu(box_overlaps(boxes, boxes), 1) <= models.manifest.detector.thresholds.same_cell_iou).all()
     assert abs(counts[16] - wanted) < abs(counts[1] - wanted)
     assert counts[16] == pytest.approx(wanted, rel=0.12)

@@ -14,7 +14,10 @@ TOP = Path(__file__).parents[2]
 OF_THE_DETECTOR = ("detector", "large-frames", "close-ups")
 """Evaluations that ask no classifier."""
 
-KINDS = {"kinds": {"red cell": {"n": 312, "named": 0.25, "auroc": 0.98894}}}
+KINDS = {
+    "kinds": {"red cell": {"n": 312, "named": 0.25, "auroc": 0.98894}},
+    "in_fields": {"dirt": {"n": 75, "boxed": 0.1, "named": 0.04}},
+}
 CARD = "Text.\n\n<!-- figures: no-cell -->\n\nold\n\n<!-- end of figures -->\n\nMore.\n"
 
 
@@ -23,13 +26,13 @@ def test_a_card_gets_the_tables_between_its_marks_and_keeps_its_text(tmp_path: P
     card = tmp_path / "MODEL_CARD.md"
     card.write_text(CARD)
     subprocess.run([sys.executable, "-m", "models.tables", str(tmp_path), str(card)], cwd=TOP, check=True)
-    row = "| red cell | 312 | 0.250 | 0.9889 |"
     lines = card.read_text().splitlines()
-    assert row in lines
+    assert "| red cell | 312 | 0.250 | 0.9889 |" in lines
+    assert "| dirt | 75 | 0.100 | 0.040 |" in lines
     assert "old" not in lines
     assert (lines[0], lines[-1]) == ("Text.", "More.")
     again = fill(card.read_text(), {"no-cell": "new\n\n"})
-    assert row not in again
+    assert "| red cell | 312 | 0.250 | 0.9889 |" not in again
     assert again.count("<!-- end of figures -->") == 1
 
 
