@@ -121,6 +121,17 @@ class Beside:
         finally:
             connection.close()
 
+    def announce(self, path: str, size_bytes: int) -> str:
+        """What is answered to a POST of so many bytes before any of them is sent.
+
+        Who sends them all the same may find the connection reset in place of an answer.
+        """
+        own = f"127.0.0.1:{self.section.port}"
+        head = f"POST {path} HTTP/1.1\r\nHost: {own}\r\nOrigin: http://{own}\r\nContent-Length: {size_bytes}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", self.section.port), 10) as client:
+            client.sendall(head.encode())
+            return client.recv(4096).decode()
+
     def get(self, path: str, **headers: str | None) -> Answer:
         return self.ask("GET", path, **headers)
 
