@@ -252,7 +252,7 @@ def make_room_to_start(folder: Path) -> None:
         want = start_want(folder)
         if want is None:
             return  # nearly always: to know which pictures are old means to look at all of them
-        pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+        pictures, crops = _what_may_go(folder)
         while want is not None and (pictures.let_go() or crops.let_go()):
             logger.warning("%s: the oldest pictures are let go", want)
             want = start_want(folder)
@@ -260,7 +260,7 @@ def make_room_to_start(folder: Path) -> None:
 
 def could_make_room_to_start(folder: Path) -> bool:
     """Whether a start that lacks room would get it from our own pictures; none of them goes. Raises OSError."""
-    pictures, crops = PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
+    pictures, crops = _what_may_go(folder)
     count = pictures.count() + crops.count()
     if count == 0:
         return False
@@ -270,6 +270,11 @@ def could_make_room_to_start(folder: Path) -> bool:
         free_bytes = read_disk_free(folder)
         return free_bytes is None or free_bytes >= more_bytes
     return has_room(folder, more_bytes, max(1, START_FILES - count))
+
+
+def _what_may_go(folder: Path) -> tuple[PictureStore, CropStore]:
+    """Our own pictures beside an outbox, in the order in which they go for room: whole fields, then cells."""
+    return PictureStore(folder / PICTURES_FOLDER, 0), CropStore(folder / CROPS_FOLDER)
 
 
 def start_want(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -28,3 +29,27 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def use_up_space(folder: Path) -> Path:
+    """Somebody else's file, in a folder of the disk, that takes all that is left."""
+    filler = folder / "of-somebody-else"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017 - what is waited for
+    return filler
+
+
+def use_up_files(folder: Path) -> None:
+    """Somebody else's files, in a folder that is made for them, until the disk takes no more."""
+    folder.mkdir()
+    try:
+        for number in range(1000):
+            (folder / f"{number}").touch()
+    except OSError as error:
+        assert error.errno == errno.ENOSPC  # noqa: PT017 - what is waited for
+        return
+    pytest.fail("the disk takes any number of files")

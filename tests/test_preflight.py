@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from agent.delivery.outbox import begin_boot, open_outbox
 from agent.errors import OutboxError
 from agent.preflight import Check, run_checks
 from agent.supervisor import make_room_to_start
-from tests.disks import mounted
+from tests.disks import mounted, use_up_files, use_up_space
 from tests.model_folders import put_models
 
 needs_models = pytest.mark.skipif(
@@ -163,20 +162,6 @@ def put_pictures(state: Path, count: int, size_mb: float) -> list[Path]:
     return pictures
 
 
-def fill(path: Path) -> None:
-    """Somebody else's file, until the disk has no room left."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-def use_up_files(folder: Path) -> None:
-    """Somebody else's files, until the disk takes no more."""
-    with contextlib.suppress(OSError):
-        for number in range(1000):
-            (folder / f"other-{number}").touch()
-
-
 def start(state: Path) -> None:
     """What a start does for room, and all that it writes first. Raises OutboxError."""
     make_room_to_start(state)
@@ -185,9 +170,9 @@ def start(state: Path) -> None:
         outbox.append([Draft("event", "check", {"schema": "check"})])
 
 
-@pytest.mark.parametrize("use_up", [lambda disk: fill(disk / "filler"), use_up_files], ids=["space", "files"])
+@pytest.mark.parametrize("use_up", [use_up_space, lambda disk: use_up_files(disk / "others")], ids=["space", "files"])
 def test_a_full_disk_on_which_a_start_makes_room_passes_and_nothing_goes(
-    small_disk: Path, use_up: Callable[[Path], None]
+    small_disk: Path, use_up: Callable[[Path], object]
 ):
     pictures = put_pictures(small_disk / "state", 8, 1)
     use_up(small_disk)
@@ -200,9 +185,9 @@ def test_a_full_disk_on_which_a_start_makes_room_passes_and_nothing_goes(
     assert not all(path.exists() for path in pictures)
 
 
-@pytest.mark.parametrize("use_up", [lambda disk: fill(disk / "filler"), use_up_files], ids=["space", "files"])
+@pytest.mark.parametrize("use_up", [use_up_space, lambda disk: use_up_files(disk / "others")], ids=["space", "files"])
 def test_a_full_disk_on_which_a_start_finds_too_few_pictures_fails_as_the_start_does(
-    small_disk: Path, use_up: Callable[[Path], None]
+    small_disk: Path, use_up: Callable[[Path], object]
 ):
     put_pictures(small_disk / "state", 1, 0)
     use_up(small_disk)

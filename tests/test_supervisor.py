@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -32,7 +31,7 @@ from agent.errors import ConfigError, ModelError, OutboxError
 from agent.signals import StopSignal
 from agent.supervisor import START_FILES, THREAD_DIED, make_room_to_start, open_unfinished, run_agent
 from tests.brokers import free_port
-from tests.disks import mounted
+from tests.disks import mounted, use_up_files
 from tests.model_folders import put_models
 from tests.slides import small_slide
 
@@ -120,15 +119,6 @@ def few_files(tmp_path: Path) -> Iterator[Path]:
     """A disk with much space and room for 60 files."""
     with mounted(tmp_path / "few-files", "size=64m,nr_inodes=60") as folder:
         yield folder
-
-
-def use_up_files(folder: Path) -> None:
-    """Somebody else's files, until the disk takes no more."""
-    folder.mkdir()
-    with contextlib.suppress(OSError):
-        for number in range(1000):
-            (folder / f"{number}").touch()
-        pytest.fail("the disk takes any number of files")
 
 
 def test_on_a_disk_without_files_left_a_start_lets_so_many_pictures_go_as_it_needs_files(few_files: Path) -> None:

@@ -35,23 +35,22 @@ def dirt(square: Rgb, rng: Generator) -> Rgb:
     radii *= side * rng.uniform(0.2, 0.45) / radii.max()
     points = np.stack((radii * np.cos(angles), radii * np.sin(angles) * rng.uniform(0.3, 1)), 1)
     points = points @ turned(rng.uniform(0, 2 * np.pi)) + side / 2
-    mask = np.zeros((side * FINE, side * FINE), np.uint8)
+    mask = canvas(side)
     cv2.fillPoly(mask, [(points * FINE).astype(np.int32)], 255)
-    colour = np.clip(rng.uniform(10, 120) + rng.normal(0, 12, 3), 0, 255)
-    body = np.clip(colour + grain(side, rng, rng.uniform(2, 25))[..., None], 0, 255)
+    body = uneven(side, np.clip(rng.uniform(10, 120) + rng.normal(0, 12, 3), 0, 255), 25, rng)
     return laid_on(square, body, shrunk(mask, side, rng))
 
 
 def precipitate(square: Rgb, rng: Generator) -> Rgb:
     """A heap of purple to black grains of stain, sharp and apart, 0.4 to 0.9 of the side wide."""
     side = square.shape[0]
-    mask = np.zeros((side * FINE, side * FINE), np.uint8)
+    mask = canvas(side)
     spread = side * rng.uniform(0.11, 0.2)
     for x, y in rng.normal(0, spread, (rng.integers(8, 70), 2)) * (1, rng.uniform(0.4, 1)) + side / 2:
         radius = max(1, round(side * FINE * rng.uniform(0.012, 0.05)))
         cv2.circle(mask, (round(x * FINE), round(y * FINE)), radius, 255, -1)
     colour = np.array((rng.uniform(40, 120), rng.uniform(5, 60), rng.uniform(40, 120)))
-    body = np.clip(colour + grain(side, rng, rng.uniform(2, 15))[..., None], 0, 255)
+    body = uneven(side, colour, 15, rng)
     return laid_on(square, body, shrunk(mask, side, rng) * rng.uniform(0.7, 1))
 
 
@@ -61,11 +60,10 @@ def fibre(square: Rgb, rng: Generator) -> Rgb:
     along = np.linspace(-0.6, 0.6, 60)
     bend = rng.uniform(-0.6, 0.6) * along**2 + rng.uniform(-0.5, 0.5) * along**3
     points = np.stack((along, bend), 1) @ turned(rng.uniform(0, 2 * np.pi)) * side + side / 2
-    mask = np.zeros((side * FINE, side * FINE), np.uint8)
+    mask = canvas(side)
     width = max(1, round(side * FINE * rng.uniform(0.03, 0.12)))
     cv2.polylines(mask, [(points * FINE).astype(np.int32)], False, 255, width)
-    colour = np.clip(rng.uniform(20, 150) + rng.normal(0, 25, 3), 0, 255)
-    body = np.clip(colour + grain(side, rng, rng.uniform(2, 15))[..., None], 0, 255)
+    body = uneven(side, np.clip(rng.uniform(20, 150) + rng.normal(0, 25, 3), 0, 255), 15, rng)
     return laid_on(square, body, shrunk(mask, side, rng) * rng.uniform(0.6, 1))
 
 
@@ -73,7 +71,7 @@ def bubble(square: Rgb, rng: Generator) -> Rgb:
     """A round bubble: dark rim, its inside as bright as the glass around or brighter."""
     side = square.shape[0]
     middle, radius = (side * FINE // 2,) * 2, round(side * FINE * rng.uniform(0.2, 0.42))
-    inside, rim = (np.zeros((side * FINE, side * FINE), np.uint8) for _ in range(2))
+    inside, rim = canvas(side), canvas(side)
     cv2.circle(inside, middle, radius, 255, -1)
     cv2.circle(rim, middle, radius, 255, max(1, round(radius * rng.uniform(0.08, 0.3))))
     lit = laid_on(
@@ -84,6 +82,7 @@ def bubble(square: Rgb, rng: Generator) -> Rgb:
 
 LEARNT: Mapping[str, Callable[[Rgb, Generator], Rgb]] = {"dirt": dirt, "precipitate": precipitate}
 HELD_BACK: Mapping[str, Callable[[Rgb, Generator], Rgb]] = {"fibre": fibre, "bubble": bubble}
+KINDS = {**LEARNT, **HELD_BACK}
 
 
 def with_debris(pixels: Rgb, rng: Generator) -> Rgb:
@@ -155,10 +154,17 @@ def turned(angle: float) -> NDArray[np.float64]:
     return np.array(((np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))))
 
 
-def grain(side: int, rng: Generator, strength: float) -> NDArray[np.float32]:
-    """Uneven brightness, (side, side), of this standard deviation in grey levels."""
+def canvas(side: int) -> NDArray[np.uint8]:
+    """An empty mask, FINE times as large as the square."""
+    return np.zeros((side * FINE, side * FINE), np.uint8)
+
+
+def uneven(side: int, colour: NDArray[np.float64], most: float, rng: Generator) -> NDArray[np.float64]:
+    """A square of a colour, (side, side, 3), 0 to 255, of uneven brightness: 2 to `most` grey levels of deviation."""
+    deviation = rng.uniform(2, most)
     noise = cv2.GaussianBlur(rng.normal(0, 1, (side, side)).astype(np.float32), (0, 0), max(0.5, side / 40))
-    return np.asarray(noise * (strength / max(1e-6, float(noise.std()))), np.float32)
+    grain = np.asarray(noise * (deviation / max(1e-6, float(noise.std()))), np.float32)
+    return np.asarray(np.clip(colour + grain[..., None], 0, 255))
 
 
 def shrunk(mask: NDArray[np.uint8], side: int, rng: Generator) -> Mask:

@@ -31,8 +31,7 @@ KINDS = (
     "cut cell",
     "ruined cell",
     "smeared cell",
-    *debris.LEARNT,
-    *debris.HELD_BACK,
+    *debris.KINDS,
 )
 RUIN_SHARE = 0.055
 """Sigma of the blur that takes a cell its name, as a share of the crop's side: 7 px of 128."""
@@ -81,7 +80,7 @@ def named_debris(models: Models, fields: Sequence[FieldImage]) -> dict[str, dict
     """By kind of debris the pieces that were drawn between the cells of fields, the share that the detector boxes as
     what is to be named, and the share that the agent would count.
     """
-    kinds = list({**debris.LEARNT, **debris.HELD_BACK}.items())
+    kinds = list(debris.KINDS.items())
     found: dict[str, list[tuple[bool, bool]]] = {kind: [] for kind, _ in kinds}
     rng = np.random.default_rng(12)
     for index, field in enumerate(progress(fields, "fields with debris")):
@@ -149,7 +148,7 @@ def kinds_of_crops(
         if shows_none(place, boxes[:, 1:], 0.01):
             crop = cutter.around(box_of(place))
             yield "background", crop
-            for kind, draw in {**debris.LEARNT, **debris.HELD_BACK}.items():
+            for kind, draw in debris.KINDS.items():
                 drawn = draw(np.ascontiguousarray(crop[..., ::-1]), rng)
                 yield kind, np.ascontiguousarray(drawn[..., ::-1])
             return

@@ -339,6 +339,14 @@ class Choosy:
         return answers
 
 
+def connect(window: Window, answer: Callable[[str], int], turns: int) -> Any:
+    """The link, once the window has been served over it so many times."""
+    link: Any = Choosy(answer)
+    window.begin(link)
+    serve(window, link, turns)
+    return link
+
+
 def serve(window: Window, link: Any, turns: int) -> None:
     with contextlib.closing(Waker()) as waker:
         for _ in range(turns):
@@ -353,9 +361,7 @@ def test_what_is_tried_of_an_unheard_stream_does_not_have_all_that_waits_of_it_r
     monkeypatch.setattr(window_module, "FIRST_HOLD_S", 0.0)
     bench.outbox.append([field_draft(n) for n in range(6 * FETCH_ROWS)])
     window = make_window(bench)
-    link: Any = Choosy(lambda _topic: NOBODY_SUBSCRIBED)
-    window.begin(link)
-    serve(window, link, 1)
+    link = connect(window, lambda _topic: NOBODY_SUBSCRIBED, 1)
     assert len(link.sent) == link.window
     read: list[int] = []
     pending = bench.outbox.pending
@@ -372,9 +378,7 @@ def test_when_the_row_that_was_tried_is_set_aside_the_others_of_its_stream_follo
     bench.outbox.append([field_draft(n) for n in range(3 * FETCH_ROWS)])
     window = make_window(bench)
     codes = [NOBODY_SUBSCRIBED] * 20 + [NOT_AUTHORISED]
-    link: Any = Choosy(lambda topic: codes.pop(0) if codes and "/field/" in topic else 0)
-    window.begin(link)
-    serve(window, link, 30)
+    connect(window, lambda topic: codes.pop(0) if codes and "/field/" in topic else 0, 30)
     assert bench.outbox.dead_letter_count() == 1
     assert bench.outbox.depth() == 0
 
@@ -396,9 +400,7 @@ def test_a_retained_word_that_is_refused_for_now_is_said_again_on_the_same_conne
         refused.append(topic)
         return QUOTA_EXCEEDED if is_first else 0
 
-    link: Any = Choosy(once)
-    window.begin(link)
-    serve(window, link, 6)
+    link = connect(window, once, 6)
     for topic in (TOPICS.state, TOPICS.sample("s1"), TOPICS.sample("s0")):
         assert len([sent for sent, _ in link.sent if sent == topic]) >= 2, topic
     assert window.are_documents_taken
@@ -413,9 +415,7 @@ def test_beside_a_retained_word_that_is_refused_again_and_again_the_others_are_s
         bench.outbox.append([], documents=[RetainedDocument(TOPICS.sample(sid), {"n": 1})])
     bench.append(3)
     window = make_window(bench)
-    link: Any = Choosy(lambda topic: QUOTA_EXCEEDED if topic == TOPICS.sample("s0") else 0)
-    window.begin(link)
-    serve(window, link, 6)
+    link = connect(window, lambda topic: QUOTA_EXCEEDED if topic == TOPICS.sample("s0") else 0, 6)
     topics = [topic for topic, _ in link.sent]
     assert topics.count(TOPICS.sample("s0")) == 6
     assert topics.count(TOPICS.sample("s1")) == topics.count(TOPICS.sample("s2")) == 1
@@ -430,9 +430,7 @@ def test_a_retained_word_that_is_refused_waits_before_it_is_said_again_and_for_g
     documents.put("state", TOPICS.state, {"state": "ready"})
     window = make_window(bench, documents)
     codes = {TOPICS.state: QUOTA_EXCEEDED, TOPICS.sample("s1"): NOT_AUTHORISED}
-    link: Any = Choosy(codes.__getitem__)
-    window.begin(link)
-    serve(window, link, 10)
+    link = connect(window, codes.__getitem__, 10)
     assert len(link.sent) == 2
     monkeypatch.setattr(window_module, "PAUSE_S", 0.0)
     window.begin(link)

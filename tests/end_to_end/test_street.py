@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import socket
@@ -14,7 +13,7 @@ import pytest
 from agent_process import ROOT, START_S, Bench, wait_until
 from ledger import Ledger
 
-from tests.disks import mounted
+from tests.disks import mounted, use_up_space
 
 REAL_FIELDS = ROOT.parent / "shared" / "data" / "fields" / "images"
 
@@ -248,16 +247,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def fill(path: Path) -> None:
-    """Write until the disk has no room left."""
-    try:
-        with path.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-    except OSError as error:
-        assert error.errno == errno.ENOSPC  # noqa: PT017 - what is waited for
-
-
 def test_a_full_disk_degrades_the_agent_and_nothing_is_lost(
     bench: Bench, make_fields: Callable[..., Path], mosquitto: Any, subscriber: Any, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -274,12 +263,12 @@ def test_a_full_disk_degrades_the_agent_and_nothing_is_lost(
     shutil.copy(fields / "field-1.png", watched)
     ears.wait_for(lambda heard: any(m.kind == "field" for m in heard), START_S)
 
-    fill(small_disk / "filler")
+    filler = use_up_space(small_disk)
     for number in range(2, 11):
         shutil.copy(fields / f"field-{number}.png", watched)
     ears.wait_for(lambda heard: "degraded" in [m.body["state"] for m in heard if m.kind == "state"], START_S)
     assert agent.is_running
-    (small_disk / "filler").unlink()
+    filler.unlink()
 
     ears.wait_for(lambda heard: len({m.body["id"] for m in heard if m.kind == "field"}) == 10, START_S)
     ears.wait_for(lambda heard: any(m.kind == "event" and m.body["kind"] == "outbox-recovered" for m in heard), START_S)

@@ -12,7 +12,6 @@ from models.common import debris
 from models.common.labels import Rgb
 
 GLASS = (235, 220, 225)
-DRAWN = {**debris.LEARNT, **debris.HELD_BACK}
 
 
 def glass(side: int) -> Rgb:
@@ -25,7 +24,7 @@ def changed(pixels: Rgb) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN.keys())
+@pytest.mark.parametrize("draw", debris.KINDS.values(), ids=debris.KINDS.keys())
 @pytest.mark.parametrize("side", [12, 128])
 def test_each_piece_lies_on_the_glass_and_the_picture_that_is_given_stays(
     draw: Callable[[Rgb, Generator], Rgb], side: int

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,3 @@ def make_outbox(folder: Path, **options: Any) -> Outbox:
 
 def messages(outbox: Outbox) -> list[dict[str, Any]]:
     return [json.loads(row.payload) for row in outbox.pending(0, 100_000)]
-
-
-def fill_the_disk(folder: Path) -> Path:
-    """Somebody else's file that takes all that is left."""
-    filler = folder / "of-somebody-else"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    assert shutil.disk_usage(folder).free == 0
-    return filler

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from agent.delivery.outbox import START_ROOM_BYTES, begin_boot, lock_folder, open_outbox, read_boot
 from agent.errors import OutboxError
-from tests.delivery.outbox.making import fill_the_disk, make_draft, make_outbox
+from tests.delivery.outbox.making import make_draft, make_outbox
+from tests.disks import use_up_space
 
 
 def test_the_boot_counter_outlives_the_database(tmp_path: Path) -> None:
@@ -44,7 +46,8 @@ def test_a_lost_boot_file_is_made_good_from_the_database(tmp_path: Path) -> None
 
 def test_a_start_on_a_full_disk_says_how_much_room_it_needs(small_disk: Path) -> None:
     begin_boot(small_disk)
-    filler = fill_the_disk(small_disk)
+    filler = use_up_space(small_disk)
+    assert shutil.disk_usage(small_disk).free == 0
     with pytest.raises(OutboxError, match=r"boot: cannot be written: the disk is full; .* 6 MB"):
         begin_boot(small_disk)
     with filler.open("r+b") as file:

@@ -20,7 +20,8 @@ from agent.delivery.outbox.rows import Clocks
 from agent.delivery.outbox.tables import connect
 from agent.domain import SampleState
 from agent.errors import OutboxDamaged, OutboxError
-from tests.delivery.outbox.making import fill_the_disk, make_draft, make_outbox, messages
+from tests.delivery.outbox.making import make_draft, make_outbox, messages
+from tests.disks import use_up_space
 
 CLOCKS = Clocks(1, time.monotonic_ns, time.time)
 
@@ -248,7 +249,8 @@ def test_a_disk_that_is_really_full_stores_nothing_half_and_goes_on_when_there_i
     if not is_honest:  # a quota, a race with another program: only the write itself fails
         monkeypatch.setattr("agent.delivery.outbox.room.disk_free_bytes", lambda _path: 2**40)
     with make_outbox(small_disk) as outbox:
-        filler = fill_the_disk(small_disk)
+        filler = use_up_space(small_disk)
+        assert shutil.disk_usage(small_disk).free == 0
         frame = [make_draft(text="x" * 2_000)] * 3
         stored = append_until_refused(outbox, frame, "free space on the disk" if is_honest else "the disk is full")
         assert outbox.depth() == len(stored)
@@ -287,7 +289,8 @@ def test_a_disk_filled_by_few_rows_takes_new_ones_when_they_have_left(small_disk
 def test_rows_that_cannot_leave_because_others_filled_the_disk_are_whole_and_leave_later(small_disk: Path) -> None:
     with make_outbox(small_disk) as outbox:
         row_ids = outbox.append([make_draft(text="x" * 9_000)] * 50)
-        filler = fill_the_disk(small_disk)
+        filler = use_up_space(small_disk)
+        assert shutil.disk_usage(small_disk).free == 0
         left = list(row_ids)
         with contextlib.suppress(OutboxError):
             while left:
