@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 from models.detector.loss import assign, complete_iou, head_loss  # noqa: E402
 from models.nets import cellnet, yolov10  # noqa: E402
 from models.nets.cellnet import BACKBONES, CellNet  # noqa: E402
+from models.nets.shufflenetv2 import shuffle_channels  # noqa: E402
 
 pytestmark = pytest.mark.train
 
@@ -59,6 +60,14 @@ def test_backbones_have_their_papers_parameters(name: str, parameters: int, _: i
 def test_backbones_cost_what_their_papers_say(name: str, _: int, multiply_adds: int, features: int) -> None:
     net = BACKBONES[name]().eval()
     assert millions_of_multiply_adds(net, 224) + features / 1000 == pytest.approx(multiply_adds, rel=0.03)
+
+
+def test_shuffled_channels_alternate_and_stay_as_they_lie_in_memory() -> None:
+    plain = torch.arange(6.0)[None, :, None, None] * torch.ones(2, 6, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shuffled = shuffle_channels(plain.to(memory_format=layout))
+        assert shuffled[1, :, 2, 3].tolist() == [0, 3, 1, 4, 2, 5]
+        assert shuffled.is_contiguous(memory_format=layout)
 
 
 def test_yolov10n_costs_what_its_paper_says() -> None:
