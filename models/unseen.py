@@ -1,11 +1,12 @@
 """What a microscope that was never seen costs the classifier, and what a laboratory can win back with its own cells.
 
-    python -m models.classifier.train models/classifier/recipes/unseen/without-bccd.yaml
-    python -m models.unseen bccd runs/without-bccd/best.pt [--json]
+    python -m models.classifier.train models/classifier/recipes/unseen/pbc-alone.yaml
+    python -m models.unseen bccd runs/pbc-alone/best.pt [--json]
 
 The source took no part in that run. Its net becomes int8 as the shipped one does; then a laboratory with this
-microscope does what `models/README.md` tells it to: `models.adapt` on the fields of `train`, `models.finetune` on the
-crops of `train` that we named by eye. Figures: the named cells of `val` and `test`, cut as the agent cuts them.
+microscope does what `models/README.md` tells it to, without the PBC pictures: `models.adapt` on the fields of `train`,
+`models.finetune` on the crops of `train` that we named by eye. Figures: the named cells of `val` and `test`, and once
+of all splits, cut as the agent cuts them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from models.evaluation.asking import MAX_MEGAPIXELS
 from models.evaluation.names import answer_in_fields, named_cells, trust_in
 
 JUDGED = ("val", "test")
+SPLITS = ("train", *JUDGED)
 
 
 def main() -> None:
@@ -59,18 +61,18 @@ def main() -> None:
     begin_folder(args.models, work / "begun")
     run("models.classifier.export", str(args.checkpoint), f"--models={work}/begun", f"--float-models={work}/float")
     change_entry(work / "begun", "classifier", {"thresholds": shipped.thresholds.model_dump()})
-    minutes = f"--minutes={args.minutes:g}"
-    known = (f"--data={args.data}", f"--boxes={args.boxes}")
+    minutes = () if args.minutes is None else (f"--minutes={args.minutes:g}",)
     folders = {"as it is": work / "begun"}
     for name, module, given in (("adapted", "adapt", f"--images={fields}"), ("tuned", "finetune", str(crops))):
         output = work / name
-        run(f"models.{module}", given, f"--models={work}/begun", f"--output={output}", minutes, *known)
+        run(f"models.{module}", given, f"--models={work}/begun", f"--output={output}", *minutes)
         # A folder that the command did not sign off is measured all the same.
         folders[name] = output if output.exists() else work / f"{name}.part"
     cells = cells_of(args.data, args.source, JUDGED)
     opened = {name: open_models(ModelsSection(folder=folder)) for name, folder in folders.items()}
     judged = {"light and stain as they are": without_look(opened["as it is"]), **opened}
     rows = {name: judge(models, cells) for name, models in judged.items()}
+    rows["as it is, all named cells"] = judge(opened["as it is"], cells_of(args.data, args.source, SPLITS))
     figures: dict[str, Any] = {"source": args.source, "rows": rows}
     show(figures, is_json=args.json)
 
@@ -133,9 +135,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run without that source")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("models"), help="the shipped folder: detector, thresholds")
-    parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
     parser.add_argument("--work", type=Path, default=Path("runs/unseen"), help="where the folders of models are made")
-    parser.add_argument("--minutes", type=float, default=4, help="of adapting, and of tuning")
+    parser.add_argument(
+        "--minutes", type=float, help="of adapting, and of tuning; else as long as these take by themselves"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser.parse_args()
 
