@@ -199,14 +199,14 @@ def archive(
     for sid in told - ended.keys():
         notes.update(forget_cells(sid))
     last_sid = None if before is None else before.sid
-    in_order = sorted(ended.values(), key=lambda one: (one.sid == last_sid, *_place_in_order(one)))
+    in_order = sorted(ended.values(), key=lambda one: (one.sid == last_sid, *place_in_order(one)))
     for old in in_order[: -KEPT_SAMPLES + 1]:
         documents[old.sid], forgotten = forget_sample(old.sid, topics)
         notes.update(forgotten)
     return tuple(document for cleared in documents.values() for document in cleared), notes
 
 
-def _place_in_order(sample: SampleState) -> tuple[int, str]:
+def place_in_order(sample: SampleState) -> tuple[int, str]:
     """By the number of its beginning; before all that have one those of an older version, by the time of their end."""
     return (0, sample.ended_at or "") if sample.number is None else (sample.number, "")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from agent.analysis.agreement import Answer
 from agent.analysis.cells import cell_number
 from agent.config import ReviewSection
 from agent.domain import Cell, CellStatus, FieldResult, SampleState
-from agent.reporting import ANSWERS, REVIEW, cell_key
+from agent.reporting import ANSWERS, REVIEW, cell_key, place_in_order, read_kept
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,16 @@ def read_kept_cells(notes: Mapping[str, str], answers: Mapping[str, str], crops:
         told = {"class": theirs[0].model, "guess": theirs[0].model, "probability": 0.0, "margin": None}
         found.append(_kept_cell(place, {**told, "reason": "answered"}, theirs, crops))
     return sorted(found, key=lambda kept: (kept.sid, cell_number(kept.cell_id)))
+
+
+def as_begun(cells: Iterable[KeptCell], ended: Mapping[str, str]) -> list[KeptCell]:
+    """The cells of the sample that was begun first before those of the next; the one that has not ended is the last.
+
+    ended: the notes of all samples that can be amended, by key. A sample's name says nothing of its time.
+    """
+    in_order = sorted((read_kept(text).sample for text in ended.values()), key=place_in_order)
+    places = {sample.sid: place for place, sample in enumerate(in_order)}
+    return sorted(cells, key=lambda cell: places.get(cell.sid, len(places)))
 
 
 def _kept_cell(place: str, told: Mapping[str, Any], answers: Sequence[Answer], crops: CropStore | None) -> KeptCell:

@@ -21,8 +21,8 @@ from agent.errors import ConfigError, HematoVisionError
 from agent.files import whole_file
 from agent.report.document import agreement_body
 from agent.report.words import kappa_words
-from agent.reporting import ANSWERS, ARTEFACT, REVIEW
-from agent.review import CROPS_FOLDER, CropStore, KeptCell, read_kept_cells
+from agent.reporting import ANSWERS, ARTEFACT, REVIEW, kept_key
+from agent.review import CROPS_FOLDER, CropStore, KeptCell, as_begun, read_kept_cells
 
 OK, SOME_FAILED = 0, 1
 
@@ -193,7 +193,8 @@ def _read(arguments: argparse.Namespace, sid: str = "") -> Sequence[KeptCell]:
     of_sample = f"{sid}/" if sid else ""
     with open_outbox(folder, device=config.device, verify=False, create=False) as outbox:
         listed, answers = outbox.notes(f"{REVIEW}{of_sample}"), outbox.notes(f"{ANSWERS}{of_sample}")
-    return read_kept_cells(listed, answers, CropStore(folder / CROPS_FOLDER))
+        ended = outbox.notes(kept_key(""))
+    return as_begun(read_kept_cells(listed, answers, CropStore(folder / CROPS_FOLDER)), ended)
 
 
 def _crops(arguments: argparse.Namespace) -> CropStore:

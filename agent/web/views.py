@@ -30,8 +30,8 @@ from agent.health import HealthSnapshot, MachineReading
 from agent.latest import Latest, SeenFrame
 from agent.report.drawing import colours_of, differential_svg
 from agent.report.words import FLAG_WORDS
-from agent.reporting import ANSWERS, ARTEFACT, REVIEW
-from agent.review import KeptCell, read_kept_cells
+from agent.reporting import ANSWERS, ARTEFACT, REVIEW, kept_key
+from agent.review import KeptCell, as_begun, read_kept_cells
 
 REFRESH_S = 1.0
 """s; how often a browser asks anew."""
@@ -191,7 +191,7 @@ def cell_body(cell: Cell) -> Body:
 
 def review_body(outbox: Outbox) -> Body:
     """Cells that wait for a person, and those that were answered; the newest first."""
-    kept = read_kept_cells(outbox.notes(REVIEW), outbox.notes(ANSWERS), None)
+    kept = as_begun(read_kept_cells(outbox.notes(REVIEW), outbox.notes(ANSWERS), None), outbox.notes(kept_key("")))
     listed = [cell for cell in kept if cell.is_open or cell.answers][::-1]
     waiting = [cell for cell in listed if cell.is_open]
     answered = [cell for cell in listed if cell.answers]

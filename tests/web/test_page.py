@@ -236,6 +236,21 @@ def test_an_answer_amends_is_kept_beside_the_others_and_audited(beside: Make) ->
     assert one.state()["sample"]["amendments"] == 2
 
 
+def test_the_cells_of_the_sample_that_was_begun_last_are_listed_first_whatever_its_name(
+    beside: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.web.views.MOST_REVIEW_CELLS", 2)
+    one = beside()
+    for number, sid in enumerate(("s-9", "s-10", "a-1"), start=1):
+        one.command("start", f"start-{number}", sample=sid)
+        count(one, number)
+        if sid != "a-1":
+            one.command("stop", f"stop-{number}", sample=sid)
+            one.wait_until(lambda: one.state()["sample"]["phase"] == "finished")
+    listed = one.get("/api/review").body
+    assert (listed["open"], [cell["sample"] for cell in listed["cells"]]) == (3, ["a-1", "s-10"])
+
+
 def test_a_crop_lies_in_the_folder_of_crops_or_nowhere(beside: Make) -> None:
     one = beside()
     CropStore(one.folder / CROPS_FOLDER).put("s-1", "s-1-1", b"\xff\xd8 for the page \xff\xd9")
