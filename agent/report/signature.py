@@ -50,15 +50,7 @@ def open_key(path: Path, *, create: bool) -> Ed25519PrivateKey:
     ed25519, serialization = _cryptography()
     try:
         if create and not path.exists():
-            made = ed25519.Ed25519PrivateKey.generate()
-            pem = made.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
+            _make_key(path)
         key: Any = serialization.load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
         raise ConfigError(str(path), (f"the key of reports cannot be used: {error.strerror}",)) from error
@@ -70,6 +62,24 @@ def open_key(path: Path, *, create: bool) -> Ed25519PrivateKey:
         raise ConfigError(str(path), ("is no Ed25519 key; `openssl genpkey -algorithm ed25519` makes one",))
     found: Ed25519PrivateKey = key
     return found
+
+
+def _make_key(path: Path) -> None:
+    """A new key under this name; of two programs that make one at once the first has it. Raises OSError."""
+    ed25519, serialization = _cryptography()
+    pem = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a part of it would be taken for the key ever after
+        path.unlink(missing_ok=True)
+        raise
 
 
 def public_hex(key: Ed25519PrivateKey) -> str:

@@ -15,6 +15,7 @@ from agent.delivery.messages import RetainedDocument
 from agent.delivery.outbox import Outbox, begin_boot, open_outbox
 from agent.errors import ConfigError
 from agent.report.signature import SignatureWrong, open_key, public_hex, sign, verify
+from tests.disks import mounted, use_up_space
 
 pytest.importorskip("cryptography")
 
@@ -70,6 +71,18 @@ def test_a_key_file_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
         open_key(tmp_path / "key.pem", create=True)
     with pytest.raises(ConfigError, match="cannot be used"):
         open_key(tmp_path / "not-there.pem", create=False)
+
+
+def test_a_disk_without_room_for_the_key_leaves_none_that_is_broken(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=64k") as disk:
+        path = disk / "key.pem"
+        filler = use_up_space(disk)
+        with pytest.raises(ConfigError, match="No space left"):
+            open_key(path, create=True)
+        filler.unlink()
+        first = public_hex(open_key(path, create=True))
+        assert public_hex(open_key(path, create=True)) == first
+        assert [file.name for file in disk.iterdir()] == ["key.pem"]
 
 
 @pytest.fixture
