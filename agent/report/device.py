@@ -37,11 +37,8 @@ def read_device(outbox: Outbox, topics: Topics, sid: str, crops: CropStore | Non
 
 def reported_samples(outbox: Outbox, topics: Topics) -> list[tuple[str, str]]:
     """Ids of the samples that can be reported, with the status of each, the newest last."""
-    found = []
-    for document in outbox.documents():
-        if document.topic.startswith(topics.differential("x")[:-1]) and document.payload is not None:
-            found.append((document.topic.rsplit("/", 1)[1], str(json.loads(document.payload)["status"])))
-    return found
+    found = ((topic, outbox.document(topic)) for topic in outbox.told(f"{topics.base}/differential/"))
+    return [(topic.rpartition("/")[2], str(json.loads(told)["status"])) for topic, told in found if told is not None]
 
 
 def read_messages(outbox: Outbox, stream: str, topic: str) -> Iterator[Body]:

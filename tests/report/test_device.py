@@ -55,6 +55,13 @@ def test_a_sample_that_runs_has_its_running_differential(outbox: Outbox) -> None
     assert reported_samples(outbox, TOPICS) == [("s-1", "preliminary")]
 
 
+def test_samples_are_listed_behind_any_number_of_topics_that_no_broker_has_cleared_yet(outbox: Outbox) -> None:
+    """Without a broker each sample leaves two of them behind."""
+    outbox.append((), documents=[RetainedDocument(TOPICS.sample(f"old-{number}"), None) for number in range(1200)])
+    fill(outbox)
+    assert reported_samples(outbox, TOPICS) == [("s-1", "final")]
+
+
 def test_an_unknown_sample_is_refused_in_words(outbox: Outbox) -> None:
     with pytest.raises(NothingToReport, match="report list"):
         read_device(outbox, TOPICS, "s-9")

@@ -361,7 +361,7 @@ class Outbox:
             return words.document(connection, topic)
 
     def told(self, prefix: str) -> tuple[str, ...]:
-        """The retained topics that begin so and are not to be cleared."""
+        """The retained topics that begin so and are not to be cleared, in the order in which they were written last."""
         with self.file.reading() as connection:
             return words.told_topics(connection, prefix)
 

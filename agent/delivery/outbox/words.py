@@ -73,9 +73,9 @@ def document(connection: sqlite3.Connection, topic: str) -> bytes | None:
 
 
 def told_topics(connection: sqlite3.Connection, prefix: str) -> tuple[str, ...]:
-    """The topics that begin so and are not to be cleared."""
+    """The topics that begin so and are not to be cleared, in the order in which they were written last."""
     found = connection.execute(
-        "SELECT topic FROM documents WHERE topic >= ? AND topic < ? AND payload IS NOT NULL ORDER BY topic",
+        "SELECT topic FROM documents WHERE topic >= ? AND topic < ? AND payload IS NOT NULL ORDER BY version",
         from_to(prefix),
     ).fetchall()
     return tuple(topic for (topic,) in found)
