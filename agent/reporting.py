@@ -180,8 +180,9 @@ def archive(
     """What becomes of the samples before, when the next begins: documents to clear, notes to forget.
 
     The `sample` of every other one goes; of the ended ones, oldest first, all that goes beyond KEPT_SAMPLES with the
-    new one; of those that have no report the cells. before: the last one, ended, where it is known; its end may not be
-    stored yet. outbox: only read.
+    new one; of those that have no report the cells; and what is kept of an earlier run of the same configured name,
+    whose cells are none of the new sample's. before: the last one, ended, where it is known; its end may not be stored
+    yet. outbox: only read.
     """
     kept = outbox.notes(kept_key(""))
     ended = {sample.sid: sample for sample in (read_kept(text).sample for text in kept.values())}
@@ -191,11 +192,11 @@ def archive(
     if before is not None and before.phase != "idle":
         told.add(before.sid)
     told.discard(fresh_sid)
-    ended.pop(fresh_sid, None)  # of a configured name, which runs again
+    ended.pop(fresh_sid, None)
     documents: dict[str, tuple[RetainedDocument, ...]] = {
         sid: (RetainedDocument(topics.sample(sid), None),) for sid in sorted(told)
     }
-    notes: dict[str, str | None] = {}
+    notes: dict[str, str | None] = {kept_key(fresh_sid): None, **forget_cells(fresh_sid)}
     for sid in told - ended.keys():
         notes.update(forget_cells(sid))
     last_sid = None if before is None else before.sid

@@ -14,7 +14,7 @@ from agent.analysis.agreement import Answer
 from agent.analysis.differential import Rules
 from agent.camera.grabber import FrameQueue
 from agent.cli import main
-from agent.config import ReviewSection
+from agent.config import ReviewSection, SampleSection
 from agent.counting.thread import Pipeline
 from agent.delivery.outbox import Outbox
 from agent.delivery.topics import Topics
@@ -22,8 +22,10 @@ from agent.domain import Classification, SampleState
 from agent.health import Health
 from agent.pictures import PictureStore
 from agent.report.device import read_device
+from agent.reporting import Reporter
 from agent.review import CropStore, answer_note, read_answers, read_kept_cells
-from tests.counting.running import KINDS, Place
+from agent.samples import begin_sample, close_sample
+from tests.counting.running import AT, KINDS, Place
 from tests.frames import RED, WHITE, make_bench, make_models
 
 JPEG = b"\xff\xd8" + b"x" * 996 + b"\xff\xd9"
@@ -116,6 +118,22 @@ def test_a_refused_answer_leaves_the_cell_waiting(outbox: Outbox) -> None:
     place = count_two_fields(outbox, name(0.55, 0.45))
     assert amend(place, "t-1", "s-1-1", "unicorn")["status"] == "refused"
     assert all(cell.is_open for cell in kept(outbox))
+
+
+def test_an_answer_to_a_cell_of_an_earlier_run_of_a_named_sample_changes_no_count_of_this_run(outbox: Outbox) -> None:
+    """A folder that is read once more under the `sample.id` of the configuration."""
+    ended = count_two_fields(outbox, name(0.55, 0.45)).pipeline
+    close_sample(outbox, ended.sample, "s-1")
+    section, reporter = SampleSection(id="s-1"), Reporter(Topics("site", "dev"), Rules(KINDS), make_bench().provenance)
+    again, _ = begin_sample(outbox, section, AT, reporter, takes_all_anew=True)
+    place = Place(outbox, again, replace(make_bench(), counting=Rules(KINDS)))
+    place.give(3)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 1)
+    amend(place, "t-1", "s-1-1", "lobed")
+    assert place.pipeline.sample.counts == {"round": 1, "red": 1}
+    assert place.replies[-1]["code"] == "unknown-cell"
+    assert kept(outbox) == []
+    assert amend(place, "t-2", "s-1-5", "lobed")["status"] == "ok"
 
 
 def test_the_list_of_a_sample_goes_with_the_sample(outbox: Outbox) -> None:

@@ -120,12 +120,12 @@ def test_a_sample_that_was_thrown_over_and_closed_leaves_nothing_to_the_next(out
     assert (told(outbox, "sample"), outbox.notes("cells/")) == (set(), {})
 
 
-def test_a_named_sample_that_runs_again_keeps_what_can_be_amended(outbox: Outbox) -> None:
+def test_a_named_sample_that_runs_again_keeps_its_report_and_no_cell_of_the_run_before(outbox: Outbox) -> None:
     ended = end(outbox, begin(outbox, "named")[0])
     close_sample(outbox, ended, "named")
     begin(outbox, "named")
     assert told(outbox, "sample") == told(outbox, "differential") == {"named"}
-    assert list(outbox.notes("cells/")) == ["cells/named/named-1"]
+    assert [outbox.notes(kind) for kind in ("samples/", "cells/", "review/")] == [{}, {}, {}]
 
 
 def test_where_commands_begin_samples_none_begins_by_itself(outbox: Outbox) -> None:
