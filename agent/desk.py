@@ -50,6 +50,7 @@ from agent.reporting import (
     Reporter,
     archive,
     cell_key,
+    forget_cells,
     kept_key,
     read_kept,
     rename_cell,
@@ -290,7 +291,9 @@ class Desk:
         trigger: Trigger = "abort" if request.abort else "stop"
         stopped = change(sample, trigger, rfc3339_ms(self._clock()), "aborted" if request.abort else "command")
         drafts: tuple[Draft, ...] = ()
+        notes: Mapping[str, str | None] = {}
         if request.abort:
+            notes = forget_cells(sample.sid)  # nobody can name a cell of it any more
             words = f"sample {sample.sid} was thrown over after {sample.fields} fields"
             drafts = (self._event(reporter, "sample-aborted", words, "warning", {"sample": sample.sid}),)
         words = f"sample {sample.sid} is {stopped.phase}"
@@ -298,6 +301,7 @@ class Desk:
             self._reply(command, words, _where(stopped)),
             stopped,
             drafts,
+            notes=notes,
             entry=self._entry(command, words, {"sample": sample.sid, "fields": sample.fields}),
         )
 

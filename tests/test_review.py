@@ -136,6 +136,18 @@ def test_an_answer_to_a_cell_of_an_earlier_run_of_a_named_sample_changes_no_coun
     assert amend(place, "t-2", "s-1-5", "lobed")["status"] == "ok"
 
 
+def test_no_cell_of_a_sample_that_was_thrown_over_waits_for_a_person(outbox: Outbox) -> None:
+    bench = replace(make_bench(), counting=Rules(KINDS), review=ReviewSection(max_margin=1.0))
+    place = Place(outbox, bench=bench)
+    place.do("start", "a", sample="s-1")
+    place.give(1)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 1)
+    assert [cell.is_open for cell in kept(outbox)] == [True]
+    place.do("stop", "b", abort=True)
+    assert kept(outbox) == []
+    assert outbox.notes("cells/") == {}
+
+
 def test_the_list_of_a_sample_goes_with_the_sample(outbox: Outbox) -> None:
     place = count_two_fields(outbox, name(0.55, 0.45))
     amend(place, "t-1", "s-1-1", "lobed")
