@@ -318,7 +318,7 @@ class SampleState:
     one has begun it.
     accession: the laboratory's opaque token; with age_band all that is told of a person.
     opened_at, ended_at: RFC 3339. end_reason: in a word, why it ends. reports: final and amended differentials so far;
-    amendments: cells that a person named anew.
+    amendments: how often a person gave a cell another name, the same cell perhaps more than once.
     target_cells: nucleated cells, target_half_width_pct: % points, at which it stops by itself; None = it does not.
     counts: each cell of the slide once, by class. duplicates: views of cells that were counted before.
     unplaced: fields at an unknown place, but for the first: a cell of them may have been counted twice unnoticed.

@@ -22,6 +22,7 @@ from agent.domain import Classification, SampleState
 from agent.health import Health
 from agent.pictures import PictureStore
 from agent.report.device import read_device
+from agent.report.document import compose
 from agent.reporting import Reporter
 from agent.review import CropStore, answer_note, read_answers, read_kept_cells
 from agent.samples import begin_sample, close_sample
@@ -98,6 +99,18 @@ def test_an_answer_closes_the_entry_amends_the_report_and_overwrites_no_other_an
     ]
     assert (first.is_open, other.is_open) == (False, True)
     assert [message["status"] for message in place.messages("differential")] == ["final", "amended", "amended"]
+
+
+def test_a_report_does_not_take_two_answers_to_one_cell_for_two_cells(outbox: Outbox) -> None:
+    place = count_two_fields(outbox, name(0.55, 0.45))
+    amend(place, "t-1", "s-1-1", "lobed")
+    assert "A person has changed the name of a cell once." in remarks(outbox)
+    amend(place, "t-2", "s-1-1", "round")
+    assert "A person has changed the name of a cell 2 times." in remarks(outbox)
+
+
+def remarks(outbox: Outbox) -> list[str]:
+    return list(compose(read_device(outbox, Topics("site", "dev"), "s-1"), AT)["remarks"])
 
 
 def test_that_a_person_agrees_is_noted_and_audited_and_changes_no_report(outbox: Outbox) -> None:

@@ -223,8 +223,8 @@ def _remarks(document: Document) -> Iterable[str]:
         yield "The device's clock did not follow a reference all the time: times may be wrong."
     if document["provenance"]["others"]:
         yield "Models or configuration were changed while the sample was counted."
-    if differential["amendments"]:
-        yield f"A person has named {differential['amendments']} cells anew."
+    if amendments := differential["amendments"]:
+        yield f"A person has changed the name of a cell {'once' if amendments == 1 else f'{amendments} times'}."
     if document["age_band"] is None:
         yield "No age band was told: no share is compared with a reference interval."
     if document["source"] == "collector":

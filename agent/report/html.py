@@ -273,7 +273,7 @@ def _provenance(document: Document) -> str:
     return (
         f"<h2>Provenance</h2>{facts(_who(provenance))}{others}<h3>Reports of this sample</h3>"
         "<table><thead><tr><th scope='col'>Report</th><th scope='col'>Status</th><th scope='col'>At</th>"
-        f"<th scope='col'>Supersedes</th>{th('Amended cells')}</tr></thead><tbody>{history}</tbody></table>"
+        f"<th scope='col'>Supersedes</th>{th('Names changed')}</tr></thead><tbody>{history}</tbody></table>"
     )
 
 

@@ -22,7 +22,7 @@ export function showSample(state) {
     facts.push(["cells", countWords(sample)]);
     if (sample.accession) facts.push(["accession", sample.accession]);
     if (sample.age_band) facts.push(["age band", sample.age_band]);
-    if (sample.amendments) facts.push(["amended", `${sample.amendments} cells named anew by a person`]);
+    if (sample.amendments) facts.push(["amended", `${sample.amendments} × the name of a cell, by a person`]);
     if (sample.end_reason) facts.push(["ended by", sample.end_reason]);
   }
   fillFacts($("sample-facts"), facts);
