@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.camera.headers import PictureFault, PictureHeader, read_header
+from agent.camera.headers import PictureFault, PictureHeader, read_header, without_orientation
 from agent.camera.opencv import quiet_opencv
 from agent.domain import Pixels
 from agent.errors import FrameUnreadable
@@ -126,6 +126,8 @@ def _check_size(header: PictureHeader, max_megapixels: float, min_side_px: int) 
 
 def _decode(content: bytes, header: PictureHeader) -> NDArray[Any]:
     """As the file has it: uint8 or uint16, shape (height, width) or (height, width, 3 or 4), B G R A."""
+    if header.format == "TIFF":
+        content = without_orientation(content)  # by which OpenCV turns the pixels even of IMREAD_UNCHANGED
     try:
         with quiet_opencv():
             decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)

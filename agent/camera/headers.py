@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -154,6 +154,7 @@ def _read_webp(content: bytes) -> PictureHeader:
 # Tag numbers and field types of TIFF 6.0, section 8.
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES = 256, 257, 258, 262, 277
 _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 322, 323
+_TIFF_ORIENTATION, _TIFF_UPRIGHT = 274, 1
 _TIFF_STORED: Final = ((273, 279), (324, 325))
 """(offsets, byte counts) of strips and of tiles."""
 _TIFF_NUMBERS: Final = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -182,14 +183,29 @@ def _read_tiff(content: bytes) -> PictureHeader:
     return PictureHeader("TIFF", width_px, height_px, decoded_px=max(width_px * height_px, tile_px))
 
 
+def without_orientation(tiff: bytes) -> bytes:
+    """The file as one whose pixels are not to be turned or mirrored. tiff: one that `read_header` has taken."""
+    upright = bytearray()
+    for tag, at, form in _tiff_entries(tiff):
+        marks = struct.unpack_from(form, tiff, at)
+        if tag == _TIFF_ORIENTATION and any(mark != _TIFF_UPRIGHT for mark in marks):
+            upright = upright or bytearray(tiff)
+            struct.pack_into(form, upright, at, *[_TIFF_UPRIGHT] * len(marks))
+    return bytes(upright) or tiff
+
+
 def _read_tiff_tags(content: bytes) -> Mapping[int, tuple[int, ...]]:
     """All whole numbers of the first directory, by tag."""
+    return {tag: struct.unpack_from(form, content, at) for tag, at, form in _tiff_entries(content)}
+
+
+def _tiff_entries(content: bytes) -> Iterator[tuple[int, int, str]]:
+    """Tag of each entry of the first directory that holds whole numbers, where they stand, and their form."""
     order = "<" if content[:2] == b"II" else ">"
     is_big = 43 in content[2:4]
     offset, count, entry_bytes = ("Q", "Q", 20) if is_big else ("I", "H", 12)
     (directory_at,) = struct.unpack_from(order + offset, content, 8 if is_big else 4)
     (entries,) = struct.unpack_from(order + count, content, directory_at)
-    tags: dict[int, tuple[int, ...]] = {}
     for entry in range(min(entries, MAX_PARTS)):
         at = directory_at + struct.calcsize(count) + entry * entry_bytes
         tag, kind, length = struct.unpack_from(f"{order}HH{offset}", content, at)
@@ -201,8 +217,7 @@ def _read_tiff_tags(content: bytes) -> Mapping[int, tuple[int, ...]]:
             (value_at,) = struct.unpack_from(order + offset, content, value_at)
         if value_at + length * struct.calcsize(number) > len(content):
             raise _truncated("its header")
-        tags[tag] = struct.unpack_from(f"{order}{length}{number}", content, value_at)
-    return tags
+        yield tag, value_at, f"{order}{length}{number}"
 
 
 _READERS: Final[tuple[tuple[re.Pattern[bytes], Callable[[bytes], PictureHeader]], ...]] = (

@@ -221,6 +221,38 @@ def test_an_orientation_mark_is_ignored_because_boxes_refer_to_stored_pixels() -
     assert np.array_equal(decode(with_exif(jpeg, orientation=6)), decode(jpeg))
 
 
+def oriented_tiff(pixels_bgr: np.ndarray, orientation: int, order: str) -> bytes:
+    """A plain TIFF of one strip behind its directory. order: of its bytes, as `struct` has it."""
+    height_px, width_px, samples = pixels_bgr.shape
+    bits_at = 8 + 2 + 9 * 12 + 4
+    tags = {
+        256: (3, 1, width_px),
+        257: (3, 1, height_px),
+        258: (3, samples, bits_at),
+        262: (3, 1, 2),
+        273: (4, 1, bits_at + 6),
+        274: (3, 1, orientation),
+        277: (3, 1, samples),
+        278: (3, 1, height_px),
+        279: (4, 1, pixels_bgr.size),
+    }
+    directory = struct.pack(f"{order}H", len(tags))
+    for tag, (kind, length, value) in tags.items():
+        is_short = kind == 3 and length == 1
+        directory += struct.pack(f"{order}HHI{'HH' if is_short else 'I'}", tag, kind, length, value, *[0] * is_short)
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, 8)
+    bits = struct.pack(f"{order}{samples}H", *[8] * samples)
+    return head + directory + bytes(4) + bits + pixels_bgr[:, :, ::-1].tobytes()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_mark_of_a_tiff_is_ignored_too(orientation: int, order: str) -> None:
+    """OpenCV turns a TIFF by it, whatever it is asked for."""
+    pixels = make_pixels(90, 120)
+    assert np.array_equal(decode(oriented_tiff(pixels, orientation, order)), pixels)
+
+
 def test_floating_point_pixels_are_refused_with_a_way_out() -> None:
     assert "save it with 8 or 16" in refusal(encode(make_pixels().astype(np.float32), ".tiff"))
 
