@@ -14,6 +14,7 @@ from agent.report.markup import e, facts, labelled, n, page, th
 from agent.report.words import (
     FLAG_WORDS,
     STATUS_WORDS,
+    concentration_words,
     counted_words,
     focus_words,
     interval_words,
@@ -141,10 +142,7 @@ def _counts(document: Document) -> str:
     rows += [(f"{ratio['name']} in a field", ratio_words(ratio)) for ratio in differential["per_field"]]
     if (ratio := differential["red_cells_per_leukocyte"]) is not None:
         rows.append(("red cells for each leukocyte", ratio_words(ratio)))
-    rows += [
-        (f"{one['name']} in a microlitre", f"{one['per_ul']:g} ({one['low_per_ul']:g} to {one['high_per_ul']:g})")
-        for one in differential["per_ul"]
-    ]
+    rows += [(f"{one['name']} in a microlitre", concentration_words(one)) for one in differential["per_ul"]]
     rows += [
         ("Unidentified (looked at, no name could be trusted)", str(differential["unidentified"])),
         ("Not classed (seen, never named)", str(differential["not_classed"])),

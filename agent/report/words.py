@@ -39,6 +39,15 @@ def ratio_words(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {high}), {ratio['count']} cells"
 
 
+def concentration_words(one: Mapping[str, Any]) -> str:
+    """Cells in a microlitre with their interval; tenths only where they say something."""
+    value, low, high = (
+        f"{cells:.0f}" if cells >= 1000 else f"{cells:g}"
+        for cells in (one["per_ul"], one["low_per_ul"], one["high_per_ul"])
+    )
+    return f"{value} ({low} to {high})"
+
+
 def counted_words(counts: Mapping[str, int]) -> str:
     """Names with their counts, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))

@@ -173,3 +173,12 @@ def test_csv_has_a_line_for_each_figure_and_the_label_on_each() -> None:
     assert float(share["low"]) < 30 < float(share["high"])
     assert {row["notice"] for row in rows} == {RESEARCH_USE_ONLY}
     assert {"share", "ratio", "count", "class"} <= {row["part"] for row in rows}
+
+
+def test_millions_of_cells_in_a_microlitre_stand_in_figures_that_people_write() -> None:
+    red = {"name": "red-cell", "count": 902, "per_ul": 4510000.0, "low_per_ul": 4220450.3, "high_per_ul": 4814250.7}
+    few = {"name": "leukocyte", "count": 3, "per_ul": 7.5, "low_per_ul": 1.5, "high_per_ul": 21.9}
+    report = {**make_report({"round": 30, "lobed": 70}), "per_ul": [few, red]}
+    html = render_html(compose(make_record(differentials=[report]), AT), {})
+    assert "<dt>red-cell in a microlitre</dt><dd>4510000 (4220450 to 4814251)</dd>" in html
+    assert "<dt>leukocyte in a microlitre</dt><dd>7.5 (1.5 to 21.9)</dd>" in html
