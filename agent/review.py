@@ -8,6 +8,7 @@ the last field, never an entry or an answer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -183,11 +184,15 @@ class CropStore:
     def put(self, sid: str, cell_id: str, jpeg: bytes) -> None:
         """Keep a picture. One that the disk does not take is not kept, and the log says so: counting goes on."""
         path = self.path(sid, cell_id)
+        unfinished = path.with_suffix(".new")  # who looks on sees whole pictures only
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg)
+            unfinished.write_bytes(jpeg)
+            unfinished.replace(path)
         except OSError as error:
             logger.warning("a picture for the review is not kept: %s: %s", path, error.strerror)
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             return
         self._bytes = None if self._bytes is None else self._bytes + len(jpeg)
 

@@ -88,7 +88,7 @@ class Reader:
 
     async def review(self) -> bytes:
         """The review list, as JSON. Raises OutboxError."""
-        return await self._on_thread(lambda: self._review.get(lambda: self._read_outbox(review_body)))
+        return await self._on_thread(lambda: self._review.get(self._read_review))
 
     async def crop(self, sid: str, cell_id: str) -> bytes:
         """The JPEG of a cell of the review list; empty where there is none."""
@@ -148,6 +148,9 @@ class Reader:
         draw = self._sample_map.read
         colours = {one["class"]: one["colour"] for one in class_bodies(self._sights.bench())}
         return self._read_outbox(lambda outbox: draw(outbox, colours))
+
+    def _read_review(self) -> bytes:
+        return self._read_outbox(lambda outbox: review_body(outbox, self._crops))
 
     def _read_outbox(self, read: Callable[[Outbox], Body]) -> bytes:
         """What is read of the outbox, as JSON; a connection that has failed is opened anew the next time."""

@@ -31,7 +31,7 @@ from agent.latest import Latest, SeenFrame
 from agent.report.drawing import colours_of, differential_svg
 from agent.report.words import FLAG_WORDS
 from agent.reporting import ANSWERS, ARTEFACT, REVIEW, kept_key
-from agent.review import KeptCell, as_begun, read_kept_cells
+from agent.review import CropStore, KeptCell, as_begun, read_kept_cells
 
 REFRESH_S = 1.0
 """s; how often a browser asks anew."""
@@ -189,7 +189,7 @@ def cell_body(cell: Cell) -> Body:
 # ------------------------------------------------------------------------------------------------------- the review
 
 
-def review_body(outbox: Outbox) -> Body:
+def review_body(outbox: Outbox, crops: CropStore) -> Body:
     """Cells that wait for a person, and those that were answered; the newest first."""
     kept = as_begun(read_kept_cells(outbox.notes(REVIEW), outbox.notes(ANSWERS), None), outbox.notes(kept_key("")))
     listed = [cell for cell in kept if cell.is_open or cell.answers][::-1]
@@ -198,7 +198,10 @@ def review_body(outbox: Outbox) -> Body:
     return {
         "open": len(waiting),
         "answered": len(answered),
-        "cells": [kept_cell_body(cell) for cell in (*waiting[:MOST_REVIEW_CELLS], *answered[:MOST_REVIEW_CELLS])],
+        "cells": [
+            {**kept_cell_body(cell), "has_picture": crops.path(cell.sid, cell.cell_id).exists()}
+            for cell in (*waiting[:MOST_REVIEW_CELLS], *answered[:MOST_REVIEW_CELLS])
+        ],
     }
 
 

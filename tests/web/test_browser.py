@@ -185,6 +185,21 @@ def test_a_cell_whose_answer_failed_comes_back_with_its_picture(
     browser.wait_for("!document.getElementById('crop').hidden && document.getElementById('no-crop').hidden", 5)
 
 
+def test_a_picture_that_is_stored_a_moment_after_its_cell_is_shown(
+    beside: Callable[..., Beside], browser: Browser
+) -> None:
+    """As it is with every field: its cells are in the list before their pictures are on the disk."""
+    one = beside(sample=SampleState("s-1"))
+    count(one, 1)
+    browser.open(f"http://127.0.0.1:{one.section.port}/#review")
+    browser.wait_for("document.getElementById('cell-id').innerText === 's-1-1'")
+    browser.wait_for("!document.getElementById('no-crop').hidden")
+    crop = cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+    CropStore(one.folder / CROPS_FOLDER).put("s-1", "s-1-1", crop)
+    browser.wait_for("!document.getElementById('crop').hidden && document.getElementById('no-crop').hidden", 15)
+    browser.wait_for("document.querySelector('#strip img')?.naturalWidth > 0", 5)
+
+
 def test_a_picture_is_examined_and_an_agent_that_does_not_answer_makes_the_page_old(
     bench: Bench, browser: Browser, tmp_path: Path
 ) -> None:

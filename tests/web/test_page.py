@@ -264,7 +264,7 @@ def test_a_review_list_that_cannot_be_read_is_an_answer_and_read_again(
 ) -> None:
     one = beside()
 
-    def fail(_outbox: object) -> None:
+    def fail(*_read: object) -> None:
         raise OutboxError("the disk does not answer")
 
     with monkeypatch.context() as broken:

@@ -5,6 +5,8 @@ import { $, coloursOf, command, make, percent, say, swatch } from "./common.js";
 const KEYS = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "0", "q", "w", "e", "r", "t", "z", "u", "i", "o", "p"];
 const REASONS = { unidentified: "the model trusted no name", "low-margin": "its first two names are near each other", answered: "answered unasked", gallery: "kept for the gallery" };
 
+const NO_PICTURE = "No picture of this cell is kept here.";
+
 let cells = [];
 let names = [];
 let current = null; // cell_id
@@ -54,6 +56,7 @@ function showStrip() {
     button.classList.toggle("done", !cell.is_open);
     const said = cell.answers.at(-1)?.person;
     button.lastChild.textContent = said ?? cell.class;
+    if (cell.has_picture && !button.firstChild.src) button.firstChild.src = cropOf(cell); // it comes after its cell
     return button;
   });
   const strip = $("strip");
@@ -70,7 +73,6 @@ function makeThumb(cell) {
   const picture = make("img");
   picture.loading = "lazy";
   picture.alt = cell.cell_id;
-  picture.src = cropOf(cell);
   button.append(picture, make("span"));
   button.addEventListener("click", () => select(cell.cell_id));
   return button;
@@ -82,13 +84,11 @@ function showCell() {
   for (const id of ["cell-id", "model-says", "cell-why"]) $(id).textContent = "";
   $("persons-said").replaceChildren();
   if (!cell) {
-    $("crop").removeAttribute("src"); // so that the picture is asked for again should the cell come back
-    $("crop").hidden = true;
-    $("no-crop").hidden = false;
-    $("no-crop").textContent = "No cell waits for a person.";
+    showNoCrop("No cell waits for a person.");
     return;
   }
-  if ($("crop").getAttribute("src") !== cropOf(cell)) {
+  if (!cell.has_picture) showNoCrop(NO_PICTURE);
+  else if ($("crop").getAttribute("src") !== cropOf(cell)) {
     $("crop").src = cropOf(cell);
     $("crop").alt = `Cell ${cell.cell_id}`;
   }
@@ -105,6 +105,13 @@ function showCell() {
     button.classList.toggle("models", button.dataset.name === cell.guess);
     button.disabled = underway.has(cell.cell_id);
   }
+}
+
+function showNoCrop(words) {
+  $("crop").removeAttribute("src"); // so that the picture is asked for again should it come, or its cell come back
+  $("crop").hidden = true;
+  $("no-crop").hidden = false;
+  $("no-crop").textContent = words;
 }
 
 /** Show this cell. The focus leaves the button that was pressed: Enter would press it again, for another cell. */
@@ -158,11 +165,7 @@ export function prepareReview(onChange) {
     $("crop").hidden = false;
     $("no-crop").hidden = true;
   });
-  $("crop").addEventListener("error", () => {
-    $("crop").hidden = true;
-    $("no-crop").hidden = false;
-    $("no-crop").textContent = "The picture of this cell is not kept any more.";
-  });
+  $("crop").addEventListener("error", () => showNoCrop(NO_PICTURE));
   $("show-answered").addEventListener("change", () => {
     if (!listed().includes(find(current))) current = listed()[0]?.cell_id ?? null;
     showStrip();
