@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,33 @@ def test_a_picture_that_is_stored_a_moment_after_its_cell_is_shown(
     CropStore(one.folder / CROPS_FOLDER).put("s-1", "s-1-1", crop)
     browser.wait_for("!document.getElementById('crop').hidden && document.getElementById('no-crop').hidden", 15)
     browser.wait_for("document.querySelector('#strip img')?.naturalWidth > 0", 5)
+
+
+def test_no_cell_is_shown_with_the_picture_of_another_while_its_own_is_on_the_way(
+    beside: Callable[..., Beside], browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = beside(sample=SampleState("s-1"))
+    count(one, 1, 2)
+    for cell in ("s-1-1", "s-1-3"):
+        crop = cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+        CropStore(one.folder / CROPS_FOLDER).put("s-1", cell, crop)
+    read, go_on = CropStore.read, threading.Event()
+
+    def read_slowly(crops: CropStore, sid: str, cell_id: str) -> bytes:
+        assert cell_id == "s-1-3" or go_on.wait(20)
+        return read(crops, sid, cell_id)
+
+    monkeypatch.setattr(CropStore, "read", read_slowly)
+    browser.open(f"http://127.0.0.1:{one.section.port}/#review")
+    browser.wait_for("document.getElementById('cell-id').innerText === 's-1-3'")
+    browser.wait_for("!document.getElementById('crop').hidden")
+    try:
+        browser.press("ArrowRight")
+        browser.wait_for("document.getElementById('cell-id').innerText === 's-1-1'")
+        assert browser.evaluate("document.getElementById('crop').hidden")
+    finally:
+        go_on.set()
+    browser.wait_for("!document.getElementById('crop').hidden && document.getElementById('no-crop').hidden")
 
 
 def test_a_picture_is_examined_and_an_agent_that_does_not_answer_makes_the_page_old(

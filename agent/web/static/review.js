@@ -89,6 +89,7 @@ function showCell() {
   }
   if (!cell.has_picture) showNoCrop(NO_PICTURE);
   else if ($("crop").getAttribute("src") !== cropOf(cell)) {
+    showNoCrop("…"); // a browser would show the picture of the cell before until this one has come
     $("crop").src = cropOf(cell);
     $("crop").alt = `Cell ${cell.cell_id}`;
   }
