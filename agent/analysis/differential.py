@@ -316,6 +316,9 @@ def correct_shares(seen: Mapping[str, int], confusion: Confusion | None) -> dict
     drawn_matrix = np.stack([draws.dirichlet(row + 0.5 / len(row), DRAWS) for row in matrix], axis=1)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(_unmix(drawn_named, drawn_matrix), (tail, 100 - tail), axis=0)
+    # Of one class alone the half cells of the others would keep the interval below 100 %, and the share outside it:
+    # it reaches the share, as Brown, Cai and DasGupta have it at both ends (Statistical Science 16 (2001) 101-133).
+    low, high = np.minimum(low, shares), np.maximum(high, shares)
     return {
         name: Corrected(100 * float(shares[n]), 100 * float(low[n]), 100 * float(high[n]))
         for n, name in enumerate(names)

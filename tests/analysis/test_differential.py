@@ -127,6 +127,15 @@ def test_the_corrected_interval_holds_the_truth_about_as_often_as_it_says() -> N
     assert 180 <= hits <= 199  # 190 expected of 200
 
 
+@pytest.mark.parametrize("seen", [(1, 0, 0, 0), (100, 0, 0, 0), (0, 0, 0, 200), (97, 3, 0, 0), (1, 1, 1, 1)])
+def test_a_corrected_share_lies_within_its_own_interval(seen: tuple[int, ...]) -> None:
+    """Of a sample of one class too: 100 % with an interval that ends at 99.8 % would contradict itself."""
+    names = ("round", "lobed", "young", "dark")
+    good = Confusion({name: {name: 300, names[n - 1]: 3} for n, name in enumerate(names)})
+    for one in correct_shares(dict(zip(names, seen, strict=True)), good).values():
+        assert one.low_pct <= one.pct <= one.high_pct
+
+
 def test_the_same_counts_give_the_same_corrected_column() -> None:
     assert correct_shares({"round": 30, "lobed": 70}, CONFUSION) == correct_shares(
         {"round": 30, "lobed": 70}, CONFUSION
