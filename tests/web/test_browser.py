@@ -201,6 +201,23 @@ def test_a_picture_that_is_stored_a_moment_after_its_cell_is_shown(
     browser.wait_for("document.querySelector('#strip img')?.naturalWidth > 0", 5)
 
 
+def test_all_cells_that_wait_are_told_where_the_list_shows_only_the_newest(
+    beside: Callable[..., Beside], browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.web.views.MOST_REVIEW_CELLS", 1)
+    one = beside(sample=SampleState("s-1"))
+    count(one, 1, 2, 3)
+    browser.open(f"http://127.0.0.1:{one.section.port}/#review")
+    browser.wait_for("document.getElementById('open-count').innerText === '3'")
+    assert browser.text("#review-title") == "3 waiting, 0 answered"
+    assert browser.evaluate("document.querySelectorAll('#strip button').length") == 1
+    browser.click("#person")
+    browser.type("mtl-7")
+    browser.press("Enter")
+    browser.press("Enter")
+    browser.wait_for("document.getElementById('review-title').innerText === '2 waiting, 1 answered'")
+
+
 def test_no_cell_is_shown_with_the_picture_of_another_while_its_own_is_on_the_way(
     beside: Callable[..., Beside], browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,11 +19,11 @@ const cropOf = (cell) => `/api/crop/${cell.sample}/${cell.cell_id}`;
 
 export function showReview(list, state) {
   // An answer that is under way is shown as given: the list may have been read before it.
-  cells = list.cells.map((cell) => (underway.has(cell.cell_id) ? { ...cell, is_open: false } : cell));
-  const waiting = cells.filter((cell) => cell.is_open).length;
+  const given = list.cells.filter((cell) => cell.is_open && underway.has(cell.cell_id));
+  cells = list.cells.map((cell) => (given.includes(cell) ? { ...cell, is_open: false } : cell));
   $("open-count").hidden = list.open === 0;
   $("open-count").textContent = list.open;
-  $("review-title").textContent = `${waiting} waiting, ${list.answered} answered`;
+  $("review-title").textContent = `${list.open - given.length} waiting, ${list.answered} answered`;
   if (names.join() !== state.answers.join()) {
     names = state.answers;
     makeAnswers(state);
