@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,9 +106,12 @@ class Interpreter:
 
 @contextmanager
 def _without_native_notes() -> Iterator[None]:
-    """Keep the runtime's `INFO:` lines off standard error; it has no switch for them. All else is passed on."""
+    """Keep the runtime's `INFO:` lines off standard error; it has no switch for them. All else is passed on.
+
+    They wait in memory: a model needs no disk with room, and must not be refused for a full /tmp.
+    """
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as written:
+    with os.fdopen(os.memfd_create("words-of-the-runtime"), "w+b") as written:
         kept = os.dup(2)
         os.dup2(written.fileno(), 2)
         try:
