@@ -66,6 +66,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console command `hematovision`; ends the process with one of the documented exit codes."""
+    _open_closed_streams()
     parsed = build_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and frames that the terminal's encoding lacks
@@ -89,6 +90,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_CODE_OF[OutboxError]
     raise SystemExit(code)
+
+
+def _open_closed_streams() -> None:
+    """Have standard input, output and error where whoever started us closed them: what is written goes nowhere.
+
+    Else the next file that is opened, or the runtime's own words, would take their numbers.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: those of the streams, in their order
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def _find(command: str) -> Callable[[argparse.Namespace], int]:

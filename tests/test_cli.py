@@ -732,6 +732,16 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_5(arguments:
     assert done.stderr == "hematovision: error: the output cannot be written: No space left on device\n"
 
 
+@needs_models
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_who_starts_it_with_closed_streams_gets_the_same_exit_code(closed: str) -> None:
+    """As programs that start others, and lines of a crontab, do."""
+    command = f'exec "{sys.executable}" -m agent version {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("classifier" in done.stdout) is (closed == "2>&-")
+
+
 def test_names_outside_the_terminals_encoding_are_written_with_escapes(fields_folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "größe.png"
     picture.write_bytes((fields_folder / "field2.png").read_bytes())
