@@ -84,9 +84,12 @@ uninstall() {
 check_machine() {
     command -v apt-get >/dev/null || fail "this is not Raspberry Pi OS, Debian or Ubuntu: no apt-get found"
     command -v systemctl >/dev/null || fail "no systemd here; use deploy/quickstart.sh, or run the agent another way"
-    case $(uname -m) in
-        aarch64 | x86_64) ;;
-        *) fail "$(uname -m) is not supported: the interpreter of the models comes for arm64 and x86-64. On a" \
+    # Not what the kernel says: that of a 32-bit Raspberry Pi OS has 64 bits.
+    local architecture
+    architecture=$(dpkg --print-architecture)
+    case $architecture in
+        arm64 | amd64) ;;
+        *) fail "$architecture is not supported: the interpreter of the models comes for arm64 and x86-64. On a" \
             "Raspberry Pi 3 or newer install the 64-bit Raspberry Pi OS" ;;
     esac
     command -v python3 >/dev/null || need_packages "Python is missing." python3 python3-venv

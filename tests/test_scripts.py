@@ -119,6 +119,24 @@ def test_the_installer_refuses_what_it_does_not_understand(arguments: tuple[str,
     assert words in done.stderr
 
 
+def check_machine(folder: Path, architecture: str) -> subprocess.CompletedProcess[str]:
+    """What the installer says of a computer with a 64-bit kernel and programs of an architecture of Debian's."""
+    for name, says in (("dpkg", architecture), ("uname", "aarch64"), ("apt-get", ""), ("systemctl", "")):
+        stub = folder / name
+        stub.write_text(f"#!/bin/sh\necho {says}\n")
+        stub.chmod(0o755)
+    return call_installer("check_machine", call=f'PATH="{folder}:$PATH"; check_machine')
+
+
+def test_a_32_bit_raspberry_pi_os_is_refused_although_its_kernel_has_64(tmp_path: Path) -> None:
+    """The kernel of Raspberry Pi OS has 64 bits either way; the models' interpreter comes for 64-bit programs."""
+    done = check_machine(tmp_path, "armhf")
+    assert done.returncode == 1
+    assert "armhf is not supported" in done.stderr
+    assert "64-bit Raspberry Pi OS" in done.stderr
+    assert check_machine(tmp_path, "arm64").returncode == 0
+
+
 def test_the_installer_explains_itself() -> None:
     done = install("--help")
     assert done.returncode == 0
