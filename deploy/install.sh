@@ -115,6 +115,7 @@ install_program() {
     fi
     # The service's user may not write here, so Python could never store what it compiles.
     "$venv/bin/python" -m compileall -q "$venv/lib" >/dev/null || true
+    chmod -R a+rX "$program" # for that user to read, whatever umask root has
     ln -sfn "$venv/bin/hematovision" "$command"
     say "Installed $("$venv/bin/hematovision" version | head -n 1)"
 }

@@ -137,6 +137,26 @@ def test_a_32_bit_raspberry_pi_os_is_refused_although_its_kernel_has_64(tmp_path
     assert check_machine(tmp_path, "arm64").returncode == 0
 
 
+def test_the_service_may_read_what_a_root_with_a_strict_umask_installs(tmp_path: Path) -> None:
+    """As on computers that were hardened: the program is root's, and the service runs as another user."""
+    venv = tmp_path / "opt" / "venv"
+    pip = f'#!/bin/sh\nif [ "$2" = pip ]; then cp "$0" "{venv}/bin/hematovision"; fi\n'
+    python = f'printf %s {shlex.quote(pip)} >"$2/bin/python"; chmod +x "$2/bin/python"'
+    make = f'make_venv() {{ mkdir "$2" "$2/bin"; {python}; }}'
+    done = call_installer(
+        "install_program",
+        call=f"umask 077; has_collector() {{ false; }}; find_python() {{ echo python3; }}; {make}; install_program",
+        program=str(tmp_path / "opt"),
+        venv=str(venv),
+        command=str(tmp_path / "command"),
+        source=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    made = list((tmp_path / "opt").rglob("*"))
+    assert {path.name for path in made} == {"venv", "bin", "python", "hematovision"}
+    assert all(path.stat().st_mode & 0o055 == 0o055 for path in made), "for others to read, and to enter or start"
+
+
 def test_the_installer_explains_itself() -> None:
     done = install("--help")
     assert done.returncode == 0
