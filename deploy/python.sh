@@ -37,10 +37,11 @@ need_packages() {
         fail "apt-get install $* failed; run it by hand to see why."
 }
 
-# make_venv PYTHON FOLDER: makes the environment, or leaves one alone that works.
+# make_venv PYTHON FOLDER: makes the environment, or leaves one alone that works. In one that was moved no program starts, pip
+# neither.
 make_venv() {
     local python=$1 folder=$2 version
-    if [ -x "$folder/bin/python" ] && fits "$folder/bin/python" && "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -x "$folder/bin/python" ] && fits "$folder/bin/python" && "$folder/bin/pip" --version >/dev/null 2>&1; then
         return
     fi
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then

@@ -265,3 +265,15 @@ def test_an_environment_that_works_is_left_alone_and_a_broken_one_is_made_anew(t
     (folder / "bin" / "python").unlink()
     assert "Making the virtual environment" in bash(make).stdout
     assert not mark.exists()
+
+
+def test_an_environment_that_was_moved_is_made_anew(tmp_path: Path) -> None:
+    """With the checkout around it: its programs begin with the path that its Python had, and do not start."""
+    first, second = tmp_path / "Downloads" / "venv", tmp_path / "venv"
+    (first / "bin").mkdir(parents=True)
+    (first / "bin" / "python").symlink_to(sys.executable)
+    (first / "bin" / "pip").write_text(f"#!{first}/bin/python\n")
+    (first / "bin" / "pip").chmod(0o755)
+    assert bash(f'make_venv true "{first}"').stdout == ""
+    first.rename(second)
+    assert f"Making the virtual environment {second}" in bash(f'make_venv true "{second}"').stdout
