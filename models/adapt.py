@@ -35,7 +35,7 @@ from agent.errors import FrameUnreadable
 from agent.inference.models import Models, open_models
 from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
-from models.common.labels import NUCLEATED, Rgb, read_cells
+from models.common.labels import NUCLEATED, Rgb
 from models.common.programs import CONVERTER, FOUND_WANTING, end, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 from models.finetune import CropsUnfit, others_words, pictures_among
@@ -69,7 +69,9 @@ def main() -> None:
     tuning.require_new(args.output)
     models = open_models(ModelsSection(folder=args.models, classifier=args.classifier))
     torch.manual_seed(1)
-    cells = find_cells(models, args.images, tuning.wording_of(models.manifest.classifier))
+    wording = tuning.wording_of(models.manifest.classifier)
+    known, judged = known_cells(args, wording)
+    cells = find_cells(models, args.images, wording)
     before = Names.of(models, cells)
     if before.trusted.sum() < FEWEST_TRUSTED:
         raise CropsUnfit(
@@ -79,14 +81,13 @@ def main() -> None:
     base = tuning.open_base(args.models, cells, args.classifier)
     move_norms(base.net, list(tuning.agent_squares(base.entry, cells)))
     taught = sure_cells(base, cells)
-    known = known_cells(args, base.wording)
     if taught:
         tuning.tune(base, taught + known, args.minutes, args.rate)
     work = args.output.with_name(args.output.name + ".part")
     chosen = cells + known
     new = tuning.write_models(base, chosen[:: max(1, len(chosen) // 200)], work, "adapted", {})
     facts = compare(before, Names.of(new, cells)) | {"cells_learnt_from": len(taught)}
-    facts |= pbc_accuracy(args, models, new, base.wording)
+    facts |= pbc_accuracy(models, new, judged)
     (work / "signoff.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))
     print(in_words(facts), file=sys.stderr)
@@ -177,13 +178,17 @@ def sure_cells(base: tuning.Base, cells: Sequence[crops.Example]) -> list[crops.
     return taught
 
 
-def known_cells(args: argparse.Namespace, wording: crops.Wording) -> list[crops.Example]:
-    """PBC training cells to learn along, where the data are at hand."""
+def known_cells(args: argparse.Namespace, wording: crops.Wording) -> tuple[list[crops.Example], list[crops.Example]]:
+    """PBC cells to learn along, and to judge by what is forgotten, where the data are at hand."""
     if args.data is None:
-        return []
-    cells = read_cells(args.data, "train")
-    chosen = np.random.default_rng(1).permutation(len(cells))[:400]
-    return crops.pbc_examples(args.data, [cells[k] for k in chosen], read_boxes(args.boxes), wording)
+        return [], []
+    learnt, judged = (tuning.known_cells(args.data, split, wording.classes) for split in ("train", "val"))
+    chosen = np.random.default_rng(1).permutation(len(learnt))[:400]
+    boxes = read_boxes(args.boxes)
+    return (
+        crops.pbc_examples(args.data, [learnt[k] for k in chosen], boxes, wording),
+        crops.pbc_examples(args.data, judged[::3], boxes, wording),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -240,12 +245,11 @@ def in_words(facts: Mapping[str, float]) -> str:
     )
 
 
-def pbc_accuracy(args: argparse.Namespace, old: Models, new: Models, wording: crops.Wording) -> dict[str, float]:
+def pbc_accuracy(old: Models, new: Models, judged: Sequence[crops.Example]) -> dict[str, float]:
     """Accuracy on PBC `val` before and after; nothing without the data."""
-    if args.data is None:
+    if not judged:
         return {}
-    examples = crops.pbc_examples(args.data, read_cells(args.data, "val")[::3], read_boxes(args.boxes), wording)
-    return {"pbc_before": tuning.share_of_right(old, examples), "pbc_after": tuning.share_of_right(new, examples)}
+    return {"pbc_before": tuning.share_of_right(old, judged), "pbc_after": tuning.share_of_right(new, judged)}
 
 
 def parse() -> argparse.Namespace:

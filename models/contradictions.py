@@ -55,7 +55,8 @@ def main() -> None:
     models = open_models(section_of(args))
     rules, rarity = models.naming_rules(), learn_rarity(args.data)
     right, confidence, rare = [], [], []
-    cells = require_named(read_cells(args.data, args.split), models, args.data, args.split)
+    classes = models.manifest.classifier.classes
+    cells = require_named(read_cells(args.data, args.split), classes, args.data, args.split)
     for cell in progress(cells, "pictures"):
         answer = models.name_central_cell(decode_file(cell.path, MAX_MEGAPIXELS))
         if rules.believes(answer):

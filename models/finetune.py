@@ -37,7 +37,7 @@ from agent.inference.manifest import load_manifest
 from agent.inference.models import open_models
 from models.classifier import crops, tuning
 from models.classifier.locate import read_boxes
-from models.common.labels import Rgb, read_cells
+from models.common.labels import Rgb
 from models.common.programs import CONVERTER, FOUND_WANTING, Unfit, end, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS
 
@@ -235,7 +235,7 @@ def rehearsal(args: argparse.Namespace, wording: crops.Wording, count: int) -> l
     """As many PBC training cells as there are crops of the laboratory's own, at least 200; none without the data."""
     if args.data is None:
         return []
-    cells = read_cells(args.data, "train")
+    cells = tuning.known_cells(args.data, "train", wording.classes)
     chosen = np.random.default_rng(1).permutation(len(cells))[: max(200, count)]
     return crops.pbc_examples(args.data, [cells[k] for k in chosen], read_boxes(args.boxes), wording)
 

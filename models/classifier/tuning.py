@@ -28,12 +28,13 @@ from agent.inference.models import Models, open_models
 from agent.inference.selftest import make_answers
 from models.classifier import crops
 from models.classifier.export import ChannelsLast, within_reach
-from models.common.labels import Rgb
+from models.common.labels import CellImage, Rgb, read_cells
 from models.common.manifests import OTHERS, find_entry, read_manifest, write_manifest
 from models.common.programs import Unfit
 from models.common.quantize import export_float, quantize_file, renew_entry
 from models.common.warm_start import load_shipped, save_norms
 from models.evaluation.asking import add_classifier
+from models.evaluation.names import require_named
 from models.nets.cellnet import CellNet
 
 BATCH = 32
@@ -70,6 +71,20 @@ def require_new(output: Path) -> None:
     """`Unfit` where the folder to be written is there already: told before minutes of learning."""
     if output.exists():
         raise Unfit(f"{output}: exists already; give another --output, or move it away first")
+
+
+def known_cells(data: Path, split: str, classes: Sequence[str]) -> Sequence[CellImage]:
+    """The PBC pictures to learn along, `train`, or to judge by, `val`.
+
+    `Unfit` where there are none, or of other classes: told before minutes of learning.
+    """
+    cells = read_cells(data, split)
+    if not cells:
+        raise Unfit(
+            f"{data / 'pbc.csv'}: has no picture of split {split}; --data is the folder of the PBC pictures: of train"
+            " some are learnt along, by val it is judged what is forgotten. Leave --data out if you do not have them"
+        )
+    return require_named(cells, classes, data, split)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

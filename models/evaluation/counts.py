@@ -26,8 +26,9 @@ MISSED = "missed"
 def evaluate_two_stage(models: Models, data: Path, split: str) -> dict[str, Any]:
     """The cell in the middle of each picture as the agent counts it; one not found or not trusted is wrong."""
     bench = make_bench(Config(), models)
+    cells = require_named(read_cells(data, split), models.manifest.classifier.classes, data, split)
     answers = []
-    for cell in progress(require_named(read_cells(data, split), models, data, split), "pictures"):
+    for cell in progress(cells, "pictures"):
         answers.append((cell.class_name, name_as_agent(bench, decode_file(cell.path, MAX_MEGAPIXELS))))
     given = [answer for _, answer in answers]
     return {

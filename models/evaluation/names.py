@@ -88,14 +88,14 @@ class NamedPictures:
 
 def name_pictures(models: Models, data: Path, split: str, random_seed: int | None = None) -> NamedPictures:
     """Each PBC picture of a split as `hematovision classify` takes it. random_seed: as in `read_cells`."""
-    cells = require_named(read_cells(data, split, random_seed), models, data, split)
+    classes = models.manifest.classifier.classes
+    cells = require_named(read_cells(data, split, random_seed), classes, data, split)
     answers = [models.name_central_cell(decode_file(c.path, MAX_MEGAPIXELS)) for c in progress(cells, "pictures")]
     return NamedPictures(cells, answers)
 
 
-def require_named(cells: Sequence[CellImage], models: Models, data: Path, split: str) -> Sequence[CellImage]:
-    """The cells, if there are any. Raises DataUnfit, also where the classifier has no such class."""
-    classes = models.manifest.classifier.classes
+def require_named(cells: Sequence[CellImage], classes: Sequence[str], data: Path, split: str) -> Sequence[CellImage]:
+    """The cells, if there are any. Raises DataUnfit, also where one is of none of a classifier's classes."""
     if strange := sorted({cell.class_name for cell in cells} - set(classes)):
         raise DataUnfit(f"{data / 'pbc.csv'}: {', '.join(strange)} is no class of the model: {', '.join(classes)}")
     return require_some(cells, data, split)

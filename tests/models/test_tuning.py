@@ -308,6 +308,37 @@ def test_a_folder_that_is_there_is_left_alone_and_told_before_minutes_of_learnin
         program.main()
 
 
+@pytest.mark.parametrize(
+    ("program", "rows", "words"),
+    [
+        (adapt, ["neutrophil,test"], "has no picture of split train"),
+        (adapt, ["neutrophil,train"], "has no picture of split val"),
+        (adapt, ["neutrophil,train", "Neutrophil,val"], "Neutrophil is no class of the model: basophil"),
+        (finetune, ["neutrophil,test"], "has no picture of split train"),
+        (finetune, ["Neutrophil,train"], "Neutrophil is no class of the model: basophil"),
+    ],
+)
+def test_pictures_that_teach_and_judge_nothing_are_told_before_minutes_of_learning(
+    program: ModuleType, rows: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a laboratory gives its own crops with --data, whose pbc.csv says test in each line."""
+    put_pictures(tmp_path / "crops" / "neutrophil", ".png", 60)
+    lines = [f"neutrophil/0.png,{row}" for row in rows]
+    (tmp_path / "crops" / "pbc.csv").write_text("\n".join(["path,class,split", *lines]))
+    if program is adapt:
+        adapt_to_given_names("AAAAABBBBB", "AAAAABBBBB", tmp_path / "new", monkeypatch)
+    else:
+        monkeypatch.setattr(tuning, "open_base", lambda *_: None)
+        monkeypatch.setattr(tuning, "with_own_stain", lambda base: base)
+    monkeypatch.setattr(tuning, "tune", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(tuning, "write_models", lambda *_: pytest.fail("it went on"))
+    given = ["--images", str(tmp_path)] if program is adapt else [str(tmp_path / "crops")]
+    given += ["--output", str(tmp_path / "new"), "--data", str(tmp_path / "crops")]
+    monkeypatch.setattr(sys, "argv", ["program", *given])
+    with pytest.raises(Unfit, match=words):
+        program.main()
+
+
 @pytest.mark.parametrize("program", [adapt, finetune])
 @pytest.mark.parametrize("minutes", ["0", "-1", "inf", "nan"])
 def test_minutes_with_which_learning_would_never_begin_or_end_are_refused(
