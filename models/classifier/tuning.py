@@ -7,6 +7,7 @@ import copy
 import datetime
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,9 +69,12 @@ def above_zero(text: str) -> float:
 
 
 def require_new(output: Path) -> None:
-    """`Unfit` where the folder to be written is there already: told before minutes of learning."""
+    """`Unfit` where the folder to be written is there already, or cannot be made: told before minutes of learning."""
     if output.exists():
         raise Unfit(f"{output}: exists already; give another --output, or move it away first")
+    above = next(place for place in output.absolute().parents if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise Unfit(f"{output}: cannot be made in {above}; give another --output")
 
 
 def known_cells(data: Path, split: str, classes: Sequence[str]) -> Sequence[CellImage]:

@@ -30,6 +30,7 @@ from models import adapt, finetune
 from models.classifier import crops, tuning
 from models.common.programs import Unfit
 from models.finetune import Comparison, CropsUnfit
+from tests.disks import mounted
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
 
@@ -306,6 +307,18 @@ def test_a_folder_that_is_there_is_left_alone_and_told_before_minutes_of_learnin
     monkeypatch.setattr(sys, "argv", ["program", *given, "--output", str(tmp_path)])
     with pytest.raises(Unfit, match="exists already; give another --output, or move it away first"):
         program.main()
+
+
+@pytest.mark.parametrize("program", [adapt, finetune])
+def test_a_folder_that_cannot_be_made_is_told_before_minutes_of_learning(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--images", str(tmp_path)] if program is adapt else [str(tmp_path)]
+    with mounted(tmp_path / "of-root", "ro") as others:
+        for output in (others / "my-models", others / "new" / "my-models"):
+            monkeypatch.setattr(sys, "argv", ["program", *given, "--output", str(output)])
+            with pytest.raises(Unfit, match=f"my-models: cannot be made in {others}; give another --output"):
+                program.main()
 
 
 @pytest.mark.parametrize(
