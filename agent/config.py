@@ -654,15 +654,16 @@ def load_reference_intervals(path: Path | None = None) -> tuple[ReferenceInterva
 def read_secret(file: Path | None, variable: str, environment: Mapping[str, str] | None = None) -> str | None:
     """A password from its file, or where no file is named from the variable of the environment; None = neither.
 
-    One line break at the end of the file does not count. The secret is never logged; a file that other users of this
-    computer can read is warned about. Raises `ConfigError` for a file that is missing, empty or no single line.
+    One line break at the end of the file does not count, nor the mark that editors on Windows put before UTF-8. The
+    secret is never logged; a file that other users of this computer can read is warned about. Raises `ConfigError` for
+    a file that is missing, empty or no single line.
     """
     if file is None:
         return (os.environ if environment is None else environment).get(variable) or None
     try:
         with file.open("rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
-            secret = stream.read(LARGEST_SECRET_BYTES + 1).decode("utf-8")
+            secret = stream.read(LARGEST_SECRET_BYTES + 1).decode("utf-8-sig")
     except OSError as error:
         reason = f"the password file cannot be read: {error.strerror}; without a file, {variable} is taken"
         raise ConfigError(str(file), (reason,)) from error

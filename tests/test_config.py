@@ -337,6 +337,11 @@ def test_one_line_break_at_the_end_of_a_secret_does_not_count(content: bytes, tm
     assert read_secret(secret_file(tmp_path, content), "X", {}) == "hunter2"
 
 
+def test_the_mark_that_windows_editors_put_before_utf_8_is_no_part_of_a_secret(tmp_path: Path):
+    """The broker would refuse it, and nobody sees the mark."""
+    assert read_secret(secret_file(tmp_path, b"\xef\xbb\xbfhunter2\r\n"), "X", {}) == "hunter2"
+
+
 def test_spaces_belong_to_a_secret(tmp_path: Path):
     assert read_secret(secret_file(tmp_path, b" a b \n"), "X", {}) == " a b "
 
