@@ -213,6 +213,11 @@ def make_site(
     now = now or datetime.now(timezone.utc)
     settings = merge_settings(top, site, hosts, port, at, data)
     present = read_clients(top)
+    for client in clients:
+        if is_renewal and client not in present:
+            raise SiteError(
+                f"--renew --{client.kind} {client.name}: {top} has no such {client.kind}; leave --renew out to make one"
+            )
     check_clients([*present, *clients])
     for client in clients:
         if client.name == CA_NAME:
@@ -585,7 +590,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--renew",
         action="store_true",
-        help="new keys and certificates: of those named, else of the broker and everybody",
+        help="new keys and certificates: of those named, who are there, else of the broker and everybody",
     )
     parser.add_argument("--days", type=int, default=LEAF_DAYS, help="life of new certificates (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port of the broker (default: 8883)")

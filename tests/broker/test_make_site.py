@@ -98,6 +98,15 @@ def test_renewing_one_by_name_leaves_the_others(top: Path) -> None:
     assert contents(top)[kept] == before["operators/anna/anna.pem"]
 
 
+@pytest.mark.parametrize(("kind", "name"), [("device", "microscop-1"), ("device", "anna")])
+def test_a_name_that_is_not_there_is_not_renewed_but_told(kind: str, name: str, top: Path) -> None:
+    """A slip would give rights to somebody new, and the certificate that was meant would run out."""
+    before = contents(top)
+    with pytest.raises(SiteError, match=f"--renew --{kind} {name}: {top} has no such {kind}"):
+        make_site(top, clients=[Client(kind, name)], is_renewal=True, now=NOW)
+    assert contents(top) == before
+
+
 def test_what_has_expired_is_made_again_by_any_run(top: Path) -> None:
     make_site(top, clients=[Client("device", "short")], days=2, now=NOW)
     outcomes = make_site(top, now=NOW + timedelta(days=3))
