@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import platform
 import sys
 from collections import Counter
@@ -50,6 +49,7 @@ from agent.offline import (
 )
 from agent.preflight import run_checks
 from agent.supervisor import run_agent
+from agent.systemd import is_journal
 
 OK, SOME_FAILED = 0, 1
 
@@ -397,5 +397,5 @@ def _album(folder: Path | None, models: Models) -> Album | None:
 
 def _start_logging(config: Config) -> None:
     """Log to standard error; under systemd the journal adds the time itself."""
-    time_words = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    time_words = "" if is_journal() else "%(asctime)s "
     logging.basicConfig(level=config.log.level.upper(), format=f"{time_words}%(levelname)s %(name)s: %(message)s")

@@ -1,4 +1,4 @@
-"""Telling systemd how the service is: ready, stopping, alive.
+"""Telling systemd how the service is: ready, stopping, alive; and whether its journal listens.
 
 The protocol is one datagram to the socket that NOTIFY_SOCKET names (sd_notify(3)). Without that variable, as in a
 terminal, every call does nothing.
@@ -57,6 +57,20 @@ def status(text: str) -> bool:
 def feed_watchdog() -> bool:
     """Every stage has moved since the last time."""
     return notify("WATCHDOG=1")
+
+
+def is_journal(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether standard error is the journal, which adds the time itself.
+
+    JOURNAL_STREAM names the file that it must be (systemd.exec(5)): the programs of a desktop inherit the variable, and
+    their standard error may be a terminal or a file.
+    """
+    told = (os.environ if environ is None else environ).get("JOURNAL_STREAM")
+    try:
+        place = os.fstat(2)
+    except OSError:
+        return False
+    return told == f"{place.st_dev}:{place.st_ino}"
 
 
 def watchdog_interval_s(environ: Mapping[str, str] | None = None, process_id: int | None = None) -> float | None:

@@ -722,6 +722,25 @@ def test_run_ends_with_0_at_sigterm(tmp_path: Path, mosquitto: Callable[..., Any
     assert "Traceback" not in err
 
 
+@needs_models
+@pytest.mark.parametrize("is_journal", [True, False])
+def test_lines_of_the_log_have_their_time_but_in_the_journal(is_journal: bool, tmp_path: Path) -> None:
+    """Terminals of desktops hand JOURNAL_STREAM on, whose journal is not where the lines go."""
+    config = write_config(tmp_path, 1, camera={"simulated": {"fields": 1}})
+    reader, writer = os.pipe()
+    place = os.fstat(writer)
+    stream = f"{place.st_dev}:{place.st_ino}" if is_journal else f"{place.st_dev}:{place.st_ino + 1}"
+    command = [sys.executable, "-m", "agent", "run", "--config", str(config)]
+    with os.fdopen(reader) as lines:
+        process = subprocess.Popen(command, stderr=writer, env=environment(JOURNAL_STREAM=stream))
+        os.close(writer)
+        first = lines.readline()
+        process.terminate()
+        lines.read()
+    process.wait(60)
+    assert bool(re.match(r"20\d\d-\d\d-\d\d \d\d:", first)) is not is_journal, first
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("arguments", [("version",), ("check-config", "--schema"), ("check-config", "--template")])
 def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_5(arguments: tuple[str, ...]) -> None:

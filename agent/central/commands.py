@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from typing import IO
 
@@ -17,6 +16,7 @@ from agent.central.export import export as write_export
 from agent.central.settings import load_settings, template
 from agent.files import whole_file
 from agent.signals import stop_on_signals
+from agent.systemd import is_journal
 
 OK, SOME_FAILED = 0, 1
 
@@ -33,7 +33,7 @@ def collect(arguments: argparse.Namespace) -> int:
         receiver=arguments.receiver,
         share=arguments.share,
     )
-    time_words = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    time_words = "" if is_journal() else "%(asctime)s "
     logging.basicConfig(level=settings.log_level.upper(), format=f"{time_words}%(levelname)s %(name)s: %(message)s")
     logging.getLogger(__name__).info("%s", RESEARCH_USE_ONLY)
     assert settings.database.url is not None  # load_settings sees to it
