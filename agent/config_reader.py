@@ -356,7 +356,15 @@ def _store(reading: _Reading, key: Key, value: Any, folder: Path, values: dict[s
             except RuntimeError:
                 reading.blame(key.path, f"found {found_words(value)}; there is no such user's home folder here")
                 return
+            if not _is_utf_8(value):
+                reading.blame(key.path, f"lies in a folder whose name is not UTF-8: {value!r}; rename that folder")
+                return
     values[key.path[-1]] = value
+
+
+def _is_utf_8(text: str) -> bool:
+    """Whether it can be written: names of files that are no UTF-8 come with surrogates (PEP 383)."""
+    return not any(unicodedata.category(letter) == "Cs" for letter in text)
 
 
 def _read_environment(

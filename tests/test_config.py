@@ -322,6 +322,21 @@ def test_a_relative_path_in_a_variable_starts_at_the_working_directory(tmp_path:
     assert config.camera.folder.path == tmp_path / "images"
 
 
+def test_a_configuration_in_a_folder_whose_name_is_not_utf_8_is_told(tmp_path: Path):
+    """As on a stick from an old computer: only paths that start there are in the way."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    file = folder / "c.yaml"
+    file.write_text("site: lab\n")
+    assert load_config(file, {}).site == "lab"
+    file.write_text("site: lab\ncamera: {folder: {path: fields}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, {})
+    (fault,) = caught.value.faults
+    assert "camera.folder.path (line 2): lies in a folder whose name is not UTF-8" in fault
+    assert r"caf\udce9" in fault
+
+
 # Secrets --------------------------------------------------------------------------------------------------------------
 
 
