@@ -337,8 +337,9 @@ class OutboxSection(Section):
     """The results on disk that nobody has confirmed yet, and for a while those that are confirmed."""
 
     folder: Path | None = None
-    """Folder of the outbox; must be on a local disk. null = $STATE_DIRECTORY (systemd), else
-    $XDG_STATE_HOME/hematovision, else ~/.local/state/hematovision."""
+    """Folder of the outbox; must be on a local disk. The service must be allowed to write to it: docs/outbox.md, on
+    another disk. null = $STATE_DIRECTORY (systemd), else $XDG_STATE_HOME/hematovision, else
+    ~/.local/state/hematovision."""
     max_mb: Annotated[float, Field(ge=1, le=1_000_000)] = 2048
     """MB; when the outbox has grown to this, room is made: first confirmed results go, then cells (their fields hold
     them too) and old events, and what goes is counted. When that is not enough, intake stops; a sample can still be

@@ -6,6 +6,7 @@ is lost, no number is given twice.
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import time
 from pathlib import Path
@@ -94,9 +95,13 @@ def lock_folder(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_NAME).open("a", encoding="ascii")
     except OSError as error:
-        raise OutboxError(
-            f"outbox folder {folder}: cannot be used: {error.strerror}; choose another outbox.folder or mend its rights"
-        ) from error
+        mend = "choose another outbox.folder or mend its rights"
+        if error.errno == errno.EROFS:
+            mend = (
+                "mend the disk if it is; to the service all but its own folders is read-only: `sudo systemctl edit"
+                f" hematovision`, with ReadWritePaths={folder} below [Service], lets it write there (docs/outbox.md)"
+            )
+        raise OutboxError(f"outbox folder {folder}: cannot be used: {error.strerror}; {mend}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

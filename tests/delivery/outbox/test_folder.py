@@ -10,7 +10,7 @@ import pytest
 from agent.delivery.outbox import START_ROOM_BYTES, begin_boot, lock_folder, open_outbox, read_boot
 from agent.errors import OutboxError
 from tests.delivery.outbox.making import make_draft, make_outbox
-from tests.disks import use_up_space
+from tests.disks import mounted, use_up_space
 
 
 def test_the_boot_counter_outlives_the_database(tmp_path: Path) -> None:
@@ -71,3 +71,11 @@ def test_a_second_agent_is_kept_off_the_folder(tmp_path: Path) -> None:
         lock_folder(tmp_path)
     held.close()
     lock_folder(tmp_path).close()
+
+
+def test_a_folder_that_the_service_may_not_write_is_told_with_what_lets_it(tmp_path: Path) -> None:
+    """To a service all but its own folders is read-only, whatever `check-config` in a shell has found."""
+    with mounted(tmp_path / "ssd", "ro") as disk:
+        folder = disk / "hematovision"
+        with pytest.raises(OutboxError, match=f"Read-only file system; .*systemctl edit.*ReadWritePaths={folder} "):
+            lock_folder(folder)
