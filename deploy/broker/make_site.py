@@ -235,7 +235,7 @@ def make_site(
     for client in [client for client in present if client.name in remove]:
         take_away(client, top, now)
     everybody = sorted(
-        {client for client in (*present, *clients) if client.name not in remove},
+        {*(client for client in present if client.name not in remove), *clients},
         key=lambda client: (list(KINDS).index(client.kind), client.name),
     )
     what = "made" if is_new else "kept"
@@ -632,7 +632,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         soon = "   <- renew soon, with --renew" if left < RENEW_SOON_DAYS else ""
         print(f"{one.kind:<10}{one.name:<32}{one.what}, good until {one.expires:%Y-%m-%d} ({left} days){soon}")
     for name in options.remove:
-        print(f"{'removed':<10}{name:<32}its certificates are on the list of refused ones")
+        print(f"{'removed':<10}{name:<32}the certificates that it had are on the list of refused ones")
     print(
         f"Now carry {options.folder / 'broker'} to the broker and the others' folders to their owners: docs/security.md"
     )

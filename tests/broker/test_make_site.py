@@ -148,6 +148,16 @@ def test_who_is_removed_loses_the_rights_and_stands_on_the_list_of_the_refused(t
     assert contents(top) == before
 
 
+def test_who_is_removed_and_given_in_one_run_gets_a_new_certificate_and_the_old_one_is_refused(top: Path) -> None:
+    """As for a microscope whose computer was stolen."""
+    old = certificate(top / "devices/microscope-1/microscope-1.pem").serial_number
+    outcomes = make_site(top, remove=["microscope-1"], clients=[Client("device", "microscope-1")], now=NOW)
+    assert ("microscope-1", "made") in {(one.name, one.what) for one in outcomes}
+    assert certificate(top / "devices/microscope-1/microscope-1.pem").serial_number != old
+    assert refused(top) == [old]
+    assert "user microscope-1\n" in (top / "broker/acl").read_text()
+
+
 def test_who_is_removed_is_refused_with_the_certificates_before_the_renewal_too(top: Path) -> None:
     file = top / "devices/microscope-2/microscope-2.pem"
     device = Client("device", "microscope-2")
