@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.common.programs import run_program
+from models.common.programs import Unfit, run_program
 
 Figures = dict[str, Any]
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 def draw(folder: Path, what: str) -> str:
     """The tables of one evaluation: the shipped file and, where it was measured, the float net."""
-    figures = json.loads((folder / f"{what}.json").read_text())
+    figures = read_whole(folder / f"{what}.json")
     return printed(lambda: TABLES[what](figures, read(folder / f"float-{what}.json")))
 
 
@@ -70,7 +70,7 @@ def draw_classifiers(folder: Path) -> str:
     """A line for each classifier that was measured: `classifier.json`, and `classifier-NAME.json` of the others."""
     rows = []
     for file in [*folder.glob("classifier.json"), *sorted(folder.glob("classifier-*.json"))]:
-        figures, other = json.loads(file.read_text()), read(folder / f"float-{file.name}")
+        figures, other = read_whole(file), read(folder / f"float-{file.name}")
         elsewhere = read(folder / file.name.replace("classifier", "microscopes", 1)) or {"sources": {}}
         row: list[object] = [figures["names"]["classifier"], figures["accuracy"], other["accuracy"] if other else "-"]
         row += [figures["macro_f1"], figures["accuracy_at_coverage"]["0.95"], figures["calibration_error"]["after"]]
@@ -98,7 +98,19 @@ END = "<!-- end of figures -->"
 
 
 def read(file: Path) -> Figures | None:
-    return json.loads(file.read_text()) if file.exists() else None
+    """The figures of a file; None = they were not measured."""
+    return read_whole(file) if file.exists() else None
+
+
+def read_whole(file: Path) -> Figures:
+    """The figures of a file. `Unfit` for one that a measurement which ended early has left."""
+    try:
+        found: Figures = json.loads(file.read_text())
+    except ValueError as error:
+        raise Unfit(
+            f"{file}: not what `models.evaluate --json` prints ({error}); measure it again, or delete it"
+        ) from error
+    return found
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

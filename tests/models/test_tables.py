@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models.tables import draw_classifiers, fill
+import pytest
+
+from models.common.programs import Unfit
+from models.tables import draw_classifiers, fill, main
 
 TOP = Path(__file__).parents[2]
 OF_THE_DETECTOR = ("detector", "large-frames", "close-ups")
@@ -78,3 +81,14 @@ def test_each_classifier_that_was_measured_has_a_line(tmp_path: Path) -> None:
     first, second = draw_classifiers(tmp_path).splitlines()[2:4]
     assert first == "| first | 0.9800 | - | 0.9000 | 0.9900 | 0.0100 | - | - | - |"
     assert second == "| second | 0.9600 | 0.9650 | 0.9000 | 0.9900 | 0.0100 | - | - | 0.7500 |"
+
+
+def test_figures_that_are_not_whole_are_told_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models.evaluate ... > detector.json` that ended early leaves such a file; the card stays as it is."""
+    (tmp_path / "detector.json").touch()
+    card = tmp_path / "CARD.md"
+    card.write_text("<!-- figures: detector -->\n\nold\n<!-- end of figures -->")
+    monkeypatch.setattr("sys.argv", ["tables", str(tmp_path), str(card)])
+    with pytest.raises(Unfit, match=r"detector\.json: not what `models\.evaluate --json` prints .*measure it again"):
+        main()
+    assert "old" in card.read_text()
