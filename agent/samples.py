@@ -13,7 +13,7 @@ from agent.delivery.outbox import Outbox
 from agent.desk import NO_SAMPLE_YET, NUMBER_KEY, fresh_sample, new_sid, next_number
 from agent.domain import SampleState
 from agent.errors import OutboxError
-from agent.reporting import Reporter, archive
+from agent.reporting import Reporter, archive, kept_key, read_kept
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,10 @@ def begin_sample(
         return stored or NO_SAMPLE_YET, False
     number = next_number(outbox)
     fresh = fresh_sample(section.id or new_sid(now, outbox.boot, number), number, section)
-    if stored is not None:  # of the same name: no cell_id and no report is given twice
-        fresh = replace(fresh, next_cell_number=stored.next_cell_number, reports=stored.reports)
+    kept = outbox.note(kept_key(fresh.sid))
+    earlier = stored if stored is not None or kept is None else read_kept(kept).sample
+    if earlier is not None:  # of the same name: no cell_id and no report is given twice
+        fresh = replace(fresh, next_cell_number=earlier.next_cell_number, reports=earlier.reports)
     begun = begin(None, fresh, rfc3339_ms(now))
     cleared, archived = archive(ended, begun.sid, outbox, reporter.topics)
     outbox.append((), sample=begun, documents=cleared, notes={**archived, NUMBER_KEY: str(number)})

@@ -128,6 +128,14 @@ def test_a_named_sample_that_runs_again_keeps_its_report_and_no_cell_of_the_run_
     assert [outbox.notes(kind) for kind in ("samples/", "cells/", "review/")] == [{}, {}, {}]
 
 
+def test_a_name_that_comes_back_after_another_gives_no_cell_id_and_no_report_twice(outbox: Outbox) -> None:
+    """Answers to cells of the run before stay under their ids."""
+    outbox.append((), sample=SampleState("first", next_cell_number=40))
+    begin(outbox, "second")
+    again, is_new = begin(outbox, "first")
+    assert (is_new, again.next_cell_number, again.reports, again.fields) == (True, 40, 1, 0)
+
+
 def test_where_commands_begin_samples_none_begins_by_itself(outbox: Outbox) -> None:
     assert begin(outbox, start="command")[0].phase == "idle"
     assert outbox.sample_state() is None
