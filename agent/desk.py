@@ -50,7 +50,7 @@ from agent.reporting import (
     Reporter,
     archive,
     cell_key,
-    forget_cells,
+    forget_waiting,
     kept_key,
     read_kept,
     rename_cell,
@@ -293,7 +293,7 @@ class Desk:
         drafts: tuple[Draft, ...] = ()
         notes: Mapping[str, str | None] = {}
         if request.abort:
-            notes = forget_cells(sample.sid)  # nobody can name a cell of it any more
+            notes = forget_waiting(sample.sid, self._outbox)  # nobody can name a cell of it any more
             words = f"sample {sample.sid} was thrown over after {sample.fields} fields"
             drafts = (self._event(reporter, "sample-aborted", words, "warning", {"sample": sample.sid}),)
         words = f"sample {sample.sid} is {stopped.phase}"

@@ -180,9 +180,9 @@ def archive(
     """What becomes of the samples before, when the next begins: documents to clear, notes to forget.
 
     The `sample` of every other one goes; of the ended ones, oldest first, all that goes beyond KEPT_SAMPLES with the
-    new one; of those that have no report the cells; and what is kept of an earlier run of the same configured name,
-    whose cells are none of the new sample's. before: the last one, ended, where it is known; its end may not be stored
-    yet. outbox: only read.
+    new one; of those that have no report the cells; and of an earlier run of the same configured name, whose cells are
+    none of the new sample's, all but what persons have said. before: the last one, ended, where it is known; its end
+    may not be stored yet. outbox: only read.
     """
     kept = outbox.notes(kept_key(""))
     ended = {sample.sid: sample for sample in (read_kept(text).sample for text in kept.values())}
@@ -196,7 +196,7 @@ def archive(
     documents: dict[str, tuple[RetainedDocument, ...]] = {
         sid: (RetainedDocument(topics.sample(sid), None),) for sid in sorted(told)
     }
-    notes: dict[str, str | None] = {kept_key(fresh_sid): None, **forget_cells(fresh_sid)}
+    notes: dict[str, str | None] = {kept_key(fresh_sid): None, **forget_waiting(fresh_sid, outbox)}
     for sid in told - ended.keys():
         notes.update(forget_cells(sid))
     last_sid = None if before is None else before.sid
@@ -221,6 +221,16 @@ def forget_sample(sid: str, topics: Topics) -> tuple[tuple[RetainedDocument, ...
 def forget_cells(sid: str) -> dict[str, str | None]:
     """What is kept of the single cells of a sample, to be forgotten."""
     return {f"cells/{sid}/": None, f"{REVIEW}{sid}/": None, f"{ANSWERS}{sid}/": None}
+
+
+def forget_waiting(sid: str, outbox: Outbox) -> dict[str, str | None]:
+    """What is kept of the cells of a sample of which none can be named any more, to be forgotten. outbox: only read.
+
+    What persons have said stays, each with its entry in the list: their work may not be exported yet.
+    """
+    answered = [key.removeprefix(ANSWERS) for key in outbox.notes(f"{ANSWERS}{sid}/")]
+    entries = {f"{REVIEW}{place}": outbox.note(f"{REVIEW}{place}") for place in answered}
+    return {f"cells/{sid}/": None, f"{REVIEW}{sid}/": None, **entries}
 
 
 def rename_cell(sample: SampleState, before: str, after: str) -> SampleState:

@@ -149,6 +149,35 @@ def test_an_answer_to_a_cell_of_an_earlier_run_of_a_named_sample_changes_no_coun
     assert amend(place, "t-2", "s-1-5", "lobed")["status"] == "ok"
 
 
+def test_what_a_person_has_said_outlasts_the_next_run_of_a_named_sample_with_its_picture(outbox: Outbox) -> None:
+    """A computer that was switched off and on reads its folder again: the crops are not exported yet."""
+    place = count_two_fields(outbox, name(0.55, 0.45))
+    amend(place, "t-1", "s-1-1", "lobed")
+    (before,) = [cell for cell in kept(outbox) if cell.answers]
+    close_sample(outbox, place.pipeline.sample, "s-1")
+    reporter = Reporter(Topics("site", "dev"), Rules(KINDS), make_bench().provenance)
+    begin_sample(outbox, SampleSection(id="s-1"), AT, reporter, takes_all_anew=True)
+    assert kept(outbox) == [before]
+    assert before.jpeg
+
+
+def test_what_a_person_has_said_of_a_sample_that_is_thrown_over_can_be_exported_until_the_next_begins(
+    outbox: Outbox,
+) -> None:
+    bench = replace(make_bench(), counting=Rules(KINDS), review=ReviewSection(max_margin=1.0))
+    place = Place(outbox, bench=bench)
+    place.do("start", "a", sample="s-1")
+    place.give(1)
+    place.run_a_while(lambda: place.pipeline.sample.fields == 1)
+    amend(place, "t-1", "s-1-1", "lobed")
+    before = kept(outbox)
+    place.do("stop", "b", abort=True)
+    assert kept(outbox) == before
+    assert before[0].answers
+    place.do("start", "c", sample="s-2")
+    assert kept(outbox) == []
+
+
 def test_no_cell_of_a_sample_that_was_thrown_over_waits_for_a_person(outbox: Outbox) -> None:
     bench = replace(make_bench(), counting=Rules(KINDS), review=ReviewSection(max_margin=1.0))
     place = Place(outbox, bench=bench)
