@@ -13,6 +13,7 @@
 | GET  /api/crop/{sample}/{cell}  | the picture of a cell of it                                                      |
 | POST /api/picture               | an uploaded picture; what was found in it                                        |
 | GET  /api/picture/{id}.jpg      | that picture, as a browser can show it                                           |
+| HEAD, where there is a GET      | the same without its body (RFC 9110, 9.3.2)                                      |
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from agent.web.views import Sights
 COMMANDS = frozenset({"start", "pause", "resume", "stop", "amend"})
 """What the page may ask. None of these needs the operator's role: with `commands.operator: broker` it is the broker's
 rights that make an operator, and what comes from here has not passed them."""
+
+CHANGES_NOTHING = frozenset({"GET", "HEAD"})
+"""Methods that any page may have a browser send: it is not told the answer, and nothing is other than before."""
 
 COOKIE = "hv_page"
 
@@ -118,12 +122,18 @@ class Handler(tornado.web.RequestHandler):
             self.refuse(429, "too many requests; wait a moment")
         elif not is_own_name(request.host, parts.names):
             self.refuse(421, "the page does not answer under this name; use its address, or put the name in web.names")
-        elif request.method != "GET" and not is_own_origin(
+        elif request.method not in CHANGES_NOTHING and not is_own_origin(
             request.headers.get("Origin"), request.protocol, request.host
         ):
             self.refuse(403, "only this page itself may send this")
         elif not (self.is_for_all or self.is_in):
             self.refuse(401, "the password is needed")
+
+    async def head(self, *parts_of_path: str) -> None:
+        """As GET, which refuses where there is none; the framework leaves the body out."""
+        answering = self.get(*parts_of_path)
+        if answering is not None:
+            await answering
 
     @property
     def is_in(self) -> bool:

@@ -132,6 +132,35 @@ def test_looking_on_changes_nothing(beside: Make) -> None:
     assert [(row.stream, row.payload) for row in one.outbox.pending(0, 1000)] == before
 
 
+def head(one: Beside, path: str, **headers: str) -> str:
+    """All that is sent in answer to a HEAD: read from the socket, for a client leaves out what should not be there."""
+    sent = {"Host": f"127.0.0.1:{one.section.port}", "Connection": "close", **headers}
+    lines = [f"HEAD {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items()), "", ""]
+    with socket.create_connection(("127.0.0.1", one.section.port), 10) as client:
+        client.sendall("\r\n".join(lines).encode())
+        return b"".join(iter(lambda: client.recv(4096), b"")).decode()
+
+
+def test_a_head_is_answered_as_a_get_without_its_body(beside: Make) -> None:
+    one = beside(sample=SampleState("s-1"))
+    for path in ("/", "/static/main.js", "/static/page.css", "/api/review", "/api/frame/1.jpg", "/nothing"):
+        got, said = one.get(path), head(one, path)
+        status, *lines = said.removesuffix("\r\n\r\n").split("\r\n")
+        assert (said.endswith("\r\n\r\n"), status.split()[1]) == (True, str(got.status)), path
+        of_its_own = ("Date: ", "Connection: ")
+        assert [line for line in lines if not line.startswith(of_its_own)] == [
+            f"{name}: {value}" for name, value in got.headers.items() if name != "Date"
+        ], path
+
+
+def test_a_head_passes_the_same_guard_as_a_get(beside: Make) -> None:
+    one = beside(PASSWORD)
+    assert head(one, "/", Host="evil.example").startswith("HTTP/1.1 421 ")
+    assert head(one, "/api/state").startswith("HTTP/1.1 401 ")
+    assert head(one, "/login").startswith("HTTP/1.1 405 "), "there is no GET"
+    assert one.ask("DELETE", "/").status == 403, "what is not known to change nothing comes from the page alone"
+
+
 # ------------------------------------------------------------------------------------------------ driving a sample
 
 
