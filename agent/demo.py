@@ -24,19 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 from agent.camera.replay import list_pictures
 from agent.child_process import ChildProcess
-from agent.config import VARIABLE_PREFIX, WebSection
+from agent.config import VARIABLE_PREFIX, OutboxSection, WebSection
 from agent.delivery.embedded_broker import LOOPBACK, free_port, open_embedded_broker
-from agent.delivery.outbox import open_outbox
+from agent.delivery.outbox import START_ROOM_BYTES, open_outbox
 from agent.delivery.subscriber import Subscriber, open_subscriber
 from agent.delivery.topics import Topics
-from agent.errors import ConfigError, HematoVisionError
+from agent.errors import ConfigError, HematoVisionError, OutboxError
 from agent.files import whole_file
+from agent.machine import read_disk_free
 from agent.report.device import read_device
 from agent.report.document import compose
 from agent.report.render import render
 from agent.report.signature import ENDING, KEY_NAME, open_key, sign
 from agent.review import CROPS_FOLDER, CropStore
-from agent.supervisor import import_page
+from agent.supervisor import import_page, start_want
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -45,6 +46,9 @@ SITE, DEVICE, SAMPLE = "demo", "microscope-1", "demo-sample"
 
 QUIET_S = 1.0
 """s; when the agent has ended and nothing arrives for this long, everything has arrived."""
+
+ROOM_BYTES = int(OutboxSection().min_free_mb * 2**20) + START_ROOM_BYTES
+"""Free on the disk when the demo begins: with less than `outbox.min_free_mb` its agent stores nothing, and waits."""
 
 
 class AgentEnded(HematoVisionError):
@@ -93,8 +97,8 @@ def run_demo(
     camera = _camera_section(options)
     with (
         _signals_end_it(),
-        tempfile.TemporaryDirectory(prefix="hematovision-demo-", ignore_cleanup_errors=True) as name,
-        closing(open_embedded_broker(Path(name), options.port)) as broker,
+        _own_folder() as folder,
+        closing(open_embedded_broker(folder, options.port)) as broker,
         open_subscriber(broker.host, broker.port, f"hv/1/{SITE}/{DEVICE}/#") as subscriber,
     ):
         page_port = _page_port()
@@ -104,21 +108,41 @@ def run_demo(
             "site": SITE,
             "device": DEVICE,
             "camera": camera,
-            "outbox": {"folder": str(Path(name) / "state")},
+            "outbox": {"folder": str(folder / "state")},
             "broker": {"host": broker.host, "port": broker.port},
         }
         if page_port is not None:
             config["web"] = {"enabled": True, "port": page_port}
         key = None
         if options.cells is not None:
-            key = open_key(Path(name) / KEY_NAME, create=True)  # that it cannot is said before the counting
+            key = open_key(folder / KEY_NAME, create=True)  # that it cannot is said before the counting
             config["sample"] = {"id": SAMPLE, "age_band": "adult", "stop_at_cells": options.cells}
-        agent = _start_agent(Path(name), config)
+        agent = _start_agent(folder, config)
         try:
             _listen(agent, subscriber, options.fields, on_message, ends_with_report=key is not None)
         finally:
             agent.stop()
-        return [] if key is None or options.report is None else _write_report(Path(name) / "state", options.report, key)
+        return [] if key is None or options.report is None else _write_report(folder / "state", options.report, key)
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A temporary folder for all that a demo keeps. Raises OutboxError: none can be made, or its disk lacks room."""
+    mend = "free space there, or name a folder with room: TMPDIR=/a/folder hematovision demo"
+    try:
+        made = tempfile.TemporaryDirectory(prefix="hematovision-demo-", ignore_cleanup_errors=True)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        raise OutboxError(f"the demo has no temporary folder for its files: {where}{error.strerror}; {mend}") from error
+    with made as name:
+        folder = Path(name)
+        want = start_want(folder)
+        free_bytes = read_disk_free(folder)
+        if want is None and free_bytes is not None and free_bytes < ROOM_BYTES:
+            want = f"the disk has {free_bytes / 2**20:.1f} MB left"
+        if want is not None:
+            raise OutboxError(f"{folder.parent}: {want}; a demo needs {ROOM_BYTES / 2**20:g} MB: {mend}")
+        yield folder
 
 
 def _page_port() -> int | None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from agent.delivery.embedded_broker import HOW_TO_INSTALL
 from agent.domain import Frame
 from agent.errors import ConfigError
 from agent.report.pdf import render_pdf
+from tests.disks import mounted
 
 TOP = Path(__file__).resolve().parent.parent
 
@@ -187,6 +189,50 @@ def test_a_port_that_is_taken_is_exit_code_6(start: Callable[..., subprocess.Pop
         _, err = process.communicate(timeout=30)
     assert process.returncode == 6
     assert f"port {port} cannot be used" in err
+
+
+def end_of_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit code of a demo, in this process, whose temporary folders are made in `folder`."""
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--fields", "1"])
+    return end.value.code
+
+
+MEND = r"free space there, or name a folder with room: TMPDIR=/a/folder hematovision demo\n$"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            "size=300m,nr_inodes=5",
+            r"yet takes no more: its files \(inodes\) or a quota are used up; a demo needs 70 MB: ",
+        ),
+        ("size=4m", r"the disk has 4\.0 MB left; a demo needs 70 MB: "),
+        ("size=40m", r"the disk has 40\.0 MB left; a demo needs 70 MB: "),
+    ],
+)
+def test_a_temporary_folder_without_room_is_told_before_anything_is_started(
+    options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(tmp_path / "disk", options) as disk:
+        assert end_of_demo(disk, monkeypatch) == 5
+        assert list(disk.iterdir()) == []
+    told = capsys.readouterr().err
+    assert told.startswith(f"hematovision: error: {disk}: the disk has ")
+    assert re.search(words + MEND, told)
+
+
+def test_that_no_temporary_folder_can_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So it is where /tmp, /var/tmp and the working directory are full: Python finds no place for one."""
+    assert end_of_demo(tmp_path / "absent", monkeypatch) == 5
+    told = capsys.readouterr().err
+    assert re.search(
+        rf"no temporary folder for its files: {tmp_path}/absent/\S+: No such file or directory; {MEND}", told
+    )
 
 
 def test_without_a_broker_program_the_exit_code_is_6_and_the_message_says_what_to_install(
