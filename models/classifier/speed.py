@@ -26,6 +26,7 @@ from agent.inference.interpreter import load_runtime
 from agent.inference.manifest import ClassifierEntry, load_manifest, read_model_file
 from agent.inference.models import Models, open_models
 from models.common.programs import run_program
+from models.evaluation.asking import add_threads
 
 ROUNDS = 12
 
@@ -77,7 +78,7 @@ def seconds(ask: Callable[[Pixels], object], pixels: Pixels) -> float:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of manifest.json")
-    parser.add_argument("--threads", type=int, default=2)
+    add_threads(parser)
     return parser.parse_args()
 
 

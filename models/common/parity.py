@@ -23,6 +23,7 @@ from agent.config import ModelsSection
 from agent.inference.manifest import MANIFEST_NAME, load_manifest
 from agent.inference.models import open_models
 from models.common.programs import Unfit, run_program
+from models.evaluation.asking import add_threads
 from models.evaluation.boxes import evaluate_detector
 from models.evaluation.names import evaluate_classifier
 
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--int8", type=Path, default=Path("models"), help="folder of manifest.json, int8 files")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--threads", type=int, default=2)
+    add_threads(parser)
     return parser.parse_args()
 
 

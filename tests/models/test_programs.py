@@ -121,6 +121,33 @@ def test_a_wrong_folder_or_name_is_told(
     assert (found, told in error, error.count("\n")) == (code, True, 1), error
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("models.evaluate", "two-stage", "--threads", "0"),
+        ("models.evaluate", "two-stage", "--threads", "-1"),
+        ("models.evaluate", "two-stage", "--most-tiles", "0"),
+        ("models.robustness", "--threads", "0"),
+        ("models.contradictions", "--threads", "0"),
+        ("models.classifier.speed", "--threads", "0"),
+        ("models.common.parity", "--threads", "0"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_that_the_agent_would_refuse_in_its_configuration_is_refused_in_words(
+    words: tuple[str, ...], ended: Callable[..., tuple[int, str]]
+) -> None:
+    *_, option, number = words
+    code, error = ended(*words, "--data" if words[0] != "models.classifier.speed" else "--models", NOWHERE)
+    assert code == 2
+    assert error.endswith(f"error: argument {option}: {number}: Input should be greater than or equal to 1\n")
+
+
+def test_every_program_that_asks_for_threads_asks_in_the_same_way() -> None:
+    asking = [file.name for file in (TOP / "models").rglob("*.py") if '"--threads"' in file.read_text()]
+    assert asking == ["asking.py"]
+
+
 def test_a_float_folder_without_one_of_the_classifiers_is_told_before_anything_is_measured(
     tmp_path: Path, ended: Callable[..., tuple[int, str]]
 ) -> None:
