@@ -18,7 +18,7 @@ from agent.camera.decoding import decode_file
 from agent.config import ModelsSection
 from agent.inference.models import open_models
 from models.common.labels import read_cells
-from models.common.programs import Unfit, run_program
+from models.common.programs import Unfit, require_writable, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 Boxes = Mapping[str, tuple[float, float, float, float]]
@@ -26,6 +26,7 @@ Boxes = Mapping[str, tuple[float, float, float, float]]
 
 def main() -> None:
     args = parse()
+    require_writable(args.output)
     models = open_models(ModelsSection(folder=args.models))
     cells = [cell for split in args.splits for cell in read_cells(args.data, split)]
     boxes = {}

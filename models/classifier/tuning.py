@@ -7,7 +7,6 @@ import copy
 import datetime
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from models.classifier import crops
 from models.classifier.export import ChannelsLast, within_reach
 from models.common.labels import CellImage, Rgb, read_cells
 from models.common.manifests import OTHERS, find_entry, read_manifest, write_manifest
-from models.common.programs import Unfit
+from models.common.programs import Unfit, require_place
 from models.common.quantize import export_float, quantize_file, renew_entry
 from models.common.warm_start import load_shipped, save_norms
 from models.evaluation.asking import add_classifier
@@ -72,9 +71,7 @@ def require_new(output: Path) -> None:
     """`Unfit` where the folder to be written is there already, or cannot be made: told before minutes of learning."""
     if output.exists():
         raise Unfit(f"{output}: exists already; give another --output, or move it away first")
-    above = next(place for place in output.absolute().parents if place.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise Unfit(f"{output}: cannot be made in {above}; give another --output")
+    require_place(output)
 
 
 def known_cells(data: Path, split: str, classes: Sequence[str]) -> Sequence[CellImage]:

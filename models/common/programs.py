@@ -5,9 +5,11 @@ Needs no PyTorch, so that a program can say that this is what is missing.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from agent.camera.decoding import describe_os_error
@@ -26,6 +28,23 @@ EXTRA = frozenset({"torch", "matplotlib", "flatbuffers", "efficientnet_lite_pyto
 
 class Unfit(Exception):
     """What a program was given is not fit for it; says where, what was found and how to mend it."""
+
+
+def require_place(output: Path) -> None:
+    """Raises Unfit where what a program is to write under this name, in folders yet to be made, cannot be made."""
+    above = next(place for place in output.absolute().parents if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise Unfit(f"{output}: cannot be made in {above}; give another --output")
+
+
+def require_writable(output: Path) -> None:
+    """Raises Unfit where this file cannot be written: asked before minutes of work."""
+    if output.is_dir():
+        raise Unfit(f"{output}: is a folder; --output takes the name of a file")
+    if not output.exists():
+        require_place(output)
+    elif not os.access(output, os.W_OK):
+        raise Unfit(f"{output}: cannot be overwritten; give another --output")
 
 
 def run_program(main: Callable[[], None], needs: Sequence[str] = ()) -> None:

@@ -28,7 +28,7 @@ from agent.inference.models import open_models
 from models.common.datasets import LabelledField
 from models.common.labels import DETECTOR_CLASSES, PLATELET, CellImage, cell_classes, read_cells, read_rgb
 from models.common.metrics import box_overlaps
-from models.common.programs import Unfit, run_program
+from models.common.programs import Unfit, require_writable, run_program
 from models.evaluation.asking import MAX_MEGAPIXELS, progress
 
 SURE, UNSURE = 0.3, 0.2
@@ -45,9 +45,15 @@ SAME_CELL = 0.45
 
 SHEET = (8, 6)
 
+ENDING = ".npz"
+"""Of the file with the boxes: NumPy adds it where it is missing, and the file would not be where it was asked for."""
+
 
 def main() -> None:
     args = parse()
+    if args.output.suffix != ENDING:
+        raise Unfit(f"{args.output}: does not end in {ENDING}; give --output such a name")
+    require_writable(args.output)
     models = open_models(ModelsSection(folder=args.models))
     most = dict.fromkeys(cell_classes(args.data), args.each)
     if args.platelets is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ pytest.importorskip("torch", reason="needs the train extra (PyTorch)")
 
 from agent.domain import Box, Detection
 from models.common.labels import CellImage
-from models.detector.label_pictures import drawn, picture_boxes
+from models.common.programs import Unfit
+from models.detector.label_pictures import drawn, main, picture_boxes
 
 pytestmark = pytest.mark.train
 
@@ -75,3 +77,22 @@ def test_of_each_class_as_many_pictures_are_drawn_as_asked_for_and_the_same_agai
     more = drawn(cells, {"ig": 3, "platelet": 30})
     assert [c.class_name for c in more] == ["ig"] * 3 + ["platelet"] * 20
     assert few == more[:6]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("boxes", r"boxes: does not end in \.npz; give --output such a name"),
+        ("folder.npz", "is a folder; --output takes the name of a file"),
+        ("file/boxes.npz", "file; give another --output"),
+    ],
+)
+def test_a_file_that_would_not_be_written_as_named_is_told_before_minutes_of_work(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").touch()
+    words = ["label_pictures", "--models", "models", "--data", "/nowhere/at/all", "--output", str(tmp_path / name)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Unfit, match=told):
+        main()

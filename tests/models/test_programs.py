@@ -14,7 +14,8 @@ import pytest
 
 from agent.errors import ConfigError, FrameUnreadable, ModelError
 from models.common.labels import DataUnfit, read_label_file, read_rgb, read_rows
-from models.common.programs import EXTRA, Unfit, run_program
+from models.common.programs import EXTRA, Unfit, require_writable, run_program
+from tests.disks import mounted
 
 TOP = Path(__file__).parents[2]
 
@@ -146,6 +147,30 @@ def test_a_number_that_the_agent_would_refuse_in_its_configuration_is_refused_in
 def test_every_program_that_asks_for_threads_asks_in_the_same_way() -> None:
     asking = [file.name for file in (TOP / "models").rglob("*.py") if '"--threads"' in file.read_text()]
     assert asking == ["asking.py"]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_minutes_of_work(
+    tmp_path: Path, ended: Callable[..., tuple[int, str]]
+) -> None:
+    (tmp_path / "file").touch()
+    for output, told in (
+        (tmp_path, "is a folder; --output takes the name of a file"),
+        (tmp_path / "file" / "boxes.json", f"cannot be made in {tmp_path}/file; give another --output"),
+    ):
+        found = ended("models.classifier.locate", "--data", NOWHERE, "--output", output)
+        assert found == (2, f"{output}: {told}\n")
+
+
+def test_what_may_be_written_is_asked_of_the_disk(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        (disk / "there").touch()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for name, told in (("there", "cannot be overwritten"), ("new/boxes.json", f"cannot be made in {disk}")):
+            with pytest.raises(Unfit, match=f"{name}: {told}; give another --output"):
+                require_writable(disk / name)
+    require_writable(tmp_path / "new" / "boxes.json")
+    (tmp_path / "boxes.json").touch()
+    require_writable(tmp_path / "boxes.json")
 
 
 def test_a_float_folder_without_one_of_the_classifiers_is_told_before_anything_is_measured(
