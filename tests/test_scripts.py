@@ -254,6 +254,7 @@ def test_a_python_that_does_not_fit_is_refused_with_what_fits() -> None:
     assert "no Python from 3.10 to 3.13 found under the name false" in done.stderr
 
 
+@pytest.mark.timeout(240)  # two real environments: 80 s beside two training runs
 def test_an_environment_that_works_is_left_alone_and_a_broken_one_is_made_anew(tmp_path: Path) -> None:
     folder = tmp_path / "with space"
     make = f'make_venv "$(find_python)" "{folder}"'
