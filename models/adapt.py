@@ -53,8 +53,8 @@ FEWEST_TRUSTED = 20
 LEAST_KEPT = 0.8
 """Of the cells whose name is trusted, the share that must keep it and stay trusted.
 
-On microscopes that a net never saw, four trusted names in five are right (models/README.md, what tuning brought). If all
-the wrong ones were mended or no longer trusted, a fifth would change. So where more does, more right names are lost
+On microscopes that a net never saw, four trusted names in five are right (models/README.md, what tuning brought). If
+all the wrong ones were mended or no longer trusted, a fifth would change. So where more does, more right names are lost
 than wrong ones can be mended. Cells in doubt are not asked: their names are what adapting is to change.
 """
 WORST_LOSS = 0.01
