@@ -1,6 +1,6 @@
 """The trained classifier as the int8 file that is shipped, and its entry in the manifest.
 
-python -m models.classifier.export runs/debris/best.pt --data ../shared/data
+python -m models.classifier.export runs/varied-blended/best.pt --data ../shared/data
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train a classifier of single cells, as one YAML file says.
 
-    python -m models.classifier.train models/classifier/recipes/debris.yaml --data ../shared/data
+    python -m models.classifier.train models/classifier/recipes/varied.yaml --data ../shared/data
 
 Killed and started again, it goes on from the last epoch. `best.pt` is the last epoch that none before it excels by more
 than a standard error in the share of all `val` cells that it names right, each counted once, of PBC and of the other
