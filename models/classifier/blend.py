@@ -26,10 +26,10 @@ from models.classifier import crops
 from models.classifier.locate import read_boxes
 from models.classifier.train import (
     FACTS,
+    add_places,
     begin_with,
     for_answers,
     judge,
-    load_net,
     read_run,
     train_loader,
     training_examples,
@@ -57,16 +57,15 @@ def main() -> None:
     boxes = read_boxes(args.boxes)
     wording = crops.Wording(cell_classes(args.data), attribute_values(read_attributes(args.data)))
     examples = training_examples(settings, args, boxes, wording)
-    begun = CellNet(settings.backbone, len(wording.classes), wording.sizes)
+    state = read_run_checkpoint(checkpoint, FACTS)
+    begun, ended, blended = (CellNet(settings.backbone, len(wording.classes), wording.sizes) for _ in range(3))
     begin_with(begun, settings, examples)
-    ended = load_net(checkpoint, wording)
-    blended = CellNet(settings.backbone, len(wording.classes), wording.sizes)
+    ended.load_state_dict(state["average"])
     blended.load_state_dict(mean_of(begun.state_dict(), ended.state_dict(), args.share))
     update_bn(real_values(train_loader(settings, examples, wording)), blended.to(memory_format=torch.channels_last))
     views = val_views(args.data, settings, boxes, wording)
     for name, net in (("begun", begun), ("ended", ended), ("blended", blended)):
         print(json.dumps({"net": name, **judge(for_answers(net), views, wording)}))
-    state = read_run_checkpoint(checkpoint, FACTS)
     facts = {key: state[key] for key in FACTS}
     folder = args.runs / f"{args.file.stem}-blended"
     folder.mkdir(exist_ok=True)
@@ -91,9 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the YAML of a run that has ended")
     parser.add_argument("--share", type=float, default=0.5, help="of the run's end in the mean, 0 to 1")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with pbc.csv")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and caches lie")
-    parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
+    add_places(parser)
     return parser.parse_args()
 
 

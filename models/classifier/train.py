@@ -421,10 +421,15 @@ def judge(net: nn.Module, views: Mapping[str, crops.View], wording: crops.Wordin
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the run's YAML; see models/classifier/recipes")
+    add_places(parser)
+    return parser.parse_args()
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Where on this machine lies what a run needs and leaves."""
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with pbc.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs and caches lie")
     parser.add_argument("--boxes", type=Path, default=Path("runs/boxes.json"), help="from models.classifier.locate")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
